@@ -1,0 +1,244 @@
+"""Data sets: pairs of files and a label scheme behind one `SegmentationDataset`."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from tqdm import tqdm
+
+from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, cityscapes_scheme
+from lednet.data.pairs import (
+    Pair,
+    camvid_pairs,
+    cityscapes_pairs,
+    detect_cityscapes_encoding,
+    folder_pairs,
+    hold_out,
+)
+from lednet.errors import UserError
+
+DATASETS = ("cityscapes", "camvid", "folders")
+DEFAULT_SIZES = {"cityscapes": (512, 1024), "camvid": (360, 480)}
+"""(height, width) that the published numbers of each data set refer to."""
+
+
+def _open_image(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}: it was there when the run began; restore it") from error
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+        raise UserError(f"{path} is damaged ({error}): copy it again") from error
+    return image
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Decode an image file to RGB, (H, W, 3) uint8.
+
+    Raises:
+        UserError: missing, truncated, or no image.
+    """
+    return np.array(_open_image(path).convert("RGB"))
+
+
+def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
+    """Decode a label file to class indices, (H, W) uint8; void is `IGNORE_INDEX`.
+
+    Palette images count by index.
+
+    Raises:
+        UserError: missing, truncated, not 8-bit single-channel, or holding a value that
+            `scheme` does not know.
+    """
+    image = _open_image(path)
+    if image.mode not in ("L", "P"):
+        raise UserError(
+            f"{path} has mode {image.mode}, not 8-bit ids: give the id images, not colour ones"
+        )
+    ids = np.array(image)
+    label = scheme.lut[ids]
+    if label.min() < 0:
+        value = int(ids[label < 0][0])
+        raise UserError(
+            f"{path} holds the id {value}, which {scheme.name} does not have: correct the file, "
+            "or declare what the labels hold (--labels, or the class file)"
+        )
+    return label.astype(np.uint8)
+
+
+class SegmentationDataset(Dataset):
+    """Images with their label maps.
+
+    Args:
+        pairs: image and label files; a pair without a label gets an all-void one.
+        scheme: classes, and what the label files' values mean.
+        transform: takes and returns (`tv_tensors.Image` uint8 (3, H, W),
+            `tv_tensors.Mask` uint8 (H, W)); see `lednet.data.transforms`.
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], scheme: LabelScheme, transform: Callable | None = None
+    ):
+        self.pairs = list(pairs)
+        self.scheme = scheme
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image (H, W, 3) and label (H, W) as they are on disk, the label as class indices."""
+        pair = self.pairs[index]
+        image = read_image(pair.image)
+        if pair.label is None:
+            return image, np.full(image.shape[:2], IGNORE_INDEX, dtype=np.uint8)
+        label = read_label(pair.label, self.scheme)
+        if label.shape != image.shape[:2]:
+            raise UserError(
+                f"{pair.label} is {label.shape[1]}x{label.shape[0]}, its image {pair.image.name} "
+                f"{image.shape[1]}x{image.shape[0]}: both must have one size"
+            )
+        return image, label
+
+    def __getitem__(self, index: int):
+        image, label = self.read(index)
+        sample = (
+            tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)),
+            tv_tensors.Mask(torch.from_numpy(label)),
+        )
+        return self.transform(*sample) if self.transform else sample
+
+
+def read_class_file(path: str | os.PathLike) -> LabelScheme:
+    """Read the classes of an own data set from a YAML or JSON file.
+
+    `classes` is a list of {name, id, color} (`id` defaults to the position, `color`
+    to a generated one), `ignore` a list of ids that do not count:
+
+        classes:
+          - {name: road, id: 0, color: [128, 64, 128]}
+          - {name: field, id: 1}
+        ignore: [255]
+
+    Raises:
+        UserError: no such file, no such structure, an id outside 0..255 or used twice.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # YAML includes JSON
+    except OSError as error:
+        raise UserError(f"no class file {path}: name one with --classes") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is neither YAML nor JSON: see datasets/README.md") from error
+    try:
+        rows = list(content["classes"])
+        names = tuple(str(row["name"]) for row in rows)
+        ids = [int(row.get("id", i)) for i, row in enumerate(rows)]
+        colors = tuple(
+            tuple(int(c) for c in row.get("color", _generated_color(i)))
+            for i, row in enumerate(rows)
+        )
+        ignored = [int(i) for i in content.get("ignore", [])]
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} must hold `classes`, a list of {{name, id, color}}: see datasets/README.md"
+        ) from error
+    every = ids + ignored
+    if not ids or len(set(every)) < len(every) or not all(0 <= i <= 255 for i in every):
+        raise UserError(f"{path}: ids must be 0 to 255, each used once, and at least one class")
+    if len(ids) >= IGNORE_INDEX:
+        raise UserError(f"{path}: {len(ids)} classes are more than the 254 that fit")
+    if any(len(c) != 3 or not all(0 <= v <= 255 for v in c) for c in colors):
+        raise UserError(f"{path}: a color is three numbers, 0 to 255")
+    file_ids = {file_id: index for index, file_id in enumerate(ids)}
+    file_ids.update(dict.fromkeys(ignored, IGNORE_INDEX))
+    return LabelScheme(path.stem, names, colors, file_ids)
+
+
+def _generated_color(index: int) -> tuple[int, int, int]:
+    """A colour for each class index, far apart in hue (golden-angle steps)."""
+    hue = round(index * 0.618034 * 255) % 256
+    return Image.new("HSV", (1, 1), (hue, 170, 220)).convert("RGB").getpixel((0, 0))
+
+
+def open_dataset(
+    name: str,
+    root: str | os.PathLike,
+    split: str,
+    *,
+    annotations: str = "fine",
+    labels: str = "auto",
+    class_file: str | os.PathLike | None = None,
+    val_every: int = 0,
+) -> SegmentationDataset:
+    """Open one split of a data set, its files paired and none of them read yet.
+
+    Args:
+        name: "cityscapes", "camvid" or "folders" (own data: `images` and `labels`,
+            with or without a folder for each split inside, and a class file).
+        root: the data set's folder.
+        split: "train", "val", "test" or, for Cityscapes' coarse images, "train_extra".
+        annotations: "fine" or "coarse" (Cityscapes).
+        labels: "auto" (by the file names), "labelIds" or "labelTrainIds" (Cityscapes).
+        class_file: classes of own data; default `classes.yaml` in `root`.
+        val_every: where there is no validation folder, hold out every n-th training
+            image as "val"; 0 for data that has one.
+
+    Raises:
+        UserError: see `lednet.data.pairs` and `read_class_file`.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: give the data set's folder with --datadir")
+    folder = "train" if val_every and split == "val" else split
+    if name == "cityscapes":
+        if labels == "auto":
+            labels = (
+                "labelIds"  # unused: there are none to read
+                if folder == "test"
+                else detect_cityscapes_encoding(root, folder, annotations)
+            )
+        scheme = cityscapes_scheme(labels)
+        pairs = cityscapes_pairs(root, folder, annotations, labels)
+    elif name == "camvid":
+        scheme, pairs = camvid_scheme(), camvid_pairs(root, folder)
+    elif name == "folders":
+        scheme = read_class_file(class_file or root / "classes.yaml")
+        inside = folder if (root / "images" / folder).is_dir() or not val_every else ""
+        pairs = folder_pairs(root / "images" / inside, root / "labels" / inside)
+    else:
+        raise ValueError(f"data set must be one of {DATASETS}, not {name!r}")
+    if val_every and split in ("train", "val"):
+        pairs = hold_out(pairs, val_every, held_out=split == "val")
+        if not pairs:
+            raise UserError(f"{root} {split} is empty after --val-every {val_every}: choose less")
+    return SegmentationDataset(pairs, scheme)
+
+
+def pixel_shares(dataset: SegmentationDataset, workers: int = 4) -> np.ndarray:
+    """Share of each class of all pixels of the label files, void last.
+
+    Shows a progress bar. The bigger part of the work, decoding, runs in threads.
+
+    Returns:
+        (num_classes + 1,) float64, sum 1.
+    """
+
+    def count(pair: Pair) -> np.ndarray:
+        return np.bincount(read_label(pair.label, dataset.scheme).ravel(), minlength=256)
+
+    total = np.zeros(256, dtype=np.int64)
+    with ThreadPoolExecutor(workers) as pool:
+        counts = pool.map(count, dataset.pairs)
+        for histogram in tqdm(counts, "class shares", len(dataset), unit="label", leave=False):
+            total += histogram
+    classes = total[: dataset.scheme.num_classes]
+    return np.append(classes, total[IGNORE_INDEX]) / total.sum()

@@ -1,0 +1,160 @@
+"""Label schemes: which value in a label file means which class.
+
+`CITYSCAPES_LABELS` is the one home of the Cityscapes names, ids, categories and
+colours (source: the label table published with the data set,
+https://www.cityscapes-dataset.com). Everything else is derived from it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+IGNORE_INDEX = 255
+"""Target value of pixels that count neither in the loss nor in a metric (void)."""
+
+Color = tuple[int, int, int]
+
+
+class Label(NamedTuple):
+    name: str
+    id: int
+    train_id: int
+    category: str
+    has_instances: bool
+    ignore_in_eval: bool
+    color: Color
+
+
+CITYSCAPES_LABELS: tuple[Label, ...] = (
+    Label("unlabeled", 0, 255, "void", False, True, (0, 0, 0)),
+    Label("ego vehicle", 1, 255, "void", False, True, (0, 0, 0)),
+    Label("rectification border", 2, 255, "void", False, True, (0, 0, 0)),
+    Label("out of roi", 3, 255, "void", False, True, (0, 0, 0)),
+    Label("static", 4, 255, "void", False, True, (0, 0, 0)),
+    Label("dynamic", 5, 255, "void", False, True, (111, 74, 0)),
+    Label("ground", 6, 255, "void", False, True, (81, 0, 81)),
+    Label("road", 7, 0, "flat", False, False, (128, 64, 128)),
+    Label("sidewalk", 8, 1, "flat", False, False, (244, 35, 232)),
+    Label("parking", 9, 255, "flat", False, True, (250, 170, 160)),
+    Label("rail track", 10, 255, "flat", False, True, (230, 150, 140)),
+    Label("building", 11, 2, "construction", False, False, (70, 70, 70)),
+    Label("wall", 12, 3, "construction", False, False, (102, 102, 156)),
+    Label("fence", 13, 4, "construction", False, False, (190, 153, 153)),
+    Label("guard rail", 14, 255, "construction", False, True, (180, 165, 180)),
+    Label("bridge", 15, 255, "construction", False, True, (150, 100, 100)),
+    Label("tunnel", 16, 255, "construction", False, True, (150, 120, 90)),
+    Label("pole", 17, 5, "object", False, False, (153, 153, 153)),
+    Label("polegroup", 18, 255, "object", False, True, (153, 153, 153)),
+    Label("traffic light", 19, 6, "object", False, False, (250, 170, 30)),
+    Label("traffic sign", 20, 7, "object", False, False, (220, 220, 0)),
+    Label("vegetation", 21, 8, "nature", False, False, (107, 142, 35)),
+    Label("terrain", 22, 9, "nature", False, False, (152, 251, 152)),
+    Label("sky", 23, 10, "sky", False, False, (70, 130, 180)),
+    Label("person", 24, 11, "human", True, False, (220, 20, 60)),
+    Label("rider", 25, 12, "human", True, False, (255, 0, 0)),
+    Label("car", 26, 13, "vehicle", True, False, (0, 0, 142)),
+    Label("truck", 27, 14, "vehicle", True, False, (0, 0, 70)),
+    Label("bus", 28, 15, "vehicle", True, False, (0, 60, 100)),
+    Label("caravan", 29, 255, "vehicle", True, True, (0, 0, 90)),
+    Label("trailer", 30, 255, "vehicle", True, True, (0, 0, 110)),
+    Label("train", 31, 16, "vehicle", True, False, (0, 80, 100)),
+    Label("motorcycle", 32, 17, "vehicle", True, False, (0, 0, 230)),
+    Label("bicycle", 33, 18, "vehicle", True, False, (119, 11, 32)),
+    Label("license plate", -1, -1, "vehicle", False, True, (0, 0, 142)),
+)
+
+
+@dataclass(frozen=True)
+class LabelScheme:
+    """Classes of a data set and the file values that stand for them.
+
+    Args:
+        name: of the data set, for messages.
+        classes: class names; a class's index here is its training target.
+        colors: RGB of each class, 0..255.
+        file_ids: value in a label file (0..255) -> class index, or `IGNORE_INDEX`.
+            A value that is not in it is an error in the data.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    colors: tuple[Color, ...]
+    file_ids: Mapping[int, int]
+    lut: np.ndarray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        # (256,) int16: class index, IGNORE_INDEX, or -1 for a value outside the scheme.
+        lut = np.full(256, -1, dtype=np.int16)
+        for file_id, index in self.file_ids.items():
+            lut[file_id] = index
+        object.__setattr__(self, "lut", lut)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that count: void is not among them."""
+        return len(self.classes)
+
+    @property
+    def num_outputs(self) -> int:
+        """Output channels of a network for this scheme: one a class, and void last."""
+        return len(self.classes) + 1
+
+    @property
+    def palette(self) -> np.ndarray:
+        """(256, 3) uint8: colour of each class index; void and the rest are black."""
+        palette = np.zeros((256, 3), dtype=np.uint8)
+        palette[: len(self.colors)] = self.colors
+        return palette
+
+
+def _evaluated() -> list[Label]:
+    counted = [label for label in CITYSCAPES_LABELS if not label.ignore_in_eval]
+    return sorted(counted, key=lambda label: label.train_id)
+
+
+def cityscapes_scheme(encoding: str = "labelIds") -> LabelScheme:
+    """The 19 evaluated Cityscapes classes.
+
+    Args:
+        encoding: what the label files hold: "labelIds" (0..33) or
+            "labelTrainIds" (0..18, void 255).
+    """
+    evaluated = _evaluated()
+    if encoding == "labelIds":
+        file_ids = {label.id: label.train_id for label in CITYSCAPES_LABELS if label.id >= 0}
+    elif encoding == "labelTrainIds":
+        file_ids = {label.train_id: label.train_id for label in evaluated}
+        file_ids[IGNORE_INDEX] = IGNORE_INDEX
+    else:
+        raise ValueError(f"encoding must be 'labelIds' or 'labelTrainIds', not {encoding!r}")
+    return LabelScheme(
+        name="Cityscapes",
+        classes=tuple(label.name for label in evaluated),
+        colors=tuple(label.color for label in evaluated),
+        file_ids=file_ids,
+    )
+
+
+_CAMVID_CLASSES: Sequence[tuple[str, Color]] = (
+    ("sky", (128, 128, 128)),
+    ("building", (128, 0, 0)),
+    ("pole", (192, 192, 128)),
+    ("road", (128, 64, 128)),
+    ("pavement", (60, 40, 222)),
+    ("tree", (128, 128, 0)),
+    ("sign", (192, 128, 128)),
+    ("fence", (64, 64, 128)),
+    ("car", (64, 0, 128)),
+    ("pedestrian", (64, 64, 0)),
+    ("bicyclist", (0, 128, 192)),
+)
+
+
+def camvid_scheme() -> LabelScheme:
+    """The 11 CamVid classes of the SegNet split; file value 11 is void."""
+    names, colors = zip(*_CAMVID_CLASSES, strict=True)
+    file_ids = {index: index for index in range(len(names))}
+    file_ids[len(names)] = IGNORE_INDEX
+    return LabelScheme(name="CamVid", classes=names, colors=colors, file_ids=file_ids)

@@ -1,0 +1,164 @@
+"""Which label file belongs to which image: pairs are made by name, never by order."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from lednet.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+CITYSCAPES_SPLITS = ("train", "train_extra", "val", "test")
+CITYSCAPES_ENCODINGS = ("labelIds", "labelTrainIds")
+
+
+class Pair(NamedTuple):
+    """An image file and its label file; `label` is None where labels are withheld."""
+
+    image: Path
+    label: Path | None
+
+
+def _require_folder(folder: Path, next_step: str) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: {next_step}")
+    return folder
+
+
+def _list_examples(names: Iterable[str], limit: int = 3) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _by_name(paths: Iterable[Path], ending: str, what: str) -> dict[str, Path]:
+    """Key each path by its file name less `ending` and suffix; refuse doubles."""
+    found: dict[str, Path] = {}
+    doubled = []
+    for path in sorted(paths):
+        key = path.stem.removesuffix(ending)
+        if key in found:
+            doubled.append(f"{found[key]} / {path.name}")
+        found[key] = path
+    if doubled:
+        raise UserError(
+            f"{len(doubled)} {what} stand twice for one name ({_list_examples(doubled)}): "
+            "keep one of each"
+        )
+    return found
+
+
+def _match(images: dict[str, Path], labels: dict[str, Path], place: str) -> list[Pair]:
+    without_label = images.keys() - labels.keys()
+    if without_label:
+        raise UserError(
+            f"{place}: {len(without_label)} of {len(images)} images have no label "
+            f"({_list_examples(without_label)}): add the labels or remove the images"
+        )
+    without_image = labels.keys() - images.keys()
+    if without_image:
+        raise UserError(
+            f"{place}: {len(without_image)} of {len(labels)} labels have no image "
+            f"({_list_examples(without_image)}): add the images or remove the labels"
+        )
+    return [Pair(images[key], labels[key]) for key in sorted(images)]
+
+
+def _images_below(folder: Path, ending: str = "") -> list[Path]:
+    return [
+        path
+        for path in folder.rglob(f"*{ending}.*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    ]
+
+
+def _refuse_empty(images: Iterable, folder: Path) -> None:
+    if not images:
+        raise UserError(f"{folder} holds no images (png or jpg): check the data folder and split")
+
+
+def detect_cityscapes_encoding(root: Path, split: str, annotations: str) -> str:
+    """Tell from the file names whether a split's labels are labelIds or labelTrainIds.
+
+    Where both kinds lie side by side, as after the official preparation script, it is
+    labelIds, from which the others were made.
+
+    Raises:
+        UserError: neither is there.
+    """
+    kind = f"gt{annotations.capitalize()}"
+    folder = _require_folder(root / kind / split, f"--datadir must hold {kind}/{split}")
+    for encoding in CITYSCAPES_ENCODINGS:
+        if any(folder.rglob(f"*_{kind}_{encoding}.png")):
+            return encoding
+    raise UserError(
+        f"{folder} holds neither *_{kind}_labelIds.png nor *_{kind}_labelTrainIds.png: "
+        "unpack the annotations there"
+    )
+
+
+def cityscapes_pairs(
+    root: str | os.PathLike, split: str, annotations: str = "fine", encoding: str = "labelIds"
+) -> list[Pair]:
+    """Pairs of a tree in the official Cityscapes layout, sorted by name.
+
+    Args:
+        root: folder that holds `leftImg8bit` and `gtFine` or `gtCoarse`.
+        split: "train", "val", "test", or "train_extra" (coarse only). Labels of "test"
+            are withheld by the benchmark: its pairs have none.
+        annotations: "fine" or "coarse".
+        encoding: "labelIds" or "labelTrainIds".
+
+    Raises:
+        UserError: a folder is missing or empty, or partners are missing or doubled;
+            names the first ones and their number.
+    """
+    root = Path(root)
+    image_folder = _require_folder(
+        root / "leftImg8bit" / split, "--datadir must hold leftImg8bit/" + split
+    )
+    ending = "_leftImg8bit"
+    images = _by_name(_images_below(image_folder, ending), ending, "images")
+    _refuse_empty(images, image_folder)
+    if split == "test":
+        return [Pair(images[key], None) for key in sorted(images)]
+    kind = f"gt{annotations.capitalize()}"
+    label_folder = _require_folder(root / kind / split, f"--datadir must hold {kind}/{split}")
+    ending = f"_{kind}_{encoding}"
+    labels = _by_name(label_folder.rglob(f"*{ending}.png"), ending, "labels")
+    return _match(images, labels, f"{root} {split}")
+
+
+def folder_pairs(image_folder: str | os.PathLike, label_folder: str | os.PathLike) -> list[Pair]:
+    """Pairs of two folders, an image and its label having the same name before the suffix.
+
+    Labels are PNG. Subfolders are searched too.
+
+    Raises:
+        UserError: as `cityscapes_pairs`.
+    """
+    next_step = "check --datadir and the layout in datasets/README.md"
+    image_folder = _require_folder(Path(image_folder), next_step)
+    label_folder = _require_folder(Path(label_folder), next_step)
+    images = _by_name(_images_below(image_folder), "", "images")
+    _refuse_empty(images, image_folder)
+    label_files = (p for p in label_folder.rglob("*.png") if not p.name.startswith("."))
+    return _match(images, _by_name(label_files, "", "labels"), str(label_folder))
+
+
+def camvid_pairs(root: str | os.PathLike, split: str) -> list[Pair]:
+    """Pairs of CamVid in the SegNet layout: `train` and `trainannot`, `val` and `valannot` ...
+
+    Raises:
+        UserError: as `cityscapes_pairs`.
+    """
+    return folder_pairs(Path(root) / split, Path(root) / f"{split}annot")
+
+
+def hold_out(pairs: list[Pair], every: int, held_out: bool) -> list[Pair]:
+    """Split pairs that have no validation folder: every `every`-th one is held out.
+
+    Args:
+        held_out: whether to return the held-out pairs or the rest.
+    """
+    return [pair for i, pair in enumerate(pairs) if (i % every == every - 1) == held_out]

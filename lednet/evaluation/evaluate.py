@@ -1,0 +1,87 @@
+"""Run a network over a data set and count."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lednet.data.labels import IGNORE_INDEX
+from lednet.errors import UserError
+from lednet.evaluation.metrics import ConfusionMatrix
+
+AMP_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precision's name -> autocast type; None computes in float32 throughout."""
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast context for a precision of `AMP_DTYPES` on `device`.
+
+    Raises:
+        UserError: fp16 on a CPU, where its range overflows and nothing is gained.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("fp16 needs a GPU: choose --precision bf16 or fp32 on a CPU")
+    dtype = AMP_DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def predict_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Class of every pixel at `size`: the logits are enlarged before the argmax.
+
+    logits: (N, C, h, w) -> (N, *size) int64
+    """
+    if logits.shape[-2:] != torch.Size(size):
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    return logits.argmax(dim=1)
+
+
+class Evaluation(NamedTuple):
+    """Result of `evaluate`: counts, and the two sums whose quotient is the mean loss."""
+
+    confusion: ConfusionMatrix
+    loss_sum: Tensor
+    loss_weight: Tensor
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device,
+    precision: str = "fp32",
+    criterion: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Evaluation:
+    """Score `model`, in evaluation mode, on every image of `batches`, at the labels' size.
+
+    Args:
+        model: (N, 3, H, W) -> logits (N, C, h, w), C > `num_classes` where void has outputs.
+        batches: images and targets (N, H', W').
+        num_classes: classes that count.
+        criterion: (logits, target) -> (loss sum, weight sum), if a loss is wanted.
+    """
+    was_training = model.training
+    model.eval()
+    confusion = ConfusionMatrix(num_classes, device)
+    sums = torch.zeros(2, device=device)
+    for images, target in batches:
+        images = images.to(device, non_blocking=True)
+        target = target.to(device, non_blocking=True)
+        with autocast(device, precision):
+            logits = model(images)
+        logits = logits.float()
+        if criterion is not None:
+            sums += torch.stack(criterion(logits, target))
+        confusion.update(predict_at(logits, target.shape[-2:]), target)
+    model.train(was_training)
+    return Evaluation(confusion, sums[0], sums[1])
+
+
+def require_labels(confusion: ConfusionMatrix, where: str) -> None:
+    """Refuse a score without a labelled pixel, as on a split whose labels are withheld."""
+    if confusion.counts.sum() == 0:
+        raise UserError(
+            f"{where} has no labelled pixel (all are void, {IGNORE_INDEX}): choose another split"
+        )

@@ -1,0 +1,131 @@
+"""Pictures of a run: curves, per-class bars, contact sheets."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
+
+from lednet.data.labels import IGNORE_INDEX, LabelScheme
+from lednet.files import write_atomically
+
+_STAGE_TITLES = {"encoder": "Stage 1: encoder", "decoder": "Stage 2: full network"}
+_TRAIN_COLOR, _VAL_COLOR = "#4c78a8", "#f58518"
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    with write_atomically(path) as temporary, matplotlib.rc_context({"font.size": 10}):
+        figure.savefig(temporary, dpi=110)
+
+
+def plot_curves(records: Sequence[dict[str, Any]], path: str | os.PathLike, title: str) -> None:
+    """Draw loss and mIoU over the epochs, a column for each training stage.
+
+    Args:
+        records: the lines of a run's `log.jsonl`.
+        path: PNG to write.
+    """
+    stages = [s for s in _STAGE_TITLES if any(r["stage"] == s for r in records)]
+    figure = Figure(figsize=(1 + 5 * len(stages), 7), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(2, len(stages), squeeze=False, sharex="col")
+    for column, stage in enumerate(stages):
+        rows = [r for r in records if r["stage"] == stage]
+        for row, quantity in enumerate(("loss", "miou")):
+            axis = axes[row][column]
+            for part, color in (("train", _TRAIN_COLOR), ("val", _VAL_COLOR)):
+                points = [(r["epoch"], r[f"{part}_{quantity}"]) for r in rows]
+                points = [(x, y) for x, y in points if y is not None]
+                if points:
+                    axis.plot(*zip(*points, strict=True), color=color, label=part, marker=".")
+            axis.grid(alpha=0.3)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if column == 0:
+                axis.set_ylabel({"loss": "weighted cross-entropy", "miou": "mIoU"}[quantity])
+        axes[0][column].set_title(_STAGE_TITLES[stage])
+        axes[0][column].legend()
+        axes[1][column].set_ylim(0, 1)
+        axes[1][column].set_xlabel("epoch")
+        best = max((r["val_miou"] for r in rows if r["val_miou"] is not None), default=None)
+        if best is not None:
+            axes[1][column].axhline(best, color=_VAL_COLOR, linestyle=":", linewidth=1)
+            axes[1][column].annotate(
+                f"best {best:.3f}", (0.98, min(best + 0.02, 0.95)), ha="right",
+                xycoords=("axes fraction", "data"), color=_VAL_COLOR,
+            )  # fmt: skip
+    _save(figure, path)
+
+
+def plot_class_iou(
+    class_iou: dict[str, float | None], scheme: LabelScheme, path: str | os.PathLike, title: str
+) -> None:
+    """Draw a bar for each class, in the class's colour; an absent class has none."""
+    names = list(class_iou)
+    figure = Figure(figsize=(7, 1.2 + 0.32 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    values = [class_iou[name] or 0.0 for name in names]
+    colors = [np.array(color) / 255 for color in scheme.colors]
+    axis.barh(names, values, color=colors, edgecolor="#00000040")
+    for row, name in enumerate(names):
+        iou = class_iou[name]
+        text = "absent" if iou is None else f"{iou:.3f}"
+        axis.text((iou or 0.0) + 0.01, row, text, va="center")
+    axis.set(xlim=(0, 1.1), xlabel="IoU", title=title)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def colorize(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
+    """Class indices (H, W) to RGB (H, W, 3) uint8; void is black."""
+    return scheme.palette[label]
+
+
+def contact_sheet(
+    rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    scheme: LabelScheme,
+    path: str | os.PathLike,
+    tile_width: int = 420,
+) -> None:
+    """Draw input | truth | prediction, a row an image, with a legend below.
+
+    Args:
+        rows: (image (H, W, 3) uint8 RGB, truth (H, W), prediction (H, W)), the last two
+            class indices. Where the truth is void the prediction is dimmed.
+        path: PNG to write.
+        tile_width: of each of the three columns, in pixels.
+    """
+    margin, header = 8, 28
+    tiles = []
+    for image, truth, prediction in rows:
+        predicted = colorize(prediction, scheme)
+        predicted[truth == IGNORE_INDEX] //= 3
+        tiles.append((image, colorize(truth, scheme), predicted))
+    heights = [round(tile_width * image.shape[0] / image.shape[1]) for image, _, _ in rows]
+    width = 3 * tile_width + 4 * margin
+    font = ImageFont.load_default(15)
+    columns = max(1, width // 170)
+    legend_rows = -(-(scheme.num_classes + 1) // columns)
+    height = header + sum(heights) + margin * (len(rows) + 1) + 24 * legend_rows + margin
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(("input", "truth", "prediction")):
+        draw.text((margin + column * (tile_width + margin), 6), heading, "black", font)
+    top = header
+    for row, tile_height in zip(tiles, heights, strict=True):
+        for column, pixels in enumerate(row):
+            resample = Image.Resampling.BILINEAR if column == 0 else Image.Resampling.NEAREST
+            tile = Image.fromarray(pixels).resize((tile_width, tile_height), resample)
+            sheet.paste(tile, (margin + column * (tile_width + margin), top))
+        top += tile_height + margin
+    entries = [*zip(scheme.classes, scheme.colors, strict=True), ("void", (0, 0, 0))]
+    for i, (name, color) in enumerate(entries):
+        x, y = margin + (i % columns) * 170, top + margin + (i // columns) * 24
+        draw.rectangle((x, y, x + 22, y + 15), fill=color, outline="gray")
+        draw.text((x + 28, y - 1), name, "black", font)
+    with write_atomically(path) as temporary:
+        sheet.save(temporary)

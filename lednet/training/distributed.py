@@ -1,0 +1,122 @@
+"""One process or many: the few calls that know about `torchrun`."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
+
+from lednet.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all that train together.
+
+    Attributes:
+        rank: 0 .. size - 1; only rank 0 writes files.
+        size: number of processes.
+        device: this process's device.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` summed over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model` with gradients averaged over all processes."""
+        if self.size == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes CUDA, then MPS (Apple), then the CPU.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA GPU can be used here: choose --device cpu, or mend the driver")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("no Apple GPU can be used here: choose --device cpu")
+    return torch.device(name)
+
+
+def join_world(device_name: str = "auto") -> World:
+    """Take this process's place: alone, or as `torchrun` says in the environment.
+
+    Many processes talk over NCCL on CUDA and over gloo elsewhere.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    device = choose_device(device_name)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(rank=0, size=1, device=device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank=dist.get_rank(), size=size, device=device)
+
+
+def leave_world() -> None:
+    """Close the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class EachOnceSampler(Sampler[int]):
+    """Every `world.size`-th index: over all processes each image comes exactly once."""
+
+    def __init__(self, length: int, world: World):
+        self.indices = range(world.rank, length, world.size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class ShuffledSampler(Sampler[int]):
+    """A permutation that depends on (seed, epoch) alone, dealt out to the processes.
+
+    Every process gets equally many indices, or the others would wait for it for ever:
+    where the length is no multiple of the world's size, the first few come again.
+    """
+
+    def __init__(self, length: int, world: World, seed: int):
+        self.length, self.world, self.seed = length, world, seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        padded = [order[i % self.length] for i in range(len(self) * self.world.size)]
+        return iter(padded[self.world.rank :: self.world.size])
+
+    def __len__(self) -> int:
+        return -(-self.length // self.world.size)

@@ -1,0 +1,245 @@
+"""Weights on disk: strict, safe loading with a report of every key.
+
+Opens this project's checkpoints, bare state dicts, and the files of the original
+release (their key names, checkpoint bundle and `module.` prefix).
+"""
+
+import os
+import pickle
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lednet.errors import UserError
+from lednet.files import write_atomically
+from lednet.model import LEDNet
+
+# Wrappers that put themselves before every key: DataParallel and DDP, torch.compile.
+_PREFIXES = ("module.", "_orig_mod.")
+
+# Key names of the original release -> ours, tried in order. In its pairs of
+# convolutions the left half starts with 3x1, the right half with 1x3.
+_REFERENCE_NAMES: tuple[tuple[str, Any], ...] = (
+    (r"^encoder\.initial_block\.bn\.", "encoder.0.norm."),
+    (r"^encoder\.initial_block\.", "encoder.0."),
+    (r"^encoder\.output_conv\.", "encoder_head."),
+    (r"^encoder\.layers\.(\d+)\.", lambda m: f"encoder.{int(m[1]) + 1}."),
+    (r"^(encoder\.\d+)\.bn\.", r"\1.norm."),
+    (r"\.conv3x1_1_l\.", ".left.0."),
+    (r"\.conv1x3_1_l\.", ".left.2."),
+    (r"\.bn1_l\.", ".left.3."),
+    (r"\.conv3x1_2_l\.", ".left.5."),
+    (r"\.conv1x3_2_l\.", ".left.7."),
+    (r"\.bn2_l\.", ".left.8."),
+    (r"\.conv1x3_1_r\.", ".right.0."),
+    (r"\.conv3x1_1_r\.", ".right.2."),
+    (r"\.bn1_r\.", ".right.3."),
+    (r"\.conv1x3_2_r\.", ".right.5."),
+    (r"\.conv3x1_2_r\.", ".right.7."),
+    (r"\.bn2_r\.", ".right.8."),
+    (r"^decoder\.apn\.branch1\.1\.conv\.", "decoder.pooled."),
+    (r"^decoder\.apn\.mid\.0\.conv\.", "decoder.mid."),
+    (r"^decoder\.apn\.down3\.0\.conv\.", "decoder.down3."),
+    (r"^decoder\.apn\.down3\.1\.conv\.", "decoder.last."),
+    (r"^decoder\.apn\.(down\d)\.conv\.", r"decoder.\1."),
+    (r"^decoder\.apn\.conv(\d)\.conv\.", r"decoder.lateral\1."),
+)
+
+
+@dataclass
+class KeyReport:
+    """What became of each key when weights met a network.
+
+    Attributes:
+        loaded: keys whose values are now in the network.
+        missing: keys of the network that the file lacks.
+        unexpected: keys of the file that the network lacks.
+        mismatched: (key, shape in the network, shape in the file).
+        skipped: keys outside the part of the network that was asked for.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.loaded)} loaded, {len(self.missing)} missing, "
+            f"{len(self.unexpected)} unexpected, {len(self.mismatched)} of another shape"
+            + (f", {len(self.skipped)} skipped" if self.skipped else "")
+        )
+
+    def examples(self) -> str:
+        """The first key of each kind that did not fit."""
+        found = []
+        if self.mismatched:
+            key, ours, theirs = self.mismatched[0]
+            found.append(f"{key} is {theirs} in the file and {ours} in the network")
+        if self.missing:
+            found.append(f"{self.missing[0]} is missing")
+        if self.unexpected:
+            found.append(f"{self.unexpected[0]} is unknown")
+        return "; ".join(found)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Open a checkpoint on the CPU with PyTorch's safe loader, which runs no code.
+
+    Returns:
+        A dictionary with at least "state_dict", its keys without wrappers' prefixes
+        and under this project's names.
+
+    Raises:
+        UserError: no such file, not a checkpoint, or one that holds more than
+            tensors, numbers, strings and plain containers.
+    """
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"no weights at {path}: check the path") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is not a checkpoint of plain tensors, and code in it is never run: "
+            "save it again as a state dict"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is damaged or no PyTorch checkpoint: copy or download it again"
+        ) from error
+    if isinstance(content, dict) and "state_dict" not in content:
+        content = {"state_dict": content}
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not _all_tensors(state):
+        raise UserError(f"{path} holds no state dict: give a file written by training")
+    content["state_dict"] = {_our_name(key): value for key, value in state.items()}
+    return content
+
+
+def _all_tensors(state: dict) -> bool:
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+
+
+def _our_name(key: str) -> str:
+    while key.startswith(_PREFIXES):
+        key = key.split(".", 1)[1]
+    for pattern, replacement in _REFERENCE_NAMES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def compare_keys(net: nn.Module, state: dict[str, Tensor], part: str = "") -> KeyReport:
+    """Hold the keys and shapes of `state` against those of `net`; changes nothing.
+
+    Args:
+        part: prefix of the keys asked for, "encoder." for instance; keys of the file
+            outside it are listed as skipped.
+    """
+    report = KeyReport()
+    wanted = {k: v for k, v in net.state_dict().items() if k.startswith(part)}
+    for key, value in state.items():
+        if not key.startswith(part):
+            report.skipped.append(key)
+        elif key not in wanted:
+            report.unexpected.append(key)
+        elif wanted[key].shape != value.shape:
+            shapes = tuple(wanted[key].shape), tuple(value.shape)
+            report.mismatched.append((key, *shapes))
+        else:
+            report.loaded.append(key)
+    # PyTorch before 0.4.1 wrote no such counters; a fixed momentum has no use for them.
+    needed = (k for k in wanted if not k.endswith(".num_batches_tracked"))
+    report.missing = [key for key in needed if key not in state]
+    return report
+
+
+def load_state(
+    net: nn.Module, state: dict[str, Tensor], source: str | os.PathLike, part: str = ""
+) -> KeyReport:
+    """Copy `state` into `net`, all of it or nothing.
+
+    Raises:
+        UserError: a key is missing, unexpected or of another shape; names `source`.
+    """
+    report = compare_keys(net, state, part)
+    if not report.complete:
+        raise UserError(
+            f"{source} does not fit {_describe(net)} ({report}): {report.examples()}; choose the "
+            "weights' own variant and number of classes, or other weights"
+        )
+    net.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
+    return report
+
+
+def load_weights(net: nn.Module, path: str | os.PathLike, part: str = "") -> KeyReport:
+    """Load the weights at `path` into `net`, strictly.
+
+    Args:
+        net: a `LEDNet`, or a part of one under the same key names.
+        part: "" for all of it, or "encoder." to take the encoder alone, for instance
+            out of ImageNet pretraining.
+
+    Returns:
+        A report of every key; `print` it.
+
+    Raises:
+        UserError: the file cannot be opened safely, or a key does not fit. The network
+            is left as it was.
+    """
+    return load_state(net, read_checkpoint(path)["state_dict"], path, part)
+
+
+def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
+    """Build the network that the weights at `path` belong to, and load them.
+
+    Variant, pyramid width and number of classes are read off the shapes.
+
+    Returns:
+        The network in evaluation mode, and the file's "meta" (empty for foreign files).
+
+    Raises:
+        UserError: as `load_weights`; also for weights of the encoder stage alone.
+    """
+    checkpoint = read_checkpoint(path)
+    state = checkpoint["state_dict"]
+    try:
+        num_classes = state["decoder.mid.0.weight"].shape[0]
+        width = state["decoder.down1.0.weight"].shape[0]
+        light = state["decoder.lateral1.0.weight"].shape[-1] > 1
+    except (KeyError, IndexError) as error:
+        raise UserError(
+            f"{path} holds no LEDNet decoder: give the weights of a full network"
+        ) from error
+    net = LEDNet(num_classes, "d20") if light else LEDNet(num_classes, "d128", width)
+    load_state(net, state, path)
+    return net.eval(), checkpoint.get("meta", {})
+
+
+def save_checkpoint(path: str | os.PathLike, net: nn.Module, meta: dict, **extra: Any) -> None:
+    """Write `net`'s weights, `meta` and `extra` to `path`, atomically.
+
+    `meta` and `extra` hold tensors, numbers, strings and plain containers only, so
+    that the safe loader opens them again.
+    """
+    state = {key: value.detach().cpu() for key, value in net.state_dict().items()}
+    with write_atomically(path) as temporary:
+        try:
+            torch.save({"state_dict": state, "meta": meta, **extra}, temporary)
+        except RuntimeError as error:  # torch reports a full disk this way
+            raise OSError(0, str(error).splitlines()[0]) from error
+
+
+def _describe(net: nn.Module) -> str:
+    if isinstance(net, LEDNet):
+        return f"LEDNet {net.variant} with {net.num_classes} outputs"
+    return type(net).__name__

@@ -1,0 +1,229 @@
+"""Draw a toy data set in the layout of Cityscapes.
+
+    python datasets/make_toy_cityscapes.py --out datasets/toy_cityscapes
+
+150 street scenes, 512x256, in about 15 seconds on two cores. All 19 evaluated
+classes occur in train and in val. Every tool that reads Cityscapes reads the toy:
+file names, ids, colours, 16-bit instances and polygons follow
+https://github.com/mcordts/cityscapesScripts. As in the real thing, the ground
+truth of test is a dummy (all "out of roi"), and train_extra has coarse labels only.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+import numpy as np
+from PIL import Image
+from toy_scene import Annotation, Scene, annotate, draw_scene
+from tqdm import tqdm
+
+from lednet.data.labels import CITYSCAPES_LABELS
+from lednet.errors import UserError, exit_on_user_error
+from lednet.files import read_json, write_atomically, write_json, write_text
+
+DRAWING = 1
+"""Raised when the same seed gives other pictures, so that an old tree is not taken for new."""
+
+MIN_SIZE, MAX_SIZE = 64, 8192
+
+CITIES = {
+    "train": ("lilliput", "duckburg", "laputa", "emeraldcity"),
+    "val": ("brobdingnag", "gotham"),
+    "test": ("atlantis", "eldorado"),
+    "train_extra": ("wonderland", "schilda"),
+}
+ANNOTATED = {  # split -> ground truths on disk
+    "train": ("gtFine", "gtCoarse"),
+    "val": ("gtFine", "gtCoarse"),
+    "test": ("gtFine",),
+    "train_extra": ("gtCoarse",),
+}
+
+
+def frame_name(split: str, index: int) -> str:
+    """City, sequence and frame, as in aachen_000000_000019."""
+    cities = CITIES[split]
+    return f"{cities[index % len(cities)]}_{index // len(cities):06d}_000019"
+
+
+def toy_scene(seed: int, split: str, index: int, width: int, height: int) -> Scene:
+    """Scene number `index` of a split; it depends on nothing else."""
+    return draw_scene(random.Random(f"{seed}/{split}/{index}"), width, height)
+
+
+def out_of_roi(width: int, height: int) -> Annotation:
+    """The ground truth of the test split: nothing that counts."""
+    corners = [[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]]
+    return annotate([{"label": "out of roi", "polygon": corners}], width, height)
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    with write_atomically(path) as temporary:
+        Image.fromarray(pixels).save(temporary, compress_level=3)
+
+
+@functools.cache
+def colors() -> np.ndarray:
+    """(256, 4) uint8: RGBA of each label id."""
+    table = np.zeros((256, 4), dtype=np.uint8)
+    for label in CITYSCAPES_LABELS:
+        if label.id >= 0:
+            table[label.id] = (*label.color, 255)
+    return table
+
+
+def write_annotation(folder: Path, stem: str, truth: Annotation) -> None:
+    """The four files of one annotation; `stem` ends in _gtFine or _gtCoarse."""
+    height, width = truth.label_ids.shape
+    polygons = {"imgHeight": height, "imgWidth": width, "objects": truth.objects}
+    write_png(folder / f"{stem}_labelIds.png", truth.label_ids)
+    write_png(folder / f"{stem}_instanceIds.png", truth.instance_ids)
+    write_png(folder / f"{stem}_color.png", colors()[truth.label_ids])
+    write_text(folder / f"{stem}_polygons.json", json.dumps(polygons) + "\n")
+
+
+def write_scene(root: Path, seed: int, width: int, height: int, item: tuple[str, int]) -> None:
+    """Draw scene `item` = (split, index) and write its picture and its ground truths."""
+    split, index = item
+    scene, name = toy_scene(seed, split, index, width, height), frame_name(split, index)
+    within = Path(split) / name.split("_")[0]
+    truths = {"gtFine": scene.fine, "gtCoarse": scene.coarse}
+    if split == "test":
+        truths["gtFine"] = out_of_roi(width, height)
+    write_png(root / "leftImg8bit" / within / f"{name}_leftImg8bit.png", scene.image)
+    for kind in ANNOTATED[split]:
+        write_annotation(root / kind / within, f"{name}_{kind}", truths[kind])
+
+
+def claim(root: Path, options: dict) -> bool:
+    """Make `root` ours by a toy.json; False when the finished set is there already.
+
+    Raises:
+        UserError: `root` holds something else.
+    """
+    marker = root / "toy.json"
+    if marker.exists():
+        found = read_json(marker)
+        if not isinstance(found, dict) or found.get("options") != options:
+            raise UserError(
+                f"{root} holds a toy set with other options (see its toy.json); "
+                "remove it or choose another --out"
+            )
+        return not found.get("complete", False)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(
+            f"{root} is there and no toy set, so it may be real data; choose another --out"
+        )
+    write_json(marker, {"options": options, "complete": False})
+    return True
+
+
+def remove_leftovers(root: Path) -> None:
+    """Temporary files of an interrupted run; they are named as `write_atomically` does."""
+    for pattern in (".*_leftImg8bit.*", ".*_gtFine_*", ".*_gtCoarse_*"):
+        for path in root.rglob(pattern):
+            path.unlink()
+
+
+def scenes(work: functools.partial, items: list, workers: int) -> Iterator[None]:
+    """Run `work` on each item, in this process or in a pool."""
+    if workers == 1:
+        yield from map(work, items)
+        return
+    with multiprocessing.Pool(workers) as pool:
+        yield from pool.imap_unordered(work, items, chunksize=2)
+
+
+def write_toy_cityscapes(
+    root: str | os.PathLike,
+    train: int = 96,
+    val: int = 24,
+    test: int = 6,
+    train_extra: int = 24,
+    width: int = 512,
+    height: int = 256,
+    seed: int = 1,
+    workers: int = 1,
+) -> bool:
+    """Write the toy data set to `root`; the files do not depend on `workers`.
+
+    An interrupted set with the same options is completed.
+
+    Args:
+        train, val, test, train_extra: scenes in each split.
+        width, height: pixels.
+
+    Returns:
+        False when the same set was already there and nothing was done.
+
+    Raises:
+        UserError: sizes or counts out of range, or `root` holds something else.
+    """
+    root = Path(root)
+    counts = {"train": train, "val": val, "test": test, "train_extra": train_extra}
+    if min(counts.values()) < 0 or sum(counts.values()) == 0 or workers < 1:
+        raise UserError("there must be some scenes and at least one worker; raise the counts")
+    if min(width, height) < MIN_SIZE or max(width, height) > MAX_SIZE:
+        raise UserError(
+            f"{width}x{height} is out of range; give {MIN_SIZE} to {MAX_SIZE} pixels a side"
+        )
+    options = {**counts, "width": width, "height": height, "seed": seed, "drawing": DRAWING}
+    if not claim(root, options):
+        return False
+    remove_leftovers(root)
+    items = [(split, index) for split, count in counts.items() for index in range(count)]
+    work = functools.partial(write_scene, root, seed, width, height)
+    for _ in tqdm(scenes(work, items, workers), total=len(items), unit="scene"):
+        pass
+    write_json(root / "toy.json", {"options": options, "complete": True})
+    return True
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=REPOSITORY / "datasets" / "toy_cityscapes",
+        help="folder to write; default: datasets/toy_cityscapes in the repository",
+    )
+    for split, count in (("train", 96), ("val", 24), ("test", 6), ("train-extra", 24)):
+        parser.add_argument(
+            f"--{split}", type=int, default=count, help=f"scenes in {split}; default: {count}"
+        )
+    parser.add_argument("--width", type=int, default=512, help="pixels; default: 512")
+    parser.add_argument("--height", type=int, default=256, help="pixels; default: 256")
+    parser.add_argument("--seed", type=int, default=1, help="another seed, other streets")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(os.cpu_count() or 1, 8),
+        help="processes; default: one a core, at most 8",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = vars(parse_arguments())
+    root = options.pop("out")
+    if write_toy_cityscapes(root, **options):
+        print(f"wrote {root}")
+    else:
+        print(f"already there: {root}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,175 @@
+"""Score weights on a data set: IoU of each class, mIoU, pixel accuracy.
+
+    python test/eval_iou.py --weights save/cityscapes-d20 --datadir /data/cityscapes
+    python test/eval_iou.py --weights best.pth --dataset camvid --datadir /data/camvid
+
+The image is resized to the network's size, its logits back to the label's size, and
+the argmax is taken there: what is scored is the label file as it is on disk. With
+--at network the labels are resized instead, as during training. Weights of the
+original release are opened too.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from torch.utils.data import DataLoader, default_collate
+from tqdm import tqdm
+
+from lednet.data.datasets import DATASETS, DEFAULT_SIZES, SegmentationDataset, open_dataset
+from lednet.data.labels import LabelScheme
+from lednet.data.transforms import evaluation_transform
+from lednet.errors import UserError, exit_on_user_error
+from lednet.evaluation.evaluate import AMP_DTYPES, Evaluation, evaluate, require_labels
+from lednet.evaluation.report import plot_class_iou, sample_sheet
+from lednet.files import write_json
+from lednet.model import LEDNet
+from lednet.training.distributed import choose_device
+from lednet.weights import load_network
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # fmt: off
+    parser.add_argument("--weights", type=Path, required=True,
+                        help="weights file, or a run folder (its best.pth)")
+    parser.add_argument("--dataset", choices=DATASETS, default="cityscapes")
+    parser.add_argument("--datadir", type=Path, help="data set's folder (datasets/<dataset>)")
+    parser.add_argument("--subset", choices=("train", "train_extra", "val", "test"), default="val")
+    parser.add_argument("--annotations", choices=("fine", "coarse"), default="fine")
+    parser.add_argument("--labels", choices=("auto", "labelIds", "labelTrainIds"), default="auto",
+                        help="what Cityscapes label files hold (told by their names)")
+    parser.add_argument("--classes", type=Path, help="class file of own data (classes.yaml)")
+    parser.add_argument("--val-every", type=int, default=0, metavar="N",
+                        help="the hold-out that the training used")
+    parser.add_argument("--at", choices=("full", "network"), default="full",
+                        help="score at the label files' size, or at the network's")
+    parser.add_argument("--height", type=int, help="network input in pixels (as trained)")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--num-workers", type=int, default=2)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw a bar for each class")
+    parser.add_argument("--sheet", type=Path, metavar="PNG",
+                        help="draw input | truth | prediction of some images")
+    parser.add_argument("--sheet-images", type=int, default=6, metavar="N")
+    # fmt: on
+    return parser
+
+
+def weights_file(path: Path) -> Path:
+    """A run folder stands for the best weights in it."""
+    if not path.is_dir():
+        return path
+    if not (path / "best.pth").is_file():
+        raise UserError(f"{path} holds no best.pth: give a run whose second stage has begun")
+    return path / "best.pth"
+
+
+def network_size(args: argparse.Namespace, meta: dict) -> tuple[int, int]:
+    """(height, width) from the flags, the weights or the data set, in this order."""
+    known = meta.get("size") or DEFAULT_SIZES.get(args.dataset)
+    if known is None and not (args.height and args.width):
+        raise UserError("the weights do not say their input size: give --height and --width")
+    height, width = known or (0, 0)
+    return args.height or height, args.width or width
+
+
+def require_same_classes(net: LEDNet, meta: dict, scheme: LabelScheme, weights: Path) -> None:
+    """Refuse weights whose outputs mean something else."""
+    if net.num_classes != scheme.num_outputs:
+        raise UserError(
+            f"{weights} has {net.num_classes} outputs, {scheme.name} needs {scheme.num_outputs} "
+            f"({scheme.num_classes} classes and void): choose the data set it was trained on"
+        )
+    if "classes" in meta and tuple(meta["classes"]) != scheme.classes:
+        raise UserError(
+            f"{weights} was trained on {meta.get('dataset')}, whose classes are not those of "
+            f"{scheme.name}: choose the data set it was trained on"
+        )
+
+
+def collate(samples: list) -> list:
+    if len({target.shape for _, target in samples}) > 1:
+        raise UserError("the labels of a batch differ in size: use --batch-size 1")
+    return default_collate(samples)
+
+
+def score(args: argparse.Namespace, net: LEDNet, data: SegmentationDataset) -> Evaluation:
+    loader = DataLoader(data, args.batch_size, num_workers=args.num_workers, collate_fn=collate)
+    device = next(net.parameters()).device
+    with tqdm(total=len(data), desc=f"{args.subset}", unit="image", dynamic_ncols=True) as bar:
+
+        def batches():
+            for images, target in loader:
+                yield images, target
+                bar.update(len(images))
+
+        return evaluate(net, batches(), data.scheme.num_classes, device, args.precision)
+
+
+def print_table(result: dict) -> None:
+    width = max(map(len, result["class_iou"]))
+    for name, iou in result["class_iou"].items():
+        print(f"{name:{width}}  {'absent' if iou is None else f'{iou:6.4f}'}")
+    print(f"{'mIoU':{width}}  {result['miou']:6.4f}")
+    print(f"{'pixel accuracy':{width}}  {result['pixel_accuracy']:6.4f}")
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    device = choose_device(args.device)
+    weights = weights_file(args.weights)
+    net, meta = load_network(weights)
+    root = args.datadir or ROOT / "datasets" / args.dataset
+    data = open_dataset(
+        args.dataset,
+        root,
+        args.subset,
+        annotations=args.annotations,
+        labels=args.labels,
+        class_file=args.classes,
+        val_every=args.val_every,
+    )
+    require_same_classes(net, meta, data.scheme, weights)
+    size = network_size(args, meta)
+    normalization = {key: meta[key] for key in ("mean", "std") if key in meta}
+    data.transform = evaluation_transform(size, args.at == "full", **normalization)
+
+    net.to(device)
+    evaluation = score(args, net, data)
+    where = f"{root} {args.subset}"
+    require_labels(evaluation.confusion, where)
+    result = evaluation.confusion.summary(data.scheme.classes)
+    result |= {
+        "images": len(data),
+        "weights": str(weights),
+        "dataset": args.dataset,
+        "subset": args.subset,
+        "network_size": list(size),
+        "scored_at": args.at,
+    }
+    print_table(result)
+    print(
+        f"{len(data)} images of {where}, network {size[0]}x{size[1]}, scored at "
+        f"{'the label files' if args.at == 'full' else 'the network'}' size"
+    )
+    title = f"{data.scheme.name} {args.subset}: mIoU {result['miou']:.3f}"
+    if args.json:
+        write_json(args.json, result)
+    if args.plot:
+        plot_class_iou(result["class_iou"], data.scheme, args.plot, title)
+    if args.sheet:
+        sample_sheet(net, data, args.sheet, args.sheet_images)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,83 @@
+"""Small data sets and the way to run a script as a user would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_toy_cityscapes import write_toy_cityscapes
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+REAL_DATA = "LEDNET_REAL_DATA"
+"""Environment variable: a folder with real images and reference outputs."""
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real images (`data/`) and reference outputs (`golden/`)."""
+    folder = os.environ.get(REAL_DATA)
+    if not folder:
+        pytest.skip(f"needs real data: set {REAL_DATA} to its folder")
+    return Path(folder)
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run a script of the repository in a process of its own, from another folder.
+
+    Call it with the script's path below the root and its arguments; returns the
+    finished process with its text output.
+    """
+
+    def run(script: str, *args: object, launcher: tuple[str, ...] = (), env: dict | None = None):
+        command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def toy_cityscapes(tmp_path_factory) -> Path:
+    """A toy Cityscapes tree: 6 training and 3 validation scenes of 128x64."""
+    root = tmp_path_factory.mktemp("toy") / "cityscapes"
+    write_toy_cityscapes(
+        root, train=6, val=3, test=2, train_extra=2, width=128, height=64, seed=1, workers=1
+    )
+    return root
+
+
+def make_camvid(root: Path, train: int = 5, val: int = 3, size: tuple[int, int] = (48, 64)) -> Path:
+    """Write a tree in CamVid's layout: coloured bands, each band a class, and some void."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        (root / split).mkdir(parents=True)
+        (root / f"{split}annot").mkdir()
+        for i in range(count):
+            label = np.repeat(rng.permutation(12), size[0] // 12)[:, None].repeat(size[1], 1)
+            image = (label[..., None] * [20, 11, 5] + rng.integers(0, 20, (*size, 3))) % 256
+            Image.fromarray(image.astype(np.uint8)).save(root / split / f"{split}_{i:03d}.png")
+            Image.fromarray(label.astype(np.uint8)).save(root / f"{split}annot/{split}_{i:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def camvid(tmp_path_factory) -> Path:
+    """A small CamVid tree, not to be changed."""
+    return make_camvid(tmp_path_factory.mktemp("camvid"))
+
+
+@pytest.fixture
+def own_camvid(tmp_path) -> Path:
+    """A small CamVid tree that a test may damage."""
+    return make_camvid(tmp_path / "camvid")

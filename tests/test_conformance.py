@@ -1,0 +1,60 @@
+"""The network answers as the released one does, to rounding."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from make_golden import GOLDEN, answers
+from PIL import Image
+
+from lednet import LEDNet, load_weights
+from lednet.weights import _our_name, load_network
+
+VARIANTS = ("d20", "d128")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answers_are_those_of_the_golden_file(variant):
+    golden, now = np.load(GOLDEN / f"{variant}.npz"), answers(variant)
+    assert golden["logits"].std() > 0.05  # the file itself must say something
+    np.testing.assert_allclose(now["logits"], golden["logits"], atol=1e-4)
+    np.testing.assert_allclose(now["encoder_logits"], golden["encoder_logits"], atol=1e-4)
+    np.testing.assert_allclose(now["loss"], golden["loss"], atol=1e-5)
+    np.testing.assert_allclose(now["grad_norms"], golden["grad_norms"], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_released_network_is_met(real_data, variant):
+    folder = real_data / "golden"
+    reference = np.load(folder / f"official_{variant}_outputs.npz")
+    net = LEDNet(20, variant)
+    report = load_weights(net, folder / f"official_{variant}_model_best.pth")
+    print(report)
+    assert report.complete and len(report.loaded) == 547
+    net.eval()
+
+    pixels = np.array(Image.open(folder / "input_512x1024.png").convert("RGB"))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    features = net.encoder(image)
+    for answer, key in (
+        (net.encoder_head(features), "encoder_logits"),
+        (net.decoder(features), "apn_logits"),
+        ((logits := net(image))[:, :, ::4, ::4], "logits_4x4_stride"),
+    ):
+        np.testing.assert_allclose(answer.detach().numpy(), reference[key], atol=1e-4)
+    assert (logits.argmax(1).numpy() == reference["argmax"]).mean() >= 0.9999
+
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randint(0, 20, (1, 512, 1024), generator=generator)
+    loss = F.cross_entropy(logits, target)
+    assert loss.item() == pytest.approx(reference["loss"].item(), abs=1e-5)
+    loss.backward()
+    gradients = {name: p.grad for name, p in net.named_parameters()}
+    for name, norm in zip(reference["grad_names"], reference["grad_norms"], strict=True):
+        ours = gradients[_our_name(str(name))].norm().item()
+        assert ours == pytest.approx(norm, rel=1e-3, abs=1e-9), name
+
+
+def test_released_checkpoint_bundle_opens(real_data):
+    net, meta = load_network(real_data / "golden" / "official_d20_checkpoint.pth.tar")
+    assert (net.variant, net.num_classes, meta) == ("d20", 20, {})

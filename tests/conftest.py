@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from make_toy_cityscapes import write_toy_cityscapes
 from PIL import Image
+
+# On these small tensors a second thread only waits, and for long where cores are shared.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +42,7 @@ def run_script(tmp_path):
         return subprocess.run(
             command,
             cwd=tmp_path,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
             capture_output=True,
             text=True,
             timeout=600,

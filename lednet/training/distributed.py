@@ -37,6 +37,15 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the running statistics of rank 0.
+
+        DDP does so before each training step; after the last one they differ.
+        """
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """`model` with gradients averaged over all processes."""
         if self.size == 1:

@@ -150,6 +150,7 @@ class Trainer:
                     loss = self._checked(sums, title, step)
                     bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
         seconds = time.perf_counter() - start
+        self.world.share_buffers(self.model)
         self.world.sum(sums)
         self.world.sum(confusion.counts)
         return {

@@ -113,7 +113,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             f"{path} is not a checkpoint of plain tensors, and code in it is never run: "
             "save it again as a state dict"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except Exception as error:  # the reader of old files lets damaged bytes raise anything
         raise UserError(
             f"{path} is damaged or no PyTorch checkpoint: copy or download it again"
         ) from error

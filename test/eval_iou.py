@@ -161,7 +161,7 @@ def main() -> None:
         f"{len(data)} images of {where}, network {size[0]}x{size[1]}, scored at "
         f"{'the label files' if args.at == 'full' else 'the network'}' size"
     )
-    title = f"{data.scheme.name} {args.subset}: mIoU {result['miou']:.3f}"
+    title = f"{root.name} {args.subset}: mIoU {result['miou']:.3f}"
     if args.json:
         write_json(args.json, result)
     if args.plot:

@@ -83,7 +83,7 @@ def fit(
             if dashboard is not None:
                 dashboard.show(record, trainer.model, val_loader)
     if main:
-        title = f"{meta['dataset']}, LEDNet {net.variant}"
+        title = f"{run.path.name}: LEDNet {net.variant}, {meta['dataset']} classes"
         plot_curves(progress.records, run.path / "curves.png", title)
 
 

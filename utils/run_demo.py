@@ -1,0 +1,119 @@
+"""Draw toy streets, train both stages on them, score the result: the whole way, in minutes.
+
+    python utils/run_demo.py
+
+What `make demo` runs. Each phase is a command that a user could type; it is printed.
+About five minutes on two CPU cores; the mIoU on the toy's val split should be at least
+0.60. A finished demo is shown again, not trained again: `make clean-demo` removes it.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lednet.deploy.speed import measure_latency
+from lednet.errors import UserError, exit_on_user_error
+from lednet.files import read_json, write_json
+from lednet.model import count_parameters
+from lednet.training.distributed import choose_device
+from lednet.weights import load_network
+
+DATA = ROOT / "datasets" / "toy_cityscapes"
+RUN = ROOT / "save" / "demo"
+SPEED_SIZE = (512, 1024)
+"""The resolution of the published speed."""
+
+# Small pictures, few epochs and a larger step than the paper's: a demo, not the recipe.
+TRAINING = ("--height", "128", "--width", "256", "--encoder-epochs", "3", "--num-epochs", "8",
+            "--batch-size", "4", "--lr", "2e-3", "--num-workers", "2",
+            "--class-weights", "computed")  # fmt: skip
+
+
+def run_phase(name: str, script: str, *arguments: str) -> float:
+    """Run a script of the repository, showing the command; returns its seconds."""
+    command = ["python", script, *arguments]
+    print(f"\n== {name}\n$ {shlex.join(command)}", flush=True)
+    start = time.perf_counter()
+    status = subprocess.run([sys.executable, *command[1:]], cwd=ROOT).returncode
+    if status:
+        raise UserError(f"the phase '{name}' ended with status {status}: see its message above")
+    return time.perf_counter() - start
+
+
+def run_all() -> dict:
+    """Every phase in order; returns the summary."""
+    data, run = str(DATA.relative_to(ROOT)), str(RUN.relative_to(ROOT))
+    seconds = {"toy data": run_phase("toy data", "datasets/make_toy_cityscapes.py", "--out", data)}
+    resume = ["--resume"] if (RUN / "encoder_last.pth").is_file() else []
+    seconds["training"] = run_phase(
+        "training", "train/main.py", "--datadir", data, "--savedir", run, *TRAINING, *resume
+    )
+    seconds["evaluation"] = run_phase(
+        "evaluation", "test/eval_iou.py", "--weights", run, "--datadir", data,
+        "--json", f"{run}/scores.json", "--plot", f"{run}/class_iou.png",
+        "--sheet", f"{run}/contact_sheet.png",
+    )  # fmt: skip
+    scores = read_json(RUN / "scores.json")
+    net, _ = load_network(RUN / "best.pth")
+    device = choose_device("auto")
+    start = time.perf_counter()
+    speed = measure_latency(net.to(device), SPEED_SIZE, device)
+    seconds["speed"] = time.perf_counter() - start
+    return {
+        "miou": scores["miou"],
+        "class_iou": scores["class_iou"],
+        "pixel_accuracy": scores["pixel_accuracy"],
+        "parameters": count_parameters(net),
+        "fps": speed["fps"],
+        "device": speed["device"],
+        "speed": speed,
+        "seconds": seconds,
+    }
+
+
+def show(summary: dict) -> None:
+    """One screen: the result, where it lies, what to run next."""
+    speed, run = summary["speed"], RUN.relative_to(ROOT)
+    took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())
+    print(f"""
+LEDNet d20, {summary["parameters"]:,} parameters, trained on toy streets
+  mIoU on the toy's val split   {summary["miou"]:.3f}
+  network alone, eager fp32     {summary["fps"]:.1f} FPS at {speed["height"]}x{speed["width"]}, \
+batch {speed["batch"]}, {summary["device"]}
+  took                          {took}
+
+Look at
+  {run}/contact_sheet.png       input | truth | prediction
+  {run}/curves.png              loss and mIoU of both stages
+  {run}/class_iou.png           IoU of each class
+  {run}/summary.json            these figures, for programs
+  {run}/best.pth                the weights
+
+Next, with real data (README.md says where to get it)
+  python train/main.py --datadir /data/cityscapes --savedir cityscapes-d20
+  python train/main.py --dataset camvid --datadir /data/camvid --savedir camvid-d20
+  python test/eval_iou.py --weights save/cityscapes-d20 --datadir /data/cityscapes
+""")
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    path = RUN / "summary.json"
+    if path.is_file():
+        print("This demo has run before; `make clean-demo` makes way for a new one.")
+    else:
+        write_json(path, run_all())
+    show(read_json(path))
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -153,6 +153,12 @@ def test_damaged_checkpoint_to_resume(train, tmp_path):
     assert_refused(train("--resume"), "last.pth is damaged")
 
 
+def test_weights_alone_are_nothing_to_resume(train, tmp_path):
+    save_checkpoint(tmp_path / "run/last.pth", LEDNet(12), {})
+    (tmp_path / "run/options.json").write_text('{"options": {}}')
+    assert_refused(train("--resume"), "last.pth holds weights alone", "--state")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu(train):
     assert_refused(train("--device", "cuda"), "--device cpu")

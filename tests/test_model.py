@@ -159,14 +159,14 @@ def test_export_agrees(net):
 def test_compiled_forward_and_backward_agree(monkeypatch):
     """One block of each kind, at a size whose pyramid shrinks to a single cell."""
     monkeypatch.setattr(lednet.model, "ENCODER_STAGES", SHORT_ENCODER)
-    check_compiled("inductor", (2, 3, 48, 64))
+    check_compiled("inductor", (2, 3, 32, 32))
 
 
 def test_whole_network_is_one_graph():
     check_compiled("aot_eager", (2, 3, 64, 96))
 
 
-SHORT_ENCODER = (Down(32), Down(64), Block(0.03, 1), Down(128), Block(0.3, 2))
+SHORT_ENCODER = (Down(32), Block(0.03, 1), Down(128), Block(0.3, 2))
 
 
 def check_compiled(backend: str, shape: tuple[int, ...]) -> None:

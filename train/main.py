@@ -212,8 +212,11 @@ def starting_point(
 ) -> tuple[Progress, dict | None]:
     """Load what the flags ask for; returns where to begin, and a trainer's state to restore."""
     if args.resume:
-        checkpoint = read_checkpoint(run.resume_file())
-        load_state(net, checkpoint["state_dict"], run.resume_file())
+        path = run.resume_file()
+        checkpoint = read_checkpoint(path)
+        if not {"meta", "trainer", "best_miou", "records"} <= checkpoint.keys():
+            raise UserError(f"{path} holds weights alone: start a new run with --state {path}")
+        load_state(net, checkpoint["state_dict"], path)
         meta = checkpoint["meta"]
         progress = Progress(
             meta["stage"], meta["epoch"], checkpoint["best_miou"], checkpoint["records"]

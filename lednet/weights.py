@@ -18,8 +18,8 @@ from lednet.errors import UserError
 from lednet.files import write_atomically
 from lednet.model import LEDNet
 
-# Wrappers that put themselves before every key: DataParallel and DDP, torch.compile.
-_PREFIXES = ("module.", "_orig_mod.")
+# What stands before a key: DataParallel and DDP, torch.compile, the release's classifier.
+_PREFIXES = ("module.", "_orig_mod.", "features.")
 
 # Key names of the original release -> ours, tried in order. In its pairs of
 # convolutions the left half starts with 3x1, the right half with 1x3.

@@ -106,6 +106,20 @@ def test_encoder_alone_is_taken_and_the_rest_reported(net, tmp_path):
     assert set(report.skipped) == {k for k in net.state_dict() if not k.startswith("encoder.")}
 
 
+def test_encoder_is_taken_out_of_the_releases_imagenet_classifier(net, tmp_path):
+    state = {
+        "module.features." + reference_name(key): value
+        for key, value in net.state_dict().items()
+        if key.startswith("encoder.")
+    }
+    state["module.classifier.linear.weight"] = torch.zeros(1000, 128)
+    torch.save({"state_dict": state, "arch": "lednet"}, tmp_path / "w.pth")
+    other = LEDNet(5)
+    report = load_weights(other, tmp_path / "w.pth", part="encoder.")
+    assert report.skipped == ["classifier.linear.weight"]
+    assert_equal(net.encoder, other.encoder)
+
+
 def test_encoder_stage_weights_are_no_full_network(net, tmp_path):
     save_checkpoint(tmp_path / "w.pth", net.encoder_stage(), {})
     with pytest.raises(UserError, match="no LEDNet decoder"):

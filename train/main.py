@@ -164,13 +164,22 @@ def parse_options() -> argparse.Namespace:
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{key: value for key, value in saved.items() if key in known})
         args = parser.parse_args()
-    for name in ("num_epochs", "batch_size", "encoder_epochs", "height", "width"):
+    for name in (
+        "num_epochs",
+        "batch_size",
+        "encoder_epochs",
+        "height",
+        "width",
+        "pyramid_channels",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
     for name in ("val_every", "num_workers", "epochs_save"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is negative: give 0 or more")
+    if args.pyramid_channels and args.variant != "d128":
+        raise UserError("--pyramid-channels goes with --variant d128: give both or neither")
     if args.val_every == 1:
         raise UserError("--val-every 1 leaves nothing to train on: give 2 or more")
     return args

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,6 +158,7 @@ def test_export_agrees(net):
         torch.testing.assert_close(exported(x), net(x))
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
 def test_compiled_forward_and_backward_agree(monkeypatch):
     """One block of each kind, at a size whose pyramid shrinks to a single cell."""
     monkeypatch.setattr(lednet.model, "ENCODER_STAGES", SHORT_ENCODER)

@@ -11,6 +11,7 @@ in README.md. Everything a run writes lies in its folder below save/.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="paper",
         help="paper: flip and shift; modern: scale, crop, flip, colour",
     )
-    data.add_argument("--num-workers", type=int, default=4, help="loading processes")
+    data.add_argument(
+        "--num-workers", type=int, default=min(4, os.cpu_count() or 1), help="loading processes"
+    )
 
     net = parser.add_argument_group("network")
     net.add_argument(

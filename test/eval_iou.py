@@ -28,6 +28,7 @@ from lednet.evaluation.report import plot_class_iou, sample_sheet
 from lednet.files import write_json
 from lednet.model import LEDNet
 from lednet.training.distributed import choose_device
+from lednet.training.runs import BEST
 from lednet.weights import load_network
 
 
@@ -68,9 +69,10 @@ def weights_file(path: Path) -> Path:
     """A run folder stands for the best weights in it."""
     if not path.is_dir():
         return path
-    if not (path / "best.pth").is_file():
-        raise UserError(f"{path} holds no best.pth: give a run whose second stage has begun")
-    return path / "best.pth"
+    best = path / BEST["decoder"]
+    if not best.is_file():
+        raise UserError(f"{path} holds no {best.name}: give a run whose second stage has begun")
+    return best
 
 
 def network_size(args: argparse.Namespace, meta: dict) -> tuple[int, int]:

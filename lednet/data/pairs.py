@@ -8,7 +8,6 @@ from typing import NamedTuple
 from lednet.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-CITYSCAPES_SPLITS = ("train", "train_extra", "val", "test")
 CITYSCAPES_ENCODINGS = ("labelIds", "labelTrainIds")
 
 

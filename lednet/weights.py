@@ -14,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lednet.data.labels import LabelScheme
 from lednet.errors import UserError
 from lednet.files import write_atomically
 from lednet.model import LEDNet
+
+BEST_WEIGHTS = "best.pth"
+"""In a run's folder, the weights of the best validation score."""
 
 # What stands before a key: DataParallel and DDP, torch.compile, the release's classifier.
 _PREFIXES = ("module.", "_orig_mod.", "features.")
@@ -199,10 +203,27 @@ def load_weights(net: nn.Module, path: str | os.PathLike, part: str = "") -> Key
     return load_state(net, read_checkpoint(path)["state_dict"], path, part)
 
 
+def weights_file(path: str | os.PathLike) -> Path:
+    """`path` itself, or for a run's folder the best weights in it.
+
+    Raises:
+        UserError: a folder without them.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (path / BEST_WEIGHTS).is_file():
+        raise UserError(f"{path} holds no {BEST_WEIGHTS}: give a run whose second stage has begun")
+    return path / BEST_WEIGHTS
+
+
 def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
     """Build the network that the weights at `path` belong to, and load them.
 
     Variant, pyramid width and number of classes are read off the shapes.
+
+    Args:
+        path: weights, or the folder of a training run.
 
     Returns:
         The network in evaluation mode, and the file's "meta" (empty for foreign files).
@@ -210,6 +231,7 @@ def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
     Raises:
         UserError: as `load_weights`; also for weights of the encoder stage alone.
     """
+    path = weights_file(path)
     checkpoint = read_checkpoint(path)
     state = checkpoint["state_dict"]
     try:
@@ -223,6 +245,47 @@ def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
     net = LEDNet(num_classes, "d20") if light else LEDNet(num_classes, "d128", width)
     load_state(net, state, path)
     return net.eval(), checkpoint.get("meta", {})
+
+
+def input_size(
+    meta: dict,
+    default: tuple[int, int] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> tuple[int, int]:
+    """(height, width) in pixels to run a network at: as asked for, as trained, or `default`.
+
+    Raises:
+        UserError: nothing says it.
+    """
+    known = meta.get("size") or default
+    if known is None and not (height and width):
+        raise UserError("the weights do not say their input size: give --height and --width")
+    return height or known[0], width or known[1]
+
+
+def require_classes(
+    net: LEDNet, meta: dict, scheme: LabelScheme, source: str | os.PathLike
+) -> None:
+    """Refuse a network whose outputs mean something else than the classes of `scheme`.
+
+    Args:
+        net, meta: as `load_network` returned them.
+        source: of the weights, for the message.
+
+    Raises:
+        UserError: another number of classes, or others by name.
+    """
+    if net.num_classes != scheme.num_outputs:
+        raise UserError(
+            f"{source} has {net.num_classes} outputs, {scheme.name} needs {scheme.num_outputs} "
+            f"({scheme.num_classes} classes and void): choose the data set it was trained on"
+        )
+    if "classes" in meta and tuple(meta["classes"]) != scheme.classes:
+        raise UserError(
+            f"{source} was trained on {meta.get('dataset')}, whose classes are not those of "
+            f"{scheme.name}: choose the data set it was trained on"
+        )
 
 
 def save_checkpoint(path: str | os.PathLike, net: nn.Module, meta: dict, **extra: Any) -> None:

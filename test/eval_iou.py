@@ -20,16 +20,15 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from lednet.data.datasets import DATASETS, DEFAULT_SIZES, SegmentationDataset, open_dataset
-from lednet.data.labels import LabelScheme
 from lednet.data.transforms import evaluation_transform
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.evaluate import AMP_DTYPES, Evaluation, evaluate, require_labels
+from lednet.evaluation.evaluate import Evaluation, evaluate, require_labels
 from lednet.evaluation.report import plot_class_iou, sample_sheet
 from lednet.files import write_json
 from lednet.model import LEDNet
+from lednet.precision import AMP_DTYPES
 from lednet.training.distributed import choose_device
-from lednet.training.runs import BEST
-from lednet.weights import load_network
+from lednet.weights import input_size, load_network, require_classes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,39 +64,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def weights_file(path: Path) -> Path:
-    """A run folder stands for the best weights in it."""
-    if not path.is_dir():
-        return path
-    best = path / BEST["decoder"]
-    if not best.is_file():
-        raise UserError(f"{path} holds no {best.name}: give a run whose second stage has begun")
-    return best
-
-
-def network_size(args: argparse.Namespace, meta: dict) -> tuple[int, int]:
-    """(height, width) from the flags, the weights or the data set, in this order."""
-    known = meta.get("size") or DEFAULT_SIZES.get(args.dataset)
-    if known is None and not (args.height and args.width):
-        raise UserError("the weights do not say their input size: give --height and --width")
-    height, width = known or (0, 0)
-    return args.height or height, args.width or width
-
-
-def require_same_classes(net: LEDNet, meta: dict, scheme: LabelScheme, weights: Path) -> None:
-    """Refuse weights whose outputs mean something else."""
-    if net.num_classes != scheme.num_outputs:
-        raise UserError(
-            f"{weights} has {net.num_classes} outputs, {scheme.name} needs {scheme.num_outputs} "
-            f"({scheme.num_classes} classes and void): choose the data set it was trained on"
-        )
-    if "classes" in meta and tuple(meta["classes"]) != scheme.classes:
-        raise UserError(
-            f"{weights} was trained on {meta.get('dataset')}, whose classes are not those of "
-            f"{scheme.name}: choose the data set it was trained on"
-        )
-
-
 def collate(samples: list) -> list:
     if len({target.shape for _, target in samples}) > 1:
         raise UserError("the labels of a batch differ in size: use --batch-size 1")
@@ -128,8 +94,7 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = build_parser().parse_args()
     device = choose_device(args.device)
-    weights = weights_file(args.weights)
-    net, meta = load_network(weights)
+    net, meta = load_network(args.weights)
     root = args.datadir or ROOT / "datasets" / args.dataset
     data = open_dataset(
         args.dataset,
@@ -140,8 +105,8 @@ def main() -> None:
         class_file=args.classes,
         val_every=args.val_every,
     )
-    require_same_classes(net, meta, data.scheme, weights)
-    size = network_size(args, meta)
+    require_classes(net, meta, data.scheme, args.weights)
+    size = input_size(meta, DEFAULT_SIZES.get(args.dataset), args.height, args.width)
     normalization = {key: meta[key] for key in ("mean", "std") if key in meta}
     data.transform = evaluation_transform(size, args.at == "full", **normalization)
 
@@ -152,7 +117,7 @@ def main() -> None:
     result = evaluation.confusion.summary(data.scheme.classes)
     result |= {
         "images": len(data),
-        "weights": str(weights),
+        "weights": str(args.weights),
         "dataset": args.dataset,
         "subset": args.subset,
         "network_size": list(size),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lednet.evaluation.evaluate import predict_at
+from lednet.deploy.predictor import predict_at
 from lednet.evaluation.metrics import ConfusionMatrix
 
 

@@ -22,9 +22,9 @@ from lednet.data.datasets import DATASETS, DEFAULT_SIZES, SegmentationDataset, o
 from lednet.data.datasets import pixel_shares
 from lednet.data.transforms import PRESETS, evaluation_transform, training_transform
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.evaluate import AMP_DTYPES, autocast
 from lednet.files import write_text
 from lednet.model import VARIANTS, LEDNet, count_parameters
+from lednet.precision import AMP_DTYPES, autocast
 from lednet.training.dashboard import Dashboard
 from lednet.training.distributed import World, join_world, leave_world
 from lednet.training.engine import Trainer, make_loaders, seed_everything

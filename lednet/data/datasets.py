@@ -29,7 +29,12 @@ DEFAULT_SIZES = {"cityscapes": (512, 1024), "camvid": (360, 480)}
 """(height, width) that the published numbers of each data set refer to."""
 
 
-def _open_image(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
+    """Open and decode an image file.
+
+    Raises:
+        UserError: missing, truncated, or no image.
+    """
     try:
         image = Image.open(path)
         image.load()
@@ -46,7 +51,7 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         UserError: missing, truncated, or no image.
     """
-    return np.array(_open_image(path).convert("RGB"))
+    return np.array(open_image(path).convert("RGB"))
 
 
 def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
@@ -58,7 +63,7 @@ def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
         UserError: missing, truncated, not 8-bit single-channel, or holding a value that
             `scheme` does not know.
     """
-    image = _open_image(path)
+    image = open_image(path)
     if image.mode not in ("L", "P"):
         raise UserError(
             f"{path} has mode {image.mode}, not 8-bit ids: give the id images, not colour ones"

@@ -137,6 +137,27 @@ def cityscapes_scheme(encoding: str = "labelIds") -> LabelScheme:
     )
 
 
+def cityscapes_id_scheme(encoding: str = "labelIds") -> LabelScheme:
+    """Cityscapes with every label a class whose index is its id: what the benchmark counts in.
+
+    Args:
+        encoding: as in `cityscapes_scheme`; of labelTrainIds, void becomes id 0 (unlabeled).
+    """
+    labels = [label for label in CITYSCAPES_LABELS if label.id >= 0]
+    if encoding == "labelIds":
+        file_ids = {label.id: label.id for label in labels}
+    elif encoding == "labelTrainIds":
+        file_ids = {label.train_id: label.id for label in _evaluated()} | {IGNORE_INDEX: 0}
+    else:
+        raise ValueError(f"encoding must be 'labelIds' or 'labelTrainIds', not {encoding!r}")
+    return LabelScheme(
+        name="Cityscapes",
+        classes=tuple(label.name for label in labels),
+        colors=tuple(label.color for label in labels),
+        file_ids=file_ids,
+    )
+
+
 _CAMVID_CLASSES: Sequence[tuple[str, Color]] = (
     ("sky", (128, 128, 128)),
     ("building", (128, 0, 0)),

@@ -24,7 +24,7 @@ def _require_folder(folder: Path, next_step: str) -> Path:
     return folder
 
 
-def _list_examples(names: Iterable[str], limit: int = 3) -> str:
+def list_examples(names: Iterable[str], limit: int = 3) -> str:
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
@@ -41,7 +41,7 @@ def _by_name(paths: Iterable[Path], ending: str, what: str) -> dict[str, Path]:
         found[key] = path
     if doubled:
         raise UserError(
-            f"{len(doubled)} {what} stand twice for one name ({_list_examples(doubled)}): "
+            f"{len(doubled)} {what} stand twice for one name ({list_examples(doubled)}): "
             "keep one of each"
         )
     return found
@@ -52,13 +52,13 @@ def _match(images: dict[str, Path], labels: dict[str, Path], place: str) -> list
     if without_label:
         raise UserError(
             f"{place}: {len(without_label)} of {len(images)} images have no label "
-            f"({_list_examples(without_label)}): add the labels or remove the images"
+            f"({list_examples(without_label)}): add the labels or remove the images"
         )
     without_image = labels.keys() - images.keys()
     if without_image:
         raise UserError(
             f"{place}: {len(without_image)} of {len(labels)} labels have no image "
-            f"({_list_examples(without_image)}): add the images or remove the labels"
+            f"({list_examples(without_image)}): add the images or remove the labels"
         )
     return [Pair(images[key], labels[key]) for key in sorted(images)]
 
@@ -96,6 +96,19 @@ def detect_cityscapes_encoding(root: Path, split: str, annotations: str) -> str:
     )
 
 
+def cityscapes_labels(
+    root: str | os.PathLike, split: str, annotations: str = "fine", encoding: str = "labelIds"
+) -> dict[str, Path]:
+    """Label files of a Cityscapes split by the name of their frame (`<city>_<seq>_<frame>`).
+
+    Args and errors as `cityscapes_pairs`; images need not be there.
+    """
+    kind = f"gt{annotations.capitalize()}"
+    folder = _require_folder(Path(root) / kind / split, f"--datadir must hold {kind}/{split}")
+    ending = f"_{kind}_{encoding}"
+    return _by_name(folder.rglob(f"*{ending}.png"), ending, "labels")
+
+
 def cityscapes_pairs(
     root: str | os.PathLike, split: str, annotations: str = "fine", encoding: str = "labelIds"
 ) -> list[Pair]:
@@ -121,10 +134,7 @@ def cityscapes_pairs(
     _refuse_empty(images, image_folder)
     if split == "test":
         return [Pair(images[key], None) for key in sorted(images)]
-    kind = f"gt{annotations.capitalize()}"
-    label_folder = _require_folder(root / kind / split, f"--datadir must hold {kind}/{split}")
-    ending = f"_{kind}_{encoding}"
-    labels = _by_name(label_folder.rglob(f"*{ending}.png"), ending, "labels")
+    labels = cityscapes_labels(root, split, annotations, encoding)
     return _match(images, labels, f"{root} {split}")
 
 

@@ -4,37 +4,13 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lednet.data.labels import IGNORE_INDEX
+from lednet.deploy.predictor import predict_at
 from lednet.errors import UserError
 from lednet.evaluation.metrics import ConfusionMatrix
-
-AMP_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precision's name -> autocast type; None computes in float32 throughout."""
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast context for a precision of `AMP_DTYPES` on `device`.
-
-    Raises:
-        UserError: fp16 on a CPU, where its range overflows and nothing is gained.
-    """
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("fp16 needs a GPU: choose --precision bf16 or fp32 on a CPU")
-    dtype = AMP_DTYPES[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def predict_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Class of every pixel at `size`: the logits are enlarged before the argmax.
-
-    logits: (N, C, h, w) -> (N, *size) int64
-    """
-    if logits.shape[-2:] != torch.Size(size):
-        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-    return logits.argmax(dim=1)
+from lednet.precision import autocast
 
 
 class Evaluation(NamedTuple):

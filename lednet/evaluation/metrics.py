@@ -7,6 +7,20 @@ import torch
 from torch import Tensor
 
 
+def count_pairs(truth: Tensor, prediction: Tensor, rows: int, columns: int) -> Tensor:
+    """How often each pair (true value, predicted value) occurs: one histogram of joint codes.
+
+    Args:
+        truth: (...) integers, 0 <= value < `rows`.
+        prediction: of the same shape and device, 0 <= value < `columns`.
+
+    Returns:
+        (rows, columns) int64.
+    """
+    codes = truth.to(torch.int32) * columns + prediction  # int32: half the memory traffic of int64
+    return torch.bincount(codes.flatten(), minlength=rows * columns).view(rows, columns)
+
+
 class ConfusionMatrix:
     """Counts of (true class, predicted class) over any number of images.
 
@@ -35,11 +49,9 @@ class ConfusionMatrix:
         """
         if prediction.shape != target.shape:
             raise ValueError(f"prediction is {prediction.shape}, target {target.shape}")
-        counted = target < self.num_classes
-        columns = self.num_classes + 1
-        predicted = prediction[counted].clamp(max=self.num_classes).long()
-        cells = target[counted].long() * columns + predicted
-        self.counts += torch.bincount(cells, minlength=self.counts.numel()).view_as(self.counts)
+        size = self.num_classes + 1  # the last row takes what is left out
+        target, prediction = target.clamp(max=size - 1), prediction.clamp(max=size - 1)
+        self.counts += count_pairs(target, prediction, size, size)[:-1]
 
     def class_iou(self) -> Tensor:
         """(num_classes,) float64 in [0, 1]; NaN for a class that is in neither truth nor
@@ -58,8 +70,14 @@ class ConfusionMatrix:
         counts = self.counts.cpu().double()
         return (counts.diagonal().sum() / counts.sum()).item()
 
+    def frequency_weighted_iou(self) -> float:
+        """Mean of `class_iou`, weighted with each class's share of the true pixels."""
+        shares = self.counts.sum(1).cpu().double() / self.counts.sum().item()
+        return (shares * self.class_iou().nan_to_num()).sum().item()
+
     def summary(self, classes: Sequence[str]) -> dict[str, Any]:
-        """Miou, class_iou by name (None where absent) and pixel_accuracy, ready for JSON."""
+        """Miou, class_iou by name (None where absent), pixel_accuracy and
+        frequency_weighted_iou, ready for JSON."""
         return {
             "miou": none_if_nan(self.mean_iou()),
             "class_iou": {
@@ -67,6 +85,7 @@ class ConfusionMatrix:
                 for name, iou in zip(classes, self.class_iou().tolist(), strict=True)
             },
             "pixel_accuracy": none_if_nan(self.pixel_accuracy()),
+            "frequency_weighted_iou": none_if_nan(self.frequency_weighted_iou()),
         }
 
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from lednet.data.datasets import SegmentationDataset
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
-from lednet.evaluation.evaluate import predict_at
+from lednet.deploy.predictor import predict_at
+from lednet.evaluation.draw import colorize, draw_legend
 from lednet.files import write_atomically
 
 _STAGE_TITLES = {"encoder": "Stage 1: encoder", "decoder": "Stage 2: full network"}
@@ -84,11 +85,6 @@ def plot_class_iou(
     _save(figure, path)
 
 
-def colorize(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
-    """Class indices (H, W) to RGB (H, W, 3) uint8; void is black."""
-    return scheme.palette[label]
-
-
 def contact_sheet(
     rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     scheme: LabelScheme,
@@ -112,9 +108,8 @@ def contact_sheet(
     heights = [round(tile_width * image.shape[0] / image.shape[1]) for image, _, _ in rows]
     width = 3 * tile_width + 4 * margin
     font = ImageFont.load_default(15)
-    columns = max(1, width // 170)
-    legend_rows = -(-(scheme.num_classes + 1) // columns)
-    height = header + sum(heights) + margin * (len(rows) + 1) + 24 * legend_rows + margin
+    legend = draw_legend(scheme, width)
+    height = header + sum(heights) + margin * len(rows) + legend.height
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for column, heading in enumerate(("input", "truth", "prediction")):
@@ -126,11 +121,7 @@ def contact_sheet(
             tile = Image.fromarray(pixels).resize((tile_width, tile_height), resample)
             sheet.paste(tile, (margin + column * (tile_width + margin), top))
         top += tile_height + margin
-    entries = [*zip(scheme.classes, scheme.colors, strict=True), ("void", (0, 0, 0))]
-    for i, (name, color) in enumerate(entries):
-        x, y = margin + (i % columns) * 170, top + margin + (i // columns) * 24
-        draw.rectangle((x, y, x + 22, y + 15), fill=color, outline="gray")
-        draw.text((x + 28, y - 1), name, "black", font)
+    sheet.paste(legend, (0, top))
     with write_atomically(path) as temporary:
         sheet.save(temporary)
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lednet.data.labels import LabelScheme
+from lednet.deploy.predictor import predict_at
 from lednet.errors import UserError
-from lednet.evaluation.evaluate import predict_at
-from lednet.evaluation.report import colorize
+from lednet.evaluation.draw import colorize
 
 
 class Dashboard:

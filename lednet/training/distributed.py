@@ -37,6 +37,19 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def gather(self, values: list) -> list:
+        """The values of all processes, in the order of their ranks; every process gets them."""
+        if self.size == 1:
+            return values
+        lists: list = [None] * self.size
+        dist.all_gather_object(lists, values)
+        return [value for part in lists for value in part]
+
+    def barrier(self) -> None:
+        """Wait until every process has come here."""
+        if self.size > 1:
+            dist.barrier()
+
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the running statistics of rank 0.
 

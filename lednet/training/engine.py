@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from lednet.data.datasets import SegmentationDataset
 from lednet.errors import UserError
-from lednet.evaluation.evaluate import autocast, evaluate
+from lednet.evaluation.evaluate import evaluate
 from lednet.evaluation.metrics import ConfusionMatrix, none_if_nan
+from lednet.precision import autocast
 from lednet.training.distributed import EachOnceSampler, ShuffledSampler, World
 from lednet.training.loss import WeightedCrossEntropy, resize_target
 from lednet.training.schedule import set_poly_lr

@@ -15,10 +15,11 @@ import torchvision
 import lednet
 from lednet.errors import UserError
 from lednet.files import read_json, write_json, write_text
+from lednet.weights import BEST_WEIGHTS
 
 STAGES = ("encoder", "decoder")
 LAST = {"encoder": "encoder_last.pth", "decoder": "last.pth"}
-BEST = {"encoder": "encoder_best.pth", "decoder": "best.pth"}
+BEST = {"encoder": "encoder_best.pth", "decoder": BEST_WEIGHTS}
 
 
 def environment(repository: Path) -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""Label maps as pictures: class colours, overlays, the legend that explains them."""
+
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lednet.data.labels import LabelScheme, camvid_scheme, cityscapes_scheme
+from lednet.errors import UserError
+from lednet.files import write_atomically
+
+_FONT_SIZE = 15
+"""Of the legend; its other measures are given for this size and grow with it."""
+
+
+def output_scheme(meta: dict[str, Any], num_outputs: int, source: str | os.PathLike) -> LabelScheme:
+    """Names and colours of a network's outputs.
+
+    Args:
+        meta: as `lednet.weights.load_network` returned it. Without classes in it, 20
+            outputs are those of Cityscapes and 12 those of CamVid.
+        num_outputs: of the network, void included.
+        source: of the weights, for the message.
+
+    Raises:
+        UserError: the outputs' meaning is not known.
+    """
+    if "classes" not in meta:
+        for scheme in (cityscapes_scheme(), camvid_scheme()):
+            if scheme.num_outputs == num_outputs:
+                return scheme
+        raise UserError(
+            f"{source} does not name its classes, and {num_outputs} outputs are neither Cityscapes "
+            "(20) nor CamVid (12): give weights that this project trained"
+        )
+    classes, colors = tuple(meta["classes"]), tuple(map(tuple, meta.get("colors", ())))
+    if not len(classes) == len(colors) == num_outputs - 1:
+        raise UserError(
+            f"{source} has {num_outputs} outputs, but {len(classes)} classes and {len(colors)} "
+            "colours without void: give weights as training wrote them"
+        )
+    name = str(meta.get("dataset", source))
+    return LabelScheme(name, classes, colors, {i: i for i in range(len(classes))})
+
+
+def colorize(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
+    """Class indices (H, W) to RGB (H, W, 3) uint8; void is black."""
+    return scheme.palette[label]
+
+
+def overlay(image: np.ndarray, label: np.ndarray, scheme: LabelScheme, alpha: float) -> np.ndarray:
+    """Tint an image with the colours of its classes; void keeps the image's own.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        label: (H, W) class indices; those past the classes are void.
+        alpha: share of the class's colour, 0 to 1.
+
+    Returns:
+        (H, W, 3) uint8, rounded to the nearest.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be 0 to 1, not {alpha}")
+    share = np.where(label < scheme.num_classes, np.float32(alpha), np.float32(0))[..., None]
+    tinted = image + share * (colorize(label, scheme).astype(np.float32) - image)
+    return (tinted + 0.5).astype(np.uint8)
+
+
+def draw_legend(
+    scheme: LabelScheme, width: int, font_size: float = _FONT_SIZE, void: bool = True
+) -> Image.Image:
+    """Every class with its colour, in columns, on white.
+
+    Args:
+        width: in pixels; the legend is wider where one name alone needs more.
+        font_size: in pixels.
+        void: whether void is among the entries.
+    """
+    font = ImageFont.load_default(font_size)
+    scale = font_size / _FONT_SIZE
+    margin, gap, row = round(8 * scale), round(14 * scale), round(24 * scale)
+    swatch, text_left = (round(22 * scale), round(15 * scale)), round(28 * scale)
+    entries = [*zip(scheme.classes, scheme.colors, strict=True)]
+    if void:
+        entries.append(("void", (0, 0, 0)))
+    needed = text_left + gap + round(max(font.getlength(name) for name, _ in entries))
+    columns = max(1, (width - margin) // needed)
+    rows = -(-len(entries) // columns)
+    columns = -(-len(entries) // rows)  # as few as these rows need, to spread them evenly
+    width = max(width, margin + needed)
+    legend = Image.new("RGB", (width, 2 * margin + (rows - 1) * row + swatch[1]), "white")
+    draw = ImageDraw.Draw(legend)
+    for i, (name, color) in enumerate(entries):
+        x = margin + (i % columns) * ((width - margin) // columns)
+        y = margin + (i // columns) * row
+        draw.rectangle((x, y, x + swatch[0], y + swatch[1]), fill=color, outline="gray")
+        draw.text((x + text_left, y + swatch[1] / 2), name, "black", font, anchor="lm")
+    return legend
+
+
+def with_legend(image: np.ndarray, scheme: LabelScheme, void: bool = True) -> np.ndarray:
+    """Put the legend below a picture, its letters as large as the picture's width asks for.
+
+    It shows all classes, so that the pictures of one network keep one layout.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+
+    Returns:
+        (H + legend, W, 3) uint8; wider, white on the right, where W is less than a name.
+    """
+    height, width = image.shape[:2]
+    legend = draw_legend(scheme, width, max(13, width / 72), void)
+    picture = Image.new("RGB", (legend.width, height + legend.height), "white")
+    picture.paste(Image.fromarray(image), (0, 0))
+    picture.paste(legend, (0, height))
+    return np.asarray(picture)
+
+
+def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:
+    """Write RGB pixels, (H, W, 3) uint8, to a PNG, atomically."""
+    with write_atomically(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG", compress_level=1)

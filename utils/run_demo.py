@@ -17,17 +17,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.deploy.speed import measure_latency
+from lednet.deploy.predictor import Predictor
+from lednet.deploy.speed import speed_card
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import read_json, write_json
-from lednet.model import count_parameters
 from lednet.training.distributed import choose_device
-from lednet.weights import load_network
 
 DATA = ROOT / "datasets" / "toy_cityscapes"
 RUN = ROOT / "save" / "demo"
 SPEED_SIZE = (512, 1024)
-"""The resolution of the published speed."""
+"""(height, width) of the published speed."""
+
+IMAGE_SIZE = (1024, 2048)
+"""(height, width) of a Cityscapes image, from which label maps are timed."""
 
 # Small pictures, few epochs and a larger step than the paper's: a demo, not the recipe.
 TRAINING = ("--height", "128", "--width", "256", "--encoder-epochs", "3", "--num-epochs", "8",
@@ -59,18 +61,23 @@ def run_all() -> dict:
         "--json", f"{run}/scores.json", "--plot", f"{run}/class_iou.png",
         "--sheet", f"{run}/contact_sheet.png",
     )  # fmt: skip
+    seconds["report"] = run_phase(
+        "report", "test/eval_cityscapes_server.py", "--weights", run, "--datadir", data,
+        "--out", f"{run}/eval", "--overwrite", "--report", "--no-speed",
+    )  # fmt: skip
     scores = read_json(RUN / "scores.json")
-    net, _ = load_network(RUN / "best.pth")
-    device = choose_device("auto")
     start = time.perf_counter()
-    speed = measure_latency(net.to(device), SPEED_SIZE, device)
+    predictor = Predictor.from_weights(
+        RUN, height=SPEED_SIZE[0], width=SPEED_SIZE[1], device=choose_device("auto")
+    )
+    speed = speed_card(predictor, IMAGE_SIZE, runs=10)
     seconds["speed"] = time.perf_counter() - start
     return {
         "miou": scores["miou"],
         "class_iou": scores["class_iou"],
         "pixel_accuracy": scores["pixel_accuracy"],
-        "parameters": count_parameters(net),
-        "fps": speed["fps"],
+        "parameters": speed["parameters"],
+        "fps": speed["forward"]["fps"],
         "device": speed["device"],
         "speed": speed,
         "seconds": seconds,
@@ -84,11 +91,14 @@ def show(summary: dict) -> None:
     print(f"""
 LEDNet d20, {summary["parameters"]:,} parameters, trained on toy streets
   mIoU on the toy's val split   {summary["miou"]:.3f}
-  network alone, eager fp32     {summary["fps"]:.1f} FPS at {speed["height"]}x{speed["width"]}, \
-batch {speed["batch"]}, {summary["device"]}
+  network alone, eager fp32     {summary["fps"]:.1f} FPS at {SPEED_SIZE[0]}x{SPEED_SIZE[1]}, \
+batch 1, {summary["device"]}
+  image to label map            {speed["image_to_label_map"]["fps"]:.1f} FPS at \
+{IMAGE_SIZE[0]}x{IMAGE_SIZE[1]}
   took                          {took}
 
 Look at
+  {run}/eval/report.html        the whole evaluation as a page, every image in it
   {run}/contact_sheet.png       input | truth | prediction
   {run}/curves.png              loss and mIoU of both stages
   {run}/class_iou.png           IoU of each class
@@ -98,7 +108,7 @@ Look at
 Next, with real data (README.md says where to get it)
   python train/main.py --datadir /data/cityscapes --savedir cityscapes-d20
   python train/main.py --dataset camvid --datadir /data/camvid --savedir camvid-d20
-  python test/eval_iou.py --weights save/cityscapes-d20 --datadir /data/cityscapes
+  python test/eval_cityscapes_server.py --weights save/cityscapes-d20 --datadir /data/cityscapes
 """)
 
 

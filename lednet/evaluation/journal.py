@@ -1,0 +1,87 @@
+"""Results of single images, kept as they come: an interrupted evaluation goes on."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lednet.errors import UserError
+
+
+class Journal:
+    """Files `progress-<rank>.jsonl` in a folder: the settings, then a line an image.
+
+    What all processes wrote, however many there were, is read once, at the start.
+
+    Args:
+        folder: made with the first line.
+        settings: everything that the results depend on; plain JSON values.
+        rank: of this process among those that write.
+
+    Attributes:
+        entries: lines found at the start, by the image's name.
+
+    Raises:
+        UserError: the folder holds results of other settings.
+    """
+
+    def __init__(self, folder: str | os.PathLike, settings: dict[str, Any], rank: int = 0):
+        self.folder = Path(folder)
+        self.settings = json.loads(json.dumps(settings))  # as they are read again: no tuples
+        self.path = self.folder / f"progress-{rank}.jsonl"
+        self.entries: dict[str, dict] = {}
+        self._begun = False
+        for path in sorted(self.folder.glob("progress-*.jsonl")):
+            first, *rest = list(_whole_lines(path)) or [self.settings]
+            self._require_same_settings(first)
+            self.entries.update((entry["name"], entry) for entry in rest)
+
+    def _require_same_settings(self, found: dict[str, Any]) -> None:
+        for key in self.settings | found:
+            if self.settings.get(key) != found.get(key):
+                raise UserError(
+                    f"{self.folder} holds an evaluation with {key} {found.get(key)}, not "
+                    f"{self.settings.get(key)}: add --overwrite to begin anew, or choose another "
+                    "--out"
+                )
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Append one image's line, with its "name"; it is on disk when this returns."""
+        try:
+            lines = [entry]
+            if not self._begun:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lines = [entry] if _cut_torn_end(self.path) else [self.settings, entry]
+                self._begun = True
+            with open(self.path, "ab") as file:
+                file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; free some space, and the same "
+                "command goes on"
+            ) from error
+
+    @staticmethod
+    def clear(folder: str | os.PathLike) -> None:
+        """Forget what was kept in `folder`."""
+        for path in Path(folder).glob("progress-*.jsonl"):
+            path.unlink()
+
+
+def _whole_lines(path: Path) -> Iterator[dict]:
+    """Lines that were written to their end; the last one may be torn."""
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            yield json.loads(line)
+
+
+def _cut_torn_end(path: Path) -> int:
+    """Cut a file behind its last whole line; returns the length that is left."""
+    if not path.exists():
+        return 0
+    whole = path.read_bytes().rfind(b"\n") + 1
+    os.truncate(path, whole)
+    return whole

@@ -1,0 +1,141 @@
+"use strict";
+
+const element = (id) => document.getElementById(id);
+const number = (text) => (text === "" ? null : Number(text));
+const score = (value) => (value === null ? "–" : value.toFixed(3));
+
+// Absent values go last in either direction.
+function compare(a, b, sign) {
+  if (a === null || b === null) return (a === null) - (b === null);
+  return sign * (a - b);
+}
+
+element("theme").addEventListener("click", () => {
+  const root = document.documentElement;
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  root.dataset.theme = (root.dataset.theme ?? dark) === "dark" ? "light" : "dark";
+});
+
+// The class table
+const table = element("class-table");
+for (const button of table.querySelectorAll("thead button")) {
+  button.addEventListener("click", () => {
+    const heading = button.parentElement;
+    // Classes start in their own order, scores with the best.
+    const first = heading.cellIndex === 0 ? "ascending" : "descending";
+    const second = heading.cellIndex === 0 ? "descending" : "ascending";
+    const order = heading.getAttribute("aria-sort") === first ? second : first;
+    for (const other of heading.parentElement.cells) other.removeAttribute("aria-sort");
+    heading.setAttribute("aria-sort", order);
+    const value = (row) => number(row.cells[heading.cellIndex].dataset.value);
+    const sign = order === "ascending" ? 1 : -1;
+    const body = table.tBodies[0];
+    body.append(...[...body.rows].sort((a, b) => compare(value(a), value(b), sign)));
+  });
+}
+
+// The confusion matrix
+const matrix = element("matrix");
+const cells = [...matrix.querySelectorAll(".cell")];
+let current = -1;
+
+function readOut(index) {
+  current = index;
+  element("readout").textContent = cells[index].textContent;
+  element("marker").setAttribute("d", cells[index].getAttribute("d"));
+}
+
+matrix.addEventListener("pointerover", (event) => {
+  const index = cells.indexOf(event.target.closest(".cell"));
+  if (index >= 0) readOut(index);
+});
+matrix.addEventListener("focus", () => readOut(Math.max(current, 0)));
+matrix.addEventListener("keydown", (event) => {
+  const columns = Number(matrix.dataset.columns);
+  const column = current % columns;
+  const step = {
+    ArrowLeft: column > 0 ? -1 : 0,
+    ArrowRight: column < columns - 1 ? 1 : 0,
+    ArrowUp: -columns,
+    ArrowDown: columns,
+  }[event.key];
+  if (step === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
+  event.preventDefault();
+  if (!cells[current + step]) return;
+  readOut(current + step);
+  cells[current].scrollIntoView({ block: "nearest", inline: "nearest" });
+});
+
+// The images
+const list = element("rows");
+const classes = [...element("class").options].slice(1).map((option) => option.text);
+const rows = [...list.children].map((item) => ({
+  item,
+  name: item.dataset.name,
+  miou: number(item.dataset.miou),
+  iou: item.dataset.iou.split(",").map(number),
+}));
+let shown = rows;
+
+const byName = (a, b) => (a.name < b.name ? -1 : a.name > b.name ? 1 : 0);
+
+function update() {
+  const chosen = number(element("class").value);
+  const text = element("text").value.toLowerCase();
+  const order = element("order").value;
+  const value = (row) => (chosen === null ? row.miou : row.iou[chosen]);
+  const fits = (row) =>
+    row.name.toLowerCase().includes(text) && (chosen === null || row.iou[chosen] !== null);
+  const sign = order === "worst" ? 1 : -1;
+  rows.sort((a, b) => (order === "name" ? 0 : compare(value(a), value(b), sign)) || byName(a, b));
+  shown = rows.filter(fits);
+  for (const row of rows) {
+    row.item.hidden = !fits(row);
+    row.item.querySelector(".class-score").textContent =
+      chosen === null ? "" : `${classes[chosen]} ${score(row.iou[chosen])}`;
+  }
+  list.append(...rows.map((row) => row.item));
+  element("count").textContent = `${shown.length} of ${rows.length} images`;
+  element("nothing").hidden = shown.length > 0;
+}
+
+for (const id of ["order", "class", "text"]) element(id).addEventListener("input", update);
+update();
+
+// The large view
+const large = element("large");
+const swatches = document.querySelectorAll(".legend .swatch");
+let position = 0;
+
+function show(index) {
+  position = (index + shown.length) % shown.length;
+  const row = shown[position];
+  element("large-name").textContent = row.name;
+  element("large-scores").textContent = `mIoU ${score(row.miou)} · ${position + 1} of ${shown.length}`;
+  const panes = [...row.item.querySelectorAll(".pane")].map((pane) => pane.cloneNode(true));
+  for (const pane of panes) pane.querySelector("img").loading = "eager";
+  element("large-panes").replaceChildren(...panes);
+  const present = row.iou.map((iou, index) => ({ iou, index })).filter(({ iou }) => iou !== null);
+  const chips = present.sort((a, b) => a.iou - b.iou).map(({ iou, index }) => {
+    const chip = document.createElement("li");
+    chip.append(swatches[index].cloneNode(), `${classes[index]} ${score(iou)}`);
+    return chip;
+  });
+  element("large-classes").replaceChildren(...chips);
+}
+
+list.addEventListener("click", (event) => {
+  const button = event.target.closest(".panes");
+  if (!button) return;
+  show(shown.findIndex((row) => row.item.contains(button)));
+  large.showModal();
+});
+element("previous").addEventListener("click", () => show(position - 1));
+element("next").addEventListener("click", () => show(position + 1));
+element("close").addEventListener("click", () => large.close());
+large.addEventListener("keydown", (event) => {
+  if (event.key === "ArrowLeft") show(position - 1);
+  if (event.key === "ArrowRight") show(position + 1);
+});
+// Back to the image last looked at, which need not be the one that was opened.
+large.addEventListener("close", () => shown[position].item.querySelector(".panes").focus());

@@ -1,0 +1,306 @@
+"""Score a network as the Cityscapes benchmark does, measure its speed, write the upload.
+
+    python test/eval_cityscapes_server.py --weights save/cityscapes-d20 --datadir /data/cityscapes
+    python test/eval_cityscapes_server.py --weights save/cityscapes-d20 --datadir /data/cityscapes \
+        --subset test
+    python test/eval_cityscapes_server.py --predictions results --datadir /data/cityscapes \
+        --json scores.json --report report.html
+
+The 500 val images take a few minutes on a GPU and about ten on two CPU cores. Figures
+are those of the official tool (cityscapesscripts), in its result file's format. The
+folder --out receives label-id PNGs under the benchmark's names, results.json and, for
+the test split, upload.zip. A run that was interrupted goes on with the same command.
+"""
+
+import argparse
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tqdm import tqdm
+
+from lednet.data.datasets import DEFAULT_SIZES, read_image
+from lednet.data.labels import LabelScheme, cityscapes_scheme
+from lednet.deploy.predictor import Predictor
+from lednet.deploy.speed import speed_card, speed_rows
+from lednet.errors import UserError, exit_on_user_error
+from lednet.evaluation.benchmark import Frame, FrameResult, find_frames, find_predictions
+from lednet.evaluation.benchmark import predict_frames, score_predictions, total_scores
+from lednet.evaluation.benchmark_report import write_benchmark_report
+from lednet.evaluation.cityscapes import EVALUATED_CATEGORIES, EVALUATED_CLASSES
+from lednet.evaluation.cityscapes import BenchmarkScores
+from lednet.evaluation.journal import Journal
+from lednet.evaluation.upload import NUM_FILES, check_upload, prediction_name, write_upload
+from lednet.files import write_json
+from lednet.precision import AMP_DTYPES
+from lednet.training.distributed import World, join_world, leave_world
+from lednet.weights import weights_file
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    switch = argparse.BooleanOptionalAction
+    # fmt: off
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--weights", type=Path, help="weights file, or a run folder (its best.pth)")
+    source.add_argument("--predictions", type=Path, metavar="DIR",
+                        help="score the label-id PNGs below this folder, from any network")
+    data = parser.add_argument_group("data")
+    data.add_argument("--datadir", type=Path, default=ROOT / "datasets" / "cityscapes",
+                      help="Cityscapes in the official layout (datasets/cityscapes)")
+    data.add_argument("--subset", choices=("train", "val", "test"), default="val")
+    data.add_argument("--labels", choices=("auto", "labelIds", "labelTrainIds"), default="auto",
+                      help="what the label files hold (told by their names)")
+    data.add_argument("--max-images", type=int, metavar="N", help="only the first N images")
+    data.add_argument("--num-workers", type=int, default=2, help="decoding processes")
+
+    net = parser.add_argument_group("network")
+    net.add_argument("--height", type=int, help="network input in pixels (as trained)")
+    net.add_argument("--width", type=int)
+    net.add_argument("--batch-size", type=int, default=1)
+    net.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="S",
+                     help="average the answers at these sizes, 0.75 1 1.25 for instance")
+    net.add_argument("--flip", action="store_true", help="average with the mirrored image's answer")
+    net.add_argument("--tile", type=int, nargs=2, metavar=("H", "W"),
+                     help="slide a window of this size in pixels over the network's input: for "
+                          "a --height and --width too large for the memory")
+    net.add_argument("--overlap", type=int, default=128, help="of neighbouring tiles, in pixels")
+    net.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
+    net.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    net.add_argument("--fold", action=switch, default=True,
+                     help="fold batch norm into the convolutions: the same answers, faster")
+
+    out = parser.add_argument_group("results")
+    out.add_argument("--out", type=Path, help="folder for everything (<weights>-eval-<subset>)")
+    out.add_argument("--overwrite", action="store_true", help="begin anew in --out")
+    out.add_argument("--json", type=Path, metavar="FILE", help="the figures also here")
+    out.add_argument("--report", nargs="?", const=True, type=Path, metavar="FILE",
+                     help="write an HTML page (report.html in --out)")
+    out.add_argument("--report-images", type=int, default=500, metavar="N",
+                     help="the worst N images are shown in it")
+    out.add_argument("--speed", action=switch, default=True, help="measure the speed")
+    out.add_argument("--warmup", type=int, default=3, help="passes before the clock starts")
+    out.add_argument("--runs", type=int, default=20, help="timed passes")
+    # fmt: on
+    return parser
+
+
+def parse_options() -> argparse.Namespace:
+    args = build_parser().parse_args()
+    for name in ("max_images", "height", "width", "batch_size", "runs"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
+    for name in ("num_workers", "warmup", "report_images"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is negative: give 0 or more")
+    if args.subset == "test" and (args.predictions or args.report):
+        raise UserError(
+            "the labels of --subset test are withheld, so there is nothing to score: check an "
+            "upload with utils/check_upload.py, or choose --subset val"
+        )
+    if args.predictions and args.report is True:
+        raise UserError("--report needs a file name with --predictions: --report report.html")
+    if args.weights and args.out is None:
+        path = weights_file(args.weights)
+        folder = path.parent if args.weights.is_dir() else path.with_suffix("")
+        args.out = folder.parent / f"{folder.name}-eval-{args.subset}"
+    return args
+
+
+def settings(args: argparse.Namespace, predictor: Predictor) -> dict:
+    """What an image's result depends on: an interrupted run goes on with the same alone."""
+    with open(weights_file(args.weights), "rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "weights": checksum,
+        "subset": args.subset,
+        "size": predictor.size,
+        "scales": predictor.scales,
+        "flip": predictor.flip,
+        "tile": predictor.tile,
+        "overlap": predictor.overlap if predictor.tile else None,
+        "precision": predictor.precision,
+    }
+
+
+def show_progress(results: Iterator[FrameResult], total: int, args, world: World) -> Iterator:
+    name = args.subset if world.size == 1 else f"{args.subset} (process 1 of {world.size})"
+    return tqdm(results, name, total, unit="image", dynamic_ncols=True, disable=not world.is_main)
+
+
+def run_network(
+    args: argparse.Namespace,
+    predictor: Predictor,
+    frames: list[Frame],
+    scheme: LabelScheme,
+    world: World,
+) -> list[FrameResult]:
+    """Predict and score what is left to do, each image in one process; results of all."""
+    folder = args.out / "predictions"
+    if args.overwrite and world.is_main:
+        Journal.clear(args.out)
+        shutil.rmtree(folder, ignore_errors=True)
+    world.barrier()
+    journal = Journal(args.out, settings(args, predictor), world.rank)
+    world.barrier()  # all have read before one writes
+    wanted = {frame.name for frame in frames}
+    done = {
+        name: FrameResult.from_json(entry)
+        for name, entry in journal.entries.items()
+        if name in wanted and (folder / prediction_name(name)).is_file()
+    }
+    if done and world.is_main:
+        print(f"{len(done)} of {len(frames)} images are done already in {args.out}")
+    left = [frame for frame in frames if frame.name not in done][world.rank :: world.size]
+    results = predict_frames(predictor, left, scheme, folder, args.batch_size, args.num_workers)
+    mine = []
+    for result in show_progress(results, len(left), args, world):
+        journal.add(result.to_json())
+        mine.append(result)
+    return [*done.values(), *world.gather(mine)]
+
+
+def score_files(
+    args: argparse.Namespace, frames: list[Frame], files: dict[str, Path], scheme, world: World
+) -> list[FrameResult]:
+    """Score --predictions, each image in one process; results of all."""
+    mine = frames[world.rank :: world.size]
+    paths = [files[frame.name] for frame in mine]
+    results = score_predictions(mine, scheme, paths, max(1, args.num_workers))
+    return world.gather(list(show_progress(results, len(mine), args, world)))
+
+
+def print_scores(full: BenchmarkScores, network: BenchmarkScores | None, size) -> None:
+    """Classes, categories and means; IoU at the network's size beside them."""
+    headings = ["IoU", "iIoU"] + ([f"IoU at {size[0]}x{size[1]}"] if network else [])
+
+    def row(name: str, *cells: str) -> None:
+        print(f"{name:16}" + "".join(f"{cell:>16}" for cell in cells))
+
+    def score(value: float | None, absent: str = "absent") -> str:
+        return absent if value is None or value != value else f"{value:.4f}"
+
+    kinds = {"class": EVALUATED_CLASSES, "category": EVALUATED_CATEGORIES}
+    for kind, names in kinds.items():
+        print()
+        row(kind, *headings)
+        iou, iiou = getattr(full, f"{kind}_iou")(), getattr(full, f"{kind}_iiou")()
+        small = getattr(network, f"{kind}_iou")() if network else {}
+        for name in names:
+            row(name, score(iou[name]), score(iiou[name], "-"),
+                *([score(small[name])] if network else []))  # fmt: skip
+        means = [full.summary()[f"{kind}_iou"], full.summary()[f"{kind}_iiou"]]
+        means += [network.summary()[f"{kind}_iou"]] if network else []
+        row("mean", *(score(mean, "-") for mean in means))
+    print(
+        f"\npixel accuracy {full.pixel_accuracy():.4f}, frequency-weighted IoU "
+        f"{full.frequency_weighted_iou():.4f}; {full.images} images"
+    )
+
+
+def results_file(full: BenchmarkScores, network: BenchmarkScores | None, **details) -> dict:
+    """The official tool's result file, with further figures under keys of our own."""
+    result = full.official_result() | {
+        "pixelAccuracy": full.summary()["pixel_accuracy"],
+        "frequencyWeightedIoU": full.summary()["frequency_weighted_iou"],
+        "images": full.images,
+    }
+    if network:
+        result["atNetworkSize"] = network.official_result()
+    return result | details
+
+
+def write_zip(args: argparse.Namespace, frames: list[Frame]) -> None:
+    """Pack the predictions and check the zip as a user would before uploading it."""
+    path = args.out / "upload.zip"
+    folder = args.out / "predictions"
+    write_upload(path, [folder / prediction_name(frame.name) for frame in frames])
+    names = {frame.name for frame in frames}
+    problems = check_upload(
+        path, args.subset, frames=names, size=read_image(frames[0].image).shape[:2]
+    )
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    if len(frames) != NUM_FILES[args.subset]:
+        print(
+            f"warning: {path} holds {len(frames)} files, the benchmark's {args.subset} split "
+            f"has {NUM_FILES[args.subset]}",
+            file=sys.stderr,
+        )
+    print(f"{path}: {len(frames)} files, for the benchmark's pixel-level upload")
+
+
+def evaluate(args: argparse.Namespace, world: World) -> None:
+    """Every step in order: predict and score, measure, write."""
+    predictor, files, network, card = None, {}, None, None
+    frames, scheme = find_frames(
+        args.datadir, args.subset, args.labels, images=bool(args.weights or args.report)
+    )
+    if args.weights:
+        predictor = Predictor.from_weights(
+            args.weights, cityscapes_scheme(), DEFAULT_SIZES["cityscapes"], args.height, args.width,
+            device=world.device, precision=args.precision, fold=args.fold, scales=args.scales,
+            flip=args.flip, tile=args.tile and tuple(args.tile), overlap=args.overlap,
+        )  # fmt: skip
+        frames = frames[: args.max_images]
+        results = run_network(args, predictor, frames, scheme, world)
+        files = {f.name: args.out / "predictions" / prediction_name(f.name) for f in frames}
+    else:
+        files = find_predictions(args.predictions, frames)
+        frames = frames[: args.max_images]
+        results = score_files(args, frames, files, scheme, world)
+    if not world.is_main:
+        return
+    results.sort(key=lambda result: result.name)  # sums come out alike for any number of processes
+    full = total_scores(result.full for result in results)
+    if predictor and args.speed:
+        image_size = read_image(frames[0].image).shape[:2]
+        card = speed_card(predictor, image_size, 1, args.warmup, args.runs)
+    details = {"options": printable(args)} | ({"speed": card} if card else {})
+    if args.subset != "test":
+        if predictor:
+            network = total_scores(result.network for result in results)
+        if full.class_matrix().sum() == 0:
+            raise UserError(f"{args.datadir} {args.subset} has no labelled pixel: check --labels")
+        print_scores(full, network, predictor and predictor.size)
+        details = results_file(full, network, **details)
+    if card:
+        print("\n" + "\n".join(f"{name:22} {value}" for name, value in speed_rows(card)))
+    for path in {args.json, args.out and args.out / "results.json"} - {None}:
+        write_json(path, details)
+    if args.subset == "test":
+        write_zip(args, frames)
+    if args.report:
+        path = args.out / "report.html" if args.report is True else args.report
+        write_benchmark_report(
+            path, f"Cityscapes {args.subset}", results, frames, files, scheme,
+            network=network, card=card, options=printable(args), images=args.report_images,
+        )  # fmt: skip
+        print(f"report: {path}")
+
+
+def printable(args: argparse.Namespace) -> dict:
+    """Options as plain JSON values."""
+    return {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+
+
+def main() -> None:
+    args = parse_options()
+    world = join_world(args.device)
+    try:
+        evaluate(args, world)
+    finally:
+        leave_world()
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,141 @@
+"""Time the counting behind the scores: one-hot planes, cityscapesscripts, and this project.
+
+    python benchmarks/metrics.py --json benchmarks/results/metrics.json
+    python benchmarks/metrics.py --datadir /data/cityscapes --subset val --max-images 12
+
+Half a minute without data (block-wise random labels of 1024x2048), some seconds an image
+with it. Compare ratios within one run; all ways get the same inputs and must agree.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+from lednet.deploy.speed import describe_device, time_runs
+from lednet.errors import exit_on_user_error
+from lednet.evaluation.benchmark import find_frames, score_predictions, total_scores
+from lednet.evaluation.cityscapes import count_image
+from lednet.evaluation.metrics import ConfusionMatrix
+from lednet.files import write_json
+
+SIZE = (1024, 2048)
+NUM_CLASSES = 19
+CPU = torch.device("cpu")
+
+
+def one_hot_counts(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Hits, false and missed pixels of each class by float planes, as the original counts.
+
+    prediction, target: (1, H, W) int64, void 19 -> (3, 19) float64
+    """
+    planes = []
+    for labels in (prediction, target):
+        hot = torch.zeros(len(labels), NUM_CLASSES + 1, *labels.shape[1:])
+        planes.append(hot.scatter_(1, labels[:, None], 1.0))
+    ignored = planes[1][:, NUM_CLASSES:]
+    x, y = (plane[:, :NUM_CLASSES] for plane in planes)
+    hits = x * y
+    false = x * (1 - y - ignored)
+    missed = (1 - x) * y
+    return torch.stack([part.sum(dim=(0, 2, 3)).double() for part in (hits, false, missed)])
+
+
+def benchmark_counting(warmup: int, runs: int) -> dict:
+    """Counting alone, labels in memory."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, NUM_CLASSES + 1, (SIZE[0] // 32, SIZE[1] // 32))
+    truth = np.kron(blocks, np.ones((32, 32), int)).astype(np.uint8)
+    wrong = np.where(rng.random(SIZE) < 0.2, rng.integers(0, NUM_CLASSES + 1, SIZE), truth)
+    prediction = wrong.astype(np.uint8)
+    target64, prediction64 = (torch.from_numpy(a).long()[None] for a in (truth, prediction))
+    confusion = ConfusionMatrix(NUM_CLASSES)
+    confusion.update(prediction64, target64)
+    hits, false, missed = one_hot_counts(prediction64, target64)
+    iou = hits / (hits + false + missed)
+    torch.testing.assert_close(confusion.class_iou(), iou, rtol=1e-5, atol=0)
+
+    ids, predicted_ids = truth + 7, prediction + 7  # label ids 7 to 26: person, rider, car last
+    instances = np.where(ids < 24, ids, ids * np.int32(1000) + np.arange(SIZE[1]) // 32)
+    ways: dict[str, Callable] = {
+        "one-hot planes": lambda: one_hot_counts(prediction64, target64),
+        "ConfusionMatrix, int64": lambda: confusion.update(prediction64, target64),
+        "count_image, uint8": lambda: count_image(predicted_ids, ids),
+        "count_image with instances": lambda: count_image(predicted_ids, ids, instances),
+    }
+    times = {name: time_runs(way, CPU, warmup, runs) for name, way in ways.items()}
+    slowest = times["one-hot planes"]["p50_ms"]
+    return {name: {**t, "times_faster": slowest / t["p50_ms"]} for name, t in times.items()}
+
+
+def benchmark_files(args: argparse.Namespace) -> dict:
+    """Scoring label files as predictions, from disk to class and instance scores."""
+    if not hasattr(np, "in1d"):
+        np.in1d = np.isin  # cityscapesscripts calls the old name, which NumPy 2.4 took away
+    from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
+
+    official.args.quiet, official.args.JSONOutput = True, False
+    frames, scheme = find_frames(args.datadir, args.subset, images=False)
+    frames = frames[: args.max_images]
+    labels = [frame.label for frame in frames]
+    predictions = labels[1:] + labels[:1]  # every image gets its neighbour's labels
+    seconds = {}
+    start = time.perf_counter()
+    names = [[str(path) for path in group] for group in (predictions, labels)]
+    theirs = official.evaluateImgLists(*names, official.args)
+    seconds["cityscapesscripts"] = time.perf_counter() - start
+    for workers in (1, 2):
+        start = time.perf_counter()
+        results = score_predictions(frames, scheme, predictions, workers)
+        ours = total_scores(result.full for result in results).official_result()
+        seconds[f"this project, {workers} threads"] = time.perf_counter() - start
+    if ours["confMatrix"] != theirs["confMatrix"]:
+        raise SystemExit("the two matrices differ")
+    first = seconds["cityscapesscripts"]
+    return {
+        name: {"seconds_an_image": s / len(frames), "times_faster": first / s}
+        for name, s in seconds.items()
+    } | {"images": len(frames)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--datadir", type=Path, help="Cityscapes, to time files from disk too")
+    parser.add_argument("--subset", choices=("train", "val"), default="val")
+    parser.add_argument("--max-images", type=int, metavar="N")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    record = {
+        "command": " ".join(["python", "benchmarks/metrics.py", *sys.argv[1:]]),
+        "device": describe_device(CPU),
+        "size": list(SIZE),
+        "warmup": args.warmup,
+        "runs": args.runs,
+        "counting": benchmark_counting(args.warmup, args.runs),
+    }
+    for name, row in record["counting"].items():
+        print(f"{name:28} {row['p50_ms']:9.1f} ms  {row['times_faster']:6.1f} times faster")
+    if args.datadir:
+        record["files"] = benchmark_files(args)
+        for name, row in record["files"].items():
+            if name != "images":
+                print(f"{name:28} {row['seconds_an_image']:9.3f} s an image  "
+                      f"{row['times_faster']:6.1f} times faster")  # fmt: skip
+    if args.json:
+        write_json(args.json, record)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -25,6 +25,7 @@ from lednet.evaluation.benchmark import find_frames, score_predictions, total_sc
 from lednet.evaluation.cityscapes import count_image
 from lednet.evaluation.metrics import ConfusionMatrix
 from lednet.files import write_json
+from lednet.training.runs import environment
 
 SIZE = (1024, 2048)
 NUM_CLASSES = 19
@@ -118,6 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     record = {
         "command": " ".join(["python", "benchmarks/metrics.py", *sys.argv[1:]]),
+        "environment": environment(ROOT),
         "device": describe_device(CPU),
         "size": list(SIZE),
         "warmup": args.warmup,

@@ -174,7 +174,17 @@ def test_coarse_annotations_train(toy_cityscapes, tmp_path):
     assert "2 training and 3 validation images" in result.stdout
 
 
-@pytest.mark.parametrize("script", ["train/main.py", "test/eval_iou.py"])
-def test_help_fits_the_screen(run_script, script):
-    result = run_script(script, "--help")
+SCRIPTS = (
+    "train/main.py",
+    "test/eval_iou.py",
+    "test/eval_cityscapes_server.py",
+    "test/eval_cityscapes_color.py",
+    "test/eval_forward_time.py",
+    "utils/check_upload.py",
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_fits_the_screen(run_inside, script):
+    result = run_inside(script, "--help")
     assert result.returncode == 0 and "python " + script in result.stdout

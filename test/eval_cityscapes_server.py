@@ -6,9 +6,10 @@
     python test/eval_cityscapes_server.py --predictions results --datadir /data/cityscapes \
         --json scores.json --report report.html
 
-One to two seconds an image on two CPU cores, at 512x1024. Figures are those of the official tool (cityscapesscripts), in its result file's format. The
-folder --out receives label-id PNGs under the benchmark's names, results.json and, for
-the test split, upload.zip. A run that was interrupted goes on with the same command.
+One to two seconds an image on two CPU cores, at 512x1024. Figures are those of the
+official tool (cityscapesscripts), in its result file's format. The folder --out receives
+label-id PNGs under the benchmark's names, results.json and, for the test split,
+upload.zip. A run that was interrupted goes on with the same command.
 """
 
 import argparse

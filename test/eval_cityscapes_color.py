@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from PIL import ImageOps
 from tqdm import tqdm
 
-from lednet.data.datasets import DEFAULT_SIZES, open_image
+from lednet.data.datasets import DEFAULT_SIZES, open_image, to_rgb
 from lednet.data.labels import LabelScheme
 from lednet.data.pairs import IMAGE_SUFFIXES
+from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.draw import colorize, output_scheme, overlay, with_legend, write_picture
@@ -52,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--height", type=int, help="network input in pixels (as trained)")
     parser.add_argument("--width", type=int)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="eager",
+                        help="what runs the network; auto: the fastest that is installed")
     parser.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
     # fmt: on
     return parser
@@ -86,11 +88,6 @@ def find_images(source: Path, out: Path) -> dict[Path, Path]:
     return images
 
 
-def read_upright(path: Path) -> np.ndarray:
-    """Decode an image to RGB, (H, W, 3) uint8, turned as its EXIF orientation says."""
-    return np.array(ImageOps.exif_transpose(open_image(path)).convert("RGB"))
-
-
 def draw(
     kind: str, image: np.ndarray, label: np.ndarray, scheme: LabelScheme, args: argparse.Namespace
 ) -> np.ndarray:
@@ -114,6 +111,7 @@ def main() -> None:
         input_size(meta, DEFAULT_SIZES.get(scheme.name.lower()), args.height, args.width),
         **{key: meta[key] for key in ("mean", "std") if key in meta},
         device=choose_device(args.device),
+        backend=args.backend,
         precision=args.precision,
     )
     drawn = 0
@@ -124,7 +122,7 @@ def main() -> None:
                 pictures = {kind: file for kind, file in pictures.items() if not file.exists()}
             if not pictures:
                 continue
-            image = read_upright(path)
+            image = to_rgb(open_image(path))
             label = predict(image)
             for kind, file in pictures.items():
                 write_picture(file, draw(kind, image, label, scheme, args))

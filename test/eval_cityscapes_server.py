@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from lednet.data.datasets import DEFAULT_SIZES, read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
+from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.speed import speed_card, speed_rows
 from lednet.errors import UserError, exit_on_user_error
@@ -74,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     net.add_argument("--overlap", type=int, default=128, help="of neighbouring tiles, in pixels")
     net.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
     net.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    net.add_argument("--backend", choices=("auto", *BACKENDS), default="eager",
+                     help="what runs the network; auto: the fastest that is installed")
     net.add_argument("--fold", action=switch, default=True,
                      help="fold batch norm into the convolutions: the same answers, faster")
 
@@ -127,6 +130,7 @@ def settings(args: argparse.Namespace, predictor: Predictor) -> dict:
         "flip": predictor.flip,
         "tile": predictor.tile,
         "overlap": predictor.overlap if predictor.tile else None,
+        "backend": predictor.backend,
         "precision": predictor.precision,
     }
 
@@ -247,8 +251,9 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     if args.weights:
         predictor = Predictor.from_weights(
             args.weights, cityscapes_scheme(), DEFAULT_SIZES["cityscapes"], args.height, args.width,
-            device=world.device, precision=args.precision, fold=args.fold, scales=args.scales,
-            flip=args.flip, tile=args.tile and tuple(args.tile), overlap=args.overlap,
+            device=world.device, backend=args.backend, precision=args.precision, fold=args.fold,
+            scales=args.scales, flip=args.flip, tile=args.tile and tuple(args.tile),
+            overlap=args.overlap,
         )  # fmt: skip
         frames = frames[: args.max_images]
         results = run_network(args, predictor, frames, scheme, world)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lednet.data.datasets import DEFAULT_SIZES
+from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.speed import speed_card, speed_rows
 from lednet.errors import UserError, exit_on_user_error
@@ -45,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="eager",
+                        help="what runs the network; auto: the fastest that is installed")
     parser.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True,
                         help="fold batch norm into the convolutions: the same answers, faster")
     parser.add_argument("--warmup", type=int, default=3, help="passes before the clock starts")
@@ -57,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 def open_predictor(args: argparse.Namespace) -> Predictor:
     options = {
         "device": choose_device(args.device),
+        "backend": args.backend,
         "precision": args.precision,
         "fold": args.fold,
     }

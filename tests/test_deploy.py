@@ -5,14 +5,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from make_golden import formula_state
+from PIL import Image
 from torch import nn
 from torchvision import tv_tensors
 
 from lednet import LEDNet, UserError, load_network
+from lednet.data.datasets import open_image, read_image, to_rgb
 from lednet.data.transforms import evaluation_transform
+from lednet.deploy import backends
+from lednet.deploy.backends import BACKENDS
 from lednet.deploy.fold import fold_batch_norm
+from lednet.deploy.graph import BytesToLogits
 from lednet.deploy.predictor import Predictor, enlarge, predict_at, tile_spans
 from lednet.deploy.speed import count_macs, speed_card, speed_rows, time_runs
+from lednet.deploy.unshuffle import remove_shuffles
+from lednet.model import SSnbt
 from lednet.weights import load_state, save_checkpoint
 
 VARIANTS = ("d20", "d128")
@@ -29,16 +36,25 @@ def worn(variant: str = "d20", outputs: int = 20) -> LEDNet:
     return net
 
 
-def assert_folds(net: LEDNet, image: torch.Tensor) -> None:
-    folded = fold_batch_norm(net)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+def assert_same_answer(net: LEDNet, other: nn.Module, image: torch.Tensor) -> None:
+    """To 1e-5 of the largest value; prints how far."""
     with torch.no_grad():
-        expected, found = net(image), folded(image)
+        expected, found = net.decoder(net.encoder(image)), other(image)
     assert expected.std() > 0.01  # the answer must say something
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     print(f"largest difference {difference:.1e} relative")
     assert difference <= 1e-5
+
+
+def assert_folds(net: LEDNet, image: torch.Tensor) -> None:
+    """Without batch norms, and then without shuffles, the network answers as before."""
+    folded = fold_batch_norm(net)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    assert_same_answer(net, nn.Sequential(folded.encoder, folded.decoder), image)
+    plain = remove_shuffles(folded)
+    assert not any(isinstance(m, SSnbt | nn.BatchNorm2d | nn.Dropout2d) for m in plain.modules())
+    assert_same_answer(net, plain, image)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -50,6 +66,17 @@ def test_folded_network_answers_alike(variant):
 def test_folded_reference_weights_answer_alike(variant, real_data):
     net, _ = load_network(real_data / "golden" / f"official_{variant}_model_best.pth")
     assert_folds(net, torch.rand(1, 3, 128, 256))
+
+
+def test_no_shuffle_is_left_in_the_graph():
+    """Nothing but convolutions and what lies between them: no transposition, no index."""
+    graph = torch.export.export(
+        remove_shuffles(fold_batch_norm(worn())), (torch.rand(1, 3, 64, 64),)
+    )
+    names = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+    assert "aten.conv2d.default" in names
+    for word in ("transpose", "permute", "batch_norm", "index", "split", "chunk", "slice"):
+        assert not any(word in name for name in names), names
 
 
 def test_folding_leaves_the_network_as_it_was():
@@ -66,7 +93,10 @@ def test_predictor_prepares_images_as_evaluation_does():
     transform = evaluation_transform((32, 48), True, mean, std)
     expected, _ = transform(tv_tensors.Image(image), tv_tensors.Mask(image[0]))
     predictor = Predictor(worn(), (32, 48), mean, std)
-    torch.testing.assert_close(predictor.prepare(image[None])[0], expected, rtol=0, atol=1e-6)
+    net = BytesToLogits(worn(), mean, std)
+    net.net = nn.Identity()
+    found = net(predictor.prepare(image[None]))[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("fold", [True, False])
@@ -76,9 +106,9 @@ def test_predictor_answers_at_the_size_of_the_image(fold):
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     labels = predictor(image)
     assert labels.shape == (50, 70) and labels.dtype == np.uint8
-    x = predictor.prepare(torch.from_numpy(image).permute(2, 0, 1)[None])
+    x = predictor.prepare(torch.from_numpy(image).permute(2, 0, 1)[None]).permute(0, 3, 1, 2)
     with torch.no_grad():
-        expected = predict_at(net(x), (50, 70))[0].numpy()
+        expected = predict_at(net(x / 255), (50, 70))[0].numpy()
     assert (labels == expected).mean() > 0.999
 
 
@@ -126,25 +156,25 @@ def test_tiles_own_every_pixel_once(length, tile, overlap):
 
 
 class Pointwise(nn.Module):
-    """A network that looks at single pixels: tiles cannot change its answer."""
+    """A network whose answer at a place depends on nothing else: tiles cannot change it."""
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 5, 1)
-
-    def forward(self, x):
-        return self.conv(torch.sin(9 * x))
+        self.encoder = nn.AvgPool2d(8, ceil_mode=True)
+        self.decoder = nn.Conv2d(3, 5, 1)
 
 
 @pytest.mark.parametrize("size", [(61, 83), (97, 201), (122, 166), (40, 50)])
 def test_tiles_join_without_a_seam_at_any_size(size):
     torch.manual_seed(0)
     net = Pointwise()
-    images = torch.randint(0, 256, (2, 3, 61, 83), dtype=torch.uint8)
+    net.decoder.weight.data *= 20
+    blocks = torch.randint(0, 256, (2, 3, 8, 11), dtype=torch.uint8)
+    images = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)[..., :61, :83]
     whole = Predictor(net, (61, 83), fold=False).label_maps(images, size)[0]
     tiled = Predictor(net, (61, 83), fold=False, tile=(24, 32), overlap=8).label_maps(images, size)
     assert whole.unique().numel() > 2
-    assert (whole == tiled[0]).float().mean() == 1
+    assert torch.equal(whole, tiled[0])
 
 
 def test_enlarging_to_the_same_size_is_no_work():
@@ -155,7 +185,11 @@ def test_enlarging_to_the_same_size_is_no_work():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tile": (32, 32), "scales": (1.0, 2.0), "overlap": 8}, "do not go together"),
+        ({"tile": (32, 32), "scales": (1.0, 2.0), "overlap": 8}, "does not go together"),
+        ({"tile": (32, 32), "flip": True, "overlap": 8}, "does not go together"),
+        ({"tile": (32, 36), "overlap": 8}, "multiples of 8"),
+        ({"backend": "abacus"}, "no backend abacus: choose one of auto, eager"),
+        ({"backend": "onnxruntime", "precision": "bf16"}, "--precision fp32"),
         ({"tile": (32, 32), "overlap": 32}, "does not suit"),
         ({"scales": (0.0,)}, "positive"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
@@ -172,7 +206,10 @@ def test_from_weights_reads_size_and_normalisation(tmp_path):
     predictor = Predictor.from_weights(tmp_path)  # a run's folder
     assert predictor.size == (40, 56) and predictor.parameters == 925_663
     white = torch.full((1, 3, 40, 56), 255, dtype=torch.uint8)
-    assert predictor.prepare(white).unique().tolist() == [2.0]
+    black = torch.zeros_like(white)
+    plain = Predictor(worn(), (40, 56))
+    expected = plain.core((plain.prepare(white) * 0).float() - 255 * 2)  # (0 - 0.5) / 0.25
+    torch.testing.assert_close(predictor.core(predictor.prepare(black)), expected)
     assert Predictor.from_weights(tmp_path, height=64).size == (64, 56)
 
 
@@ -205,3 +242,133 @@ def test_speed_card_states_its_conditions():
     assert "925,663" in text and "fp32" in text and "folded" in text and "batch 2" in text
     unfolded = speed_card(Predictor(worn(), (32, 64), fold=False), (32, 64), warmup=0, runs=1)
     assert unfolded["batch_norm"] == "not folded"
+
+
+# Backends
+
+
+def installed(backend: str) -> None:
+    for package in {"onnxruntime": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}.get(
+        backend, ()
+    ):
+        pytest.importorskip(package, reason=f"needs {package} (requirements-deploy.txt)")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_backend_answers_as_the_plain_network(backend, variant):
+    installed(backend)
+    net = worn(variant)
+    plain = Predictor(net, (64, 96), fold=False)
+    predictor = Predictor(net, (64, 96), backend=backend)
+    assert predictor.backend == backend
+    images = torch.randint(0, 256, (1, 3, 100, 150), dtype=torch.uint8)
+    expected, found = (p.low_logits(p.prepare(images)) for p in (plain, predictor))
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    same = plain.label_maps(images)[0] == predictor.label_maps(images)[0]
+    assert same.float().mean() >= 0.9999
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_backend_takes_any_size(backend):
+    """Other scales and batches: each size is prepared at its first use."""
+    installed(backend)
+    images = torch.randint(0, 256, (2, 3, 40, 61), dtype=torch.uint8)
+    options = {"scales": (1.0, 1.5), "flip": True}
+    plain, other = (
+        Predictor(worn(), (40, 61), backend=name, **options).label_maps(images)[0]
+        for name in ("eager", backend)
+    )
+    assert (plain == other).float().mean() >= 0.9999
+
+
+def test_auto_says_what_it_chose(monkeypatch):
+    cpu = torch.device("cpu")
+    for packages, choice in (
+        ({"openvino", "onnxruntime", "onnxscript"}, "openvino"),
+        ({"onnxruntime", "onnxscript"}, "onnxruntime"),
+        ({"onnxruntime"}, "eager"),  # the network cannot be handed over
+        (set(), "eager"),
+    ):
+        monkeypatch.setattr(backends, "_installed", packages.__contains__)
+        assert backends.choose_backend(cpu) == choice
+        if choice == "eager":
+            assert Predictor(worn(), (32, 32), backend="auto").backend == "eager"
+    assert backends.choose_backend(torch.device("cuda")) == "compiled"
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(backends, "_installed", lambda package: False)
+    with pytest.raises(UserError, match="pip install onnxruntime onnxscript"):
+        Predictor(LEDNet(3), (32, 32), backend="onnxruntime")
+
+
+# Images in other forms
+
+
+def test_images_in_any_form(tmp_path):
+    """A path, a PIL image, an array and a tensor of one picture have one answer."""
+    predictor = Predictor(worn(), (32, 48))
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    expected = predictor(pixels)
+    forms = (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        Image.fromarray(pixels),
+        torch.from_numpy(pixels).permute(2, 0, 1),
+        np.dstack((pixels, np.full((50, 70), 9, np.uint8))),  # with transparency
+        Image.fromarray(pixels).convert("RGBA"),
+    )
+    for form in forms:
+        assert np.array_equal(predictor(form), expected)
+
+
+def test_odd_modes_become_rgb(tmp_path):
+    grey = np.arange(200, dtype=np.uint8).reshape(10, 20)
+    rgb = grey[..., None].repeat(3, axis=2)
+    assert np.array_equal(to_rgb(grey), rgb)
+    for name, image in (
+        ("L", Image.fromarray(grey)),
+        ("LA", Image.fromarray(grey).convert("LA")),
+        ("16", Image.fromarray(grey.astype(np.uint16) * 257)),
+        ("CMYK", Image.fromarray(rgb).convert("CMYK")),
+    ):
+        assert np.array_equal(to_rgb(image), rgb), name
+        path = tmp_path / f"{name}.{'tif' if name == 'CMYK' else 'png'}"
+        image.save(path)
+        assert np.array_equal(to_rgb(open_image(path)), rgb), name
+    palette = Image.fromarray(rgb).quantize(200)
+    assert np.abs(to_rgb(palette).astype(int) - rgb).max() <= 8
+
+
+def test_exif_orientation_is_followed(tmp_path):
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    turned = to_rgb(open_image(tmp_path / "a.png"))
+    assert turned.shape == (32, 16, 3) and turned[0, 0, 0] == 255 and turned[-1, 0, 0] == 0
+    assert read_image(tmp_path / "a.png").shape == (16, 32, 3)  # as its label lies on disk
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((4, 4, 3), np.float32), "uint8, not"),
+        (np.zeros((4, 4, 3), np.uint16), "uint8, not"),
+        (np.zeros((3, 4, 5), np.uint8), "channels last"),
+        (np.zeros((0, 4, 3), np.uint8), "uint8, not"),
+        (Image.new("F", (4, 4)), "32-bit"),
+    ],
+)
+def test_what_is_no_8_bit_image_is_refused(image, words):
+    with pytest.raises(UserError, match=words):
+        Predictor(LEDNet(3), (32, 32))(image)
+
+
+def test_corrupt_file_is_named(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    with pytest.raises(UserError, match=r"a\.jpg is damaged"):
+        Predictor(LEDNet(3), (32, 32))(tmp_path / "a.jpg")

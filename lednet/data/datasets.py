@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
@@ -46,12 +46,43 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Decode an image file to RGB, (H, W, 3) uint8.
+    """Decode an image file to RGB, (H, W, 3) uint8, as it lies on disk beside its label.
 
     Raises:
-        UserError: missing, truncated, or no image.
+        UserError: missing, truncated, or no image of at most 16 bits.
     """
-    return np.array(open_image(path).convert("RGB"))
+    return to_rgb(open_image(path), upright=False)
+
+
+def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
+    """RGB, (H, W, 3) uint8, of an image in another form; transparency is dropped.
+
+    Args:
+        image: of any PIL mode; 16-bit grey is brought to 8 bits. Or uint8: (H, W),
+            (H, W, 1), (H, W, 3) RGB or (H, W, 4).
+        upright: turn a PIL image as its EXIF orientation says.
+
+    Raises:
+        UserError: an array of another kind, or an image of 32-bit values.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
+            raise UserError(
+                f"an image is (H, W, 3) uint8, not {image.shape} {image.dtype}: convert it first"
+            )
+        planes = np.atleast_3d(image)
+        if planes.shape[2] not in (1, 3, 4):
+            raise UserError(f"an image has 1, 3 or 4 channels last, not {image.shape}")
+        return planes[..., :3].repeat(3 if planes.shape[2] == 1 else 1, axis=2)
+    if upright:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        name = getattr(image, "filename", "") or "the image"
+        raise UserError(f"{name} has 32-bit values ({image.mode}): save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # PIL's own conversion would clip it to white
+        grey = np.array(image).astype(np.float32) / 257
+        return to_rgb(grey.round().astype(np.uint8))
+    return np.array(image.convert("RGB"))
 
 
 def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:

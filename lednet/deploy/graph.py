@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lednet.deploy.fold import fold_batch_norm
+from lednet.deploy.unshuffle import remove_shuffles
 from lednet.model import LEDNet, resize
 
 
@@ -13,24 +14,30 @@ class BytesToLogits(nn.Module):
     """uint8 images to logits at 1/8 of their size: everything but the last upsampling.
 
     Args:
-        net: folded here, unless it is already; not changed.
+        net: not changed.
         mean, std: normalisation of the [0, 1] image that the network was trained with.
+        fold: whether to fold batch norms and to remove channel shuffles (the same answer to
+            float32 rounding); otherwise encoder and decoder are `net`'s own.
 
     images: (N, H, W, 3) uint8 RGB -> (N, C, ceil(H/8), ceil(W/8)) float32
     """
 
     def __init__(
-        self, net: LEDNet, mean: Sequence[float] = (0, 0, 0), std: Sequence[float] = (1, 1, 1)
+        self,
+        net: LEDNet,
+        mean: Sequence[float] = (0, 0, 0),
+        std: Sequence[float] = (1, 1, 1),
+        fold: bool = True,
     ):
         super().__init__()
-        folded = fold_batch_norm(net)
-        self.encoder, self.decoder = folded.encoder, folded.decoder
-        self.register_buffer("scale", 1 / (255 * torch.tensor(std, dtype=torch.float32)))
-        self.register_buffer("shift", -torch.tensor(mean) / torch.tensor(std).float())
+        folded = remove_shuffles(fold_batch_norm(net)) if fold else None
+        self.net = folded or nn.Sequential(net.encoder, net.decoder)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.float() * self.scale + self.shift  # (N, H, W, 3)
-        return self.decoder(self.encoder(x.permute(0, 3, 1, 2)))
+        x = (images.float() / 255 - self.mean) / self.std  # (N, H, W, 3)
+        return self.net(x.permute(0, 3, 1, 2))
 
 
 class BytesToLabels(BytesToLogits):

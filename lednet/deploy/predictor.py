@@ -2,21 +2,28 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from lednet.data.datasets import open_image, to_rgb
 from lednet.data.labels import LabelScheme
-from lednet.deploy.fold import fold_batch_norm
+from lednet.deploy.backends import choose_backend, make_core
+from lednet.deploy.graph import BytesToLogits
+from lednet.deploy.tail import label_map
 from lednet.errors import UserError
-from lednet.model import LEDNet, count_parameters
-from lednet.precision import autocast
+from lednet.model import LEDNet, count_parameters, resize
 from lednet.weights import input_size, load_network, require_classes
+
+STRIDE = 8
+"""Pixels of the network's input to one value of what its decoder answers."""
 
 
 def enlarge(scores: Tensor, size: tuple[int, int]) -> Tensor:
@@ -47,7 +54,7 @@ class Span(NamedTuple):
 
 
 def tile_spans(length: int, tile: int, overlap: int) -> list[Span]:
-    """Cover `length` with tiles of `tile` that overlap by at least `overlap` (all in pixels).
+    """Cover `length` with tiles of `tile` that overlap by at least `overlap`.
 
     Where two tiles overlap, each answers for its half; the own parts cover the axis once.
     """
@@ -61,30 +68,6 @@ def tile_spans(length: int, tile: int, overlap: int) -> list[Span]:
     ]
 
 
-def _sample_tile(scores: Tensor, rows: Span, columns: Span, source, size) -> tuple[Tensor, tuple]:
-    """`enlarge` for one tile: its own part of what the joined scores would give at `size`.
-
-    Args:
-        scores: (1, C, rows' length, columns' length).
-        source: (height, width) of the joined scores.
-        size: (height, width) of the answer.
-
-    Returns:
-        (1, C, rows, columns), and the slices of the answer that they fill.
-    """
-    slices, coordinates = [], []
-    for span, before, after in zip((rows, columns), source, size, strict=True):
-        # Pixel i of the answer lies at (i + 0.5) * before / after in the source.
-        first, last = (-(-(2 * b * after - before) // (2 * before)) for b in span[2:])
-        center = (torch.arange(first, last, device=scores.device) + 0.5) * before / after
-        slices.append(slice(first, last))
-        coordinates.append(2 * (center - span.start) / (span.stop - span.start) - 1)
-    y, x = torch.meshgrid(*coordinates, indexing="ij")
-    grid = torch.stack((x, y), dim=-1)[None]
-    sampled = F.grid_sample(scores, grid, padding_mode="border", align_corners=False)
-    return sampled, tuple(slices)
-
-
 class Predictor:
     """A network with what stands before and behind it: uint8 images in, label maps out.
 
@@ -93,23 +76,28 @@ class Predictor:
     argmax is taken there.
 
     Args:
-        net: moved to `device`, not changed otherwise.
+        net: not changed.
         size: (height, width) in pixels that the network works at.
         mean, std: normalisation of the [0, 1] image that the network was trained with.
+        backend: one of `lednet.deploy.backends.BACKENDS`, or "auto": the fastest that is
+            installed.
         precision: a key of `lednet.precision.AMP_DTYPES`.
         fold: whether to fold batch norm into the convolutions (exact, faster).
         scales: sizes relative to `size` whose class probabilities are averaged.
         flip: average with the mirrored image's answer too.
-        tile: (height, width) in pixels of tiles, for a `size` that is too large for the
-            memory at once; the global pooling then sees a tile instead of the image.
-        overlap: of neighbouring tiles, in pixels.
+        tile: (height, width) in pixels, multiples of 8, of tiles for a `size` that is too
+            large for the memory at once; the global pooling then sees a tile instead of
+            the image.
+        overlap: of neighbouring tiles, in pixels, a multiple of 8.
 
     Attributes:
+        net: as it was given.
+        backend: the one that is used.
+        core: what the backend runs, see `lednet.deploy.backends.Core`.
         parameters: of `net` as it was given.
 
     Raises:
-        UserError: a precision that the device lacks, or tiles that do not fit together
-            with the other options.
+        UserError: as `make_core`, or tiles that do not fit together with the other options.
     """
 
     def __init__(
@@ -120,6 +108,7 @@ class Predictor:
         std: Sequence[float] = (1, 1, 1),
         *,
         device: torch.device | str = "cpu",
+        backend: str = "eager",
         precision: str = "fp32",
         fold: bool = True,
         scales: Sequence[float] = (1.0,),
@@ -127,22 +116,22 @@ class Predictor:
         tile: tuple[int, int] | None = None,
         overlap: int = 128,
     ):
-        if tile and tuple(scales) != (1.0,):
-            raise UserError("--tile and --scales do not go together: choose one")
-        if tile and not 2 <= overlap < min(tile):
+        if tile and (flip or tuple(scales) != (1.0,)):
+            raise UserError("--tile does not go together with --scales or --flip: choose one")
+        if tile and not 0 <= overlap < min(tile):
             raise UserError(f"an overlap of {overlap} does not suit tiles of {tile}: choose less")
+        if tile and any(side % STRIDE for side in (*tile, overlap)):
+            raise UserError(f"tiles of {tile} and their overlap of {overlap}: give multiples of 8")
         if not scales or min(scales) <= 0:
             raise UserError("--scales must be positive: give 1, or 0.75 1 1.25")
         self.device, self.precision = torch.device(device), precision
-        with autocast(self.device, precision):
-            pass  # refuses what the device lacks now, not at the first image
-        self.parameters = count_parameters(net)
-        self.net = (fold_batch_norm(net) if fold else net).to(self.device).eval()
+        self.backend = choose_backend(self.device) if backend == "auto" else backend
+        graph = BytesToLogits(net, mean, std, fold).eval()
+        self.core = make_core(self.backend, graph, self.device, precision)
+        self.net, self.parameters = net, count_parameters(net)
         self.size, self.folded = tuple(size), fold
         self.scales, self.flip = tuple(scales), flip
         self.tile, self.overlap = tile, overlap
-        self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(-1, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32, device=self.device).view(-1, 1, 1)
 
     @classmethod
     def from_weights(
@@ -173,85 +162,95 @@ class Predictor:
         return cls(net, size, **normalization, **options)
 
     def prepare(self, images: Tensor, scale: float = 1.0) -> Tensor:
-        """Network's input from uint8 images (N, 3, H, W): (N, 3, h, w) float32 on the device."""
+        """Resized images on the device.
+
+        images: (N, 3, H, W) uint8 -> (N, h, w, 3) uint8
+        """
         size = [round(scale * side) for side in self.size]
-        images = v2.functional.resize(images.to(self.device), size, antialias=True)
-        images = v2.functional.to_dtype(images, torch.float32, scale=True)
-        return (images - self.mean) / self.std
+        resized = v2.functional.resize(images.to(self.device), size, antialias=True)
+        return resized.permute(0, 2, 3, 1).contiguous()
+
+    def low_logits(self, prepared: Tensor) -> Tensor:
+        """Logits before the last upsampling.
+
+        prepared: (N, h, w, 3) uint8 -> (N, C, ceil(h/8), ceil(w/8)) float32
+        """
+        return self._tiled(prepared) if self.tile else self.core(prepared)
+
+    def _tiled(self, prepared: Tensor) -> Tensor:
+        """`low_logits`, a tile at a time. All positions are multiples of the stride."""
+        spans = [
+            tile_spans(-(-length // STRIDE), tile // STRIDE, self.overlap // STRIDE)
+            for length, tile in zip(prepared.shape[1:3], self.tile, strict=True)
+        ]
+        answer = None
+        for y, x in itertools.product(*spans):
+            rows, columns = (slice(s.start * STRIDE, s.stop * STRIDE) for s in (y, x))
+            low = self.core(prepared[:, rows, columns].contiguous())
+            if answer is None:
+                shape = spans[0][-1].own_stop, spans[1][-1].own_stop
+                answer = low.new_empty(*low.shape[:2], *shape)
+            inside = [slice(s.own_start - s.start, s.own_stop - s.start) for s in (y, x)]
+            own = [slice(s.own_start, s.own_stop) for s in (y, x)]
+            answer[:, :, own[0], own[1]] = low[:, :, inside[0], inside[1]]
+        return answer
 
     @torch.inference_mode()
-    def logits(self, x: Tensor) -> Tensor:
-        """One pass of the network over prepared images.
-
-        x: (N, 3, h, w) -> (N, C, h, w) float32
-        """
-        with autocast(self.device, self.precision):
-            return self.net(x).float()
-
-    def _flipped_too(self, x: Tensor) -> Tensor:
-        """The logits, or with `flip` the mean probabilities of both ways round."""
-        logits = self.logits(x)
-        if not self.flip:
-            return logits
-        mirrored = self.logits(x.flip(3)).flip(3)
-        return (logits.softmax(1) + mirrored.softmax(1)) / 2
-
     def scores(self, images: Tensor) -> Tensor:
-        """Scores of whole uint8 images at the network's size; their argmax is the answer.
+        """Scores of uint8 images at the network's size: the logits, or, of several scales or
+        both ways round, the mean probabilities. Their argmax is the answer.
 
         images: (N, 3, H, W) -> (N, C, *size) float32
         """
-        if self.scales == (1.0,):
-            return self._flipped_too(self.prepare(images))
-        total = 0
+        if not self.averages:
+            return resize(self.low_logits(self.prepare(images)), self.size)
+        total, count = 0, 0
         for scale in self.scales:
-            scores = self._flipped_too(self.prepare(images, scale))
-            probabilities = scores if self.flip else scores.softmax(1)
-            total = total + enlarge(probabilities, self.size)
-        return total / len(self.scales)
+            prepared = self.prepare(images, scale)
+            for mirrored in (False, True)[: 1 + self.flip]:
+                low = self.core(prepared.flip(2) if mirrored else prepared)
+                probabilities = resize(low, prepared.shape[1:3]).softmax(dim=1)
+                total = total + enlarge(
+                    probabilities.flip(3) if mirrored else probabilities, self.size
+                )
+                count += 1
+        return total / count
+
+    @property
+    def averages(self) -> bool:
+        """Whether several answers are averaged."""
+        return self.flip or self.scales != (1.0,)
 
     @torch.inference_mode()
     def label_maps(self, images: Tensor, *sizes: tuple[int, int]) -> list[Tensor]:
         """Label maps of uint8 images at each of `sizes`, by default the images' own.
 
-        Full-size scores are held for one image (or tile) at a time.
-
         images: (N, 3, H, W) -> for each size (N, *size) uint8 on the device: class indices,
         the network's last output (void) being the highest.
         """
         sizes = sizes or (tuple(images.shape[-2:]),)
-        if self.tile:
-            return self._tiled_label_maps(images, sizes)
+        if not self.averages and self.device.type == "cpu":
+            low = self.low_logits(self.prepare(images))
+            return [label_map(low, self.size, size) for size in sizes]
         scores = self.scores(images)
         return [
             torch.cat([predict_at(one, size).to(torch.uint8) for one in scores.split(1)])
             for size in sizes
         ]
 
-    def _tiles(self) -> Iterator[tuple[Span, Span]]:
-        rows, columns = (
-            tile_spans(length, tile, self.overlap)
-            for length, tile in zip(self.size, self.tile, strict=True)
-        )
-        return ((row, column) for row in rows for column in columns)
+    def __call__(self, image: np.ndarray | Image.Image | Tensor | str | os.PathLike) -> np.ndarray:
+        """Label map (H, W) uint8 of one image, at its size.
 
-    def _tiled_label_maps(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        answers = [
-            torch.empty((len(images), *size), dtype=torch.uint8, device=self.device)
-            for size in sizes
-        ]
-        for n, image in enumerate(images):
-            x = self.prepare(image[None])
-            for rows, columns in self._tiles():
-                scores = self._flipped_too(
-                    x[:, :, rows.start : rows.stop, columns.start : columns.stop]
-                )
-                for answer, size in zip(answers, sizes, strict=True):
-                    part, place = _sample_tile(scores, rows, columns, self.size, size)
-                    answer[(n, *place)] = part[0].argmax(dim=0).to(torch.uint8)
-        return answers
+        Args:
+            image: a path, a PIL image of any mode (turned as its EXIF orientation says), or
+                uint8: an array (H, W, 3) RGB or (H, W) grey, or a tensor (3, H, W).
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Label map (H, W) uint8 of one RGB image (H, W, 3) uint8."""
-        images = torch.tensor(image).permute(2, 0, 1)[None]
+        Raises:
+            UserError: not an image, or not 8-bit.
+        """
+        if isinstance(image, Tensor):
+            image = image.detach().cpu().numpy().transpose(1, 2, 0)
+        elif isinstance(image, str | os.PathLike):
+            image = open_image(Path(image))
+        images = torch.tensor(to_rgb(image)).permute(2, 0, 1)[None]
         return self.label_maps(images)[0][0].cpu().numpy()

@@ -1,5 +1,6 @@
 """How fast a network is, measured so that the number can be believed."""
 
+import copy
 import platform
 import resource
 import statistics
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lednet.deploy.predictor import Predictor
+from lednet.model import resize
 
 
 def synchronize(device: torch.device) -> None:
@@ -47,10 +49,9 @@ def time_runs(
 @torch.inference_mode()
 def count_macs(net: nn.Module, size: tuple[int, int]) -> int:
     """Multiply-accumulates of the convolutions for one image of `size` (height, width)."""
-    parameter = next(net.parameters())
-    image = torch.zeros(1, 3, *size, dtype=parameter.dtype, device=parameter.device)
+    net = copy.deepcopy(net).to("meta")  # where shapes are known and nothing is computed
     with FlopCounterMode(display=False) as counter:
-        net(image)
+        net(torch.zeros(1, 3, *size, device="meta"))
     return counter.get_total_flops() // 2
 
 
@@ -73,7 +74,7 @@ def speed_card(
     """Measure a predictor on random images, with everything that the figures depend on.
 
     Two times are taken. "forward": one pass of the network alone (over a tile, where
-    there are tiles), from a prepared input on the device to logits.
+    there are tiles), from a resized uint8 image on the device to logits of its size.
     "image_to_label_map": from uint8 images of `image_size` in main memory to uint8 label
     maps of that size in main memory, with resizing, normalisation, enlarging and argmax;
     files are neither read nor written.
@@ -91,19 +92,23 @@ def speed_card(
         torch.cuda.reset_peak_memory_stats(device)
     images = torch.randint(0, 256, (batch, 3, *image_size), dtype=torch.uint8)
     height, width = predictor.tile or size
-    prepared = predictor.prepare(images)[:, :, :height, :width]
+    prepared = predictor.prepare(images)[:, :height, :width].contiguous()
+    forward_size = tuple(prepared.shape[1:3])
     with torch.inference_mode():
-        forward = time_runs(lambda: predictor.logits(prepared), device, warmup, runs)
+        forward = time_runs(
+            lambda: resize(predictor.core(prepared), forward_size), device, warmup, runs
+        )
         whole = time_runs(lambda: predictor.label_maps(images)[0].cpu(), device, warmup, runs)
     for times in (forward, whole):
         times["fps"] = batch * 1000 / times["p50_ms"]
     return {
         "device": describe_device(device),
         "torch": torch.__version__,
+        "backend": predictor.backend,
         "precision": predictor.precision,
         "batch_norm": "folded" if predictor.folded else "not folded",
         "network_size": list(size),
-        "forward_size": list(prepared.shape[-2:]),
+        "forward_size": list(forward_size),
         "image_size": list(image_size),
         "batch": batch,
         "warmup": warmup,
@@ -112,7 +117,7 @@ def speed_card(
         "flip": predictor.flip,
         "tile": list(predictor.tile) if predictor.tile else None,
         "parameters": predictor.parameters,
-        "gmacs": count_macs(predictor.net, prepared.shape[-2:]) / 1e9,
+        "gmacs": count_macs(predictor.net, forward_size) / 1e9,
         "peak_memory_mb": peak_memory_mb(device),
         "peak_memory_of": "GPU's tensors" if device.type == "cuda" else "whole process",
         "forward": forward,
@@ -141,8 +146,9 @@ def speed_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
         ("device", f"{card['device']}, torch {card['torch']}"),
         (
             "conditions",
-            f"{card['precision']}, batch norm {card['batch_norm']}, batch {card['batch']}, "
-            f"{card['runs']} runs after {card['warmup']} to warm up; decoding files left out",
+            f"{card['backend']}, {card['precision']}, batch norm {card['batch_norm']}, "
+            f"batch {card['batch']}, {card['runs']} runs after {card['warmup']} to warm up; "
+            "decoding files left out",
         ),
         ("parameters", f"{card['parameters']:,}"),
         ("cost", f"{card['gmacs']:.2f} GMAC for one pass at {forward}"),

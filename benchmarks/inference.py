@@ -1,0 +1,370 @@
+"""Race the backends: from a uint8 image to a uint8 label map, against the plain network.
+
+    python benchmarks/inference.py --weights save/cityscapes-d20 --images photos \
+        --json benchmarks/results/inference.json --plot benchmarks/results/inference.png
+
+"plain" is the network as it was trained: eager, fp32, batch norms, logits at full size,
+argmax. The others are `Predictor`'s backends, and torchvision's lraspp_mobilenet_v3_large
+(random weights, for its speed alone). Every round runs each of them once, so that they
+share the machine's good and bad moments: compare ratios. With real weights and --images
+the agreement of the labels means something; without, the images are random blocks. About
+ten minutes on two cores.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from lednet.data.datasets import read_image
+from lednet.data.pairs import IMAGE_SUFFIXES
+from lednet.deploy.backends import BACKENDS, available
+from lednet.deploy.predictor import Predictor
+from lednet.deploy.speed import count_macs, describe_device, peak_memory_mb, synchronize
+from lednet.errors import UserError, exit_on_user_error
+from lednet.files import write_json
+from lednet.model import LEDNet
+from lednet.precision import autocast
+from lednet.training.distributed import choose_device
+from lednet.training.runs import environment
+from lednet.weights import load_network
+
+SIZES = ((512, 1024), (1024, 2048))
+PEER = "lraspp_mobilenet_v3_large"
+
+
+class Runner(NamedTuple):
+    """One competitor: uint8 images (N, 3, H, W) in main memory to label maps there."""
+
+    backend: str
+    precision: str
+    run: Callable[[Tensor], Tensor]
+
+
+def plain_runner(net: LEDNet, meta: dict, device: torch.device) -> Runner:
+    """The network as trained, nothing folded or fused."""
+    net = net.to(device)
+    mean, std = (
+        torch.tensor(meta.get(key, [value] * 3), device=device).view(-1, 1, 1)
+        for key, value in (("mean", 0.0), ("std", 1.0))
+    )
+
+    def run(images: Tensor) -> Tensor:
+        x = (images.to(device).float() / 255 - mean) / std
+        return net(x).argmax(dim=1).to(torch.uint8).cpu()
+
+    return Runner("plain", "fp32", run)
+
+
+def peer_runner(device: torch.device) -> Runner:
+    net = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=20)
+    net = net.to(device).eval()
+
+    def run(images: Tensor) -> Tensor:
+        return net(images.to(device).float() / 255)["out"].argmax(1).to(torch.uint8).cpu()
+
+    return Runner(PEER, "fp32", run)
+
+
+def openvino_peer_runner() -> Runner:
+    """The peer through OpenVINO, its argmax inside."""
+    import openvino
+
+    net = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=20).eval()
+
+    class Labels(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return net(images.float() / 255)["out"].argmax(1).to(torch.uint8)
+
+    compiled: dict[tuple, Any] = {}
+
+    def run(images: Tensor) -> Tensor:
+        shape = tuple(images.shape)
+        if shape not in compiled:
+            model = openvino.convert_model(torch.export.export(Labels(), (images.clone(),)))
+            hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+            compiled[shape] = openvino.compile_model(model, "CPU", hints)
+        return torch.from_numpy(compiled[shape](images.numpy())[0])
+
+    return Runner(f"{PEER}, openvino", "fp32", run)
+
+
+def precisions(backend: str, device: torch.device) -> list[str]:
+    """Those that the backend and the machine are made for."""
+    if device.type == "cuda":
+        fast = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return ["fp32", fast]
+    bf16 = "bf16" in torch.backends.cpu.get_cpu_capability().lower() or has_flag("avx512_bf16")
+    return ["fp32", "bf16"] if bf16 and backend != "onnxruntime" else ["fp32"]
+
+
+def has_flag(flag: str) -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and flag in info.read_text()
+
+
+def make_runners(args: argparse.Namespace, device: torch.device, size) -> list[Runner]:
+    net, meta = open_network(args.weights)
+    normalization = {key: meta[key] for key in ("mean", "std") if key in meta}
+    runners = [plain_runner(net, meta, device)]
+    for backend in args.backends:
+        if not available(backend, device):
+            print(f"skipped: backend {backend} is not installed, or not for {device}")
+            continue
+        for precision in precisions(backend, device):
+            predictor = Predictor(
+                net, size, **normalization, device=device, backend=backend, precision=precision
+            )
+            run = lambda images, p=predictor: p.label_maps(images)[0].cpu()  # noqa: E731
+            runners.append(Runner(backend, precision, run))
+    if args.peer:
+        runners.append(peer_runner(device))
+        if device.type == "cpu" and available("openvino", device):
+            runners.append(openvino_peer_runner())
+    return runners
+
+
+def open_network(weights: Path | None) -> tuple[LEDNet, dict]:
+    if weights:
+        return load_network(weights)
+    torch.manual_seed(0)
+    return LEDNet(20).eval(), {}
+
+
+def load_images(folder: Path | None, size: tuple[int, int], count: int) -> Tensor:
+    """(count, 3, *size) uint8: the folder's first images, resized, or random blocks."""
+    if folder is None:
+        rng = np.random.default_rng(0)
+        blocks = rng.integers(0, 256, (count, 3, size[0] // 32, size[1] // 32), dtype=np.uint8)
+        return torch.from_numpy(blocks.repeat(32, axis=2).repeat(32, axis=3))
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)[:count]
+    if not paths:
+        raise UserError(f"{folder} holds no images (png or jpg): check --images")
+    images = [torch.from_numpy(read_image(path)).permute(2, 0, 1) for path in paths]
+    images = [v2.functional.resize(image, list(size), antialias=True) for image in images]
+    return torch.stack([images[i % len(images)] for i in range(count)])
+
+
+@torch.inference_mode()
+def race(runners: list[Runner], images: Tensor, warmup: int, runs: int) -> list[list[float]]:
+    """Milliseconds of each run of each runner, all of them in turn in every round."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    times: list[list[float]] = [[] for _ in runners]
+    for round_ in tqdm(range(warmup + runs), f"{tuple(images.shape)}", leave=False):
+        for runner, record in zip(runners, times, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            runner.run(images)
+            synchronize(device)
+            if round_ >= warmup:
+                record.append((time.perf_counter() - start) * 1000)
+    return times
+
+
+@torch.inference_mode()
+def agreements(runners: list[Runner], images: Tensor) -> list[float | None]:
+    """Share of the pixels labelled as the first runner does; None for another network."""
+    expected = [runners[0].run(image[None]) for image in images]
+    found: list[float | None] = []
+    for runner in runners:
+        if runner.backend.startswith(PEER):
+            found.append(None)
+            continue
+        same = [
+            (runner.run(image[None]) == labels).double().mean().item()
+            for image, labels in zip(images, expected, strict=True)
+        ]
+        found.append(statistics.mean(same))
+    return found
+
+
+def matrix_rate(device: torch.device, precision: str = "fp32", seconds: float = 1.0) -> float:
+    """Best rate of a 2048 x 2048 matrix product, in GFLOP/s."""
+    a = torch.rand(2048, 2048, device=device)
+    best, end = float("inf"), time.perf_counter() + seconds
+    with torch.inference_mode(), autocast(device, precision):
+        while time.perf_counter() < end:
+            synchronize(device)
+            start = time.perf_counter()
+            a @ a
+            synchronize(device)
+            best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best / 1e9
+
+
+def peak_of(args: argparse.Namespace, runner: Runner, size: tuple[int, int]) -> float | None:
+    """Peak memory in MB of a process that runs this runner alone."""
+    command = [sys.executable, __file__, "--peak-of", runner.backend, runner.precision]
+    command += [str(side) for side in size] + ["--device", args.device]
+    command += ["--weights", str(args.weights)] if args.weights else []
+    result = subprocess.run(command, capture_output=True, text=True)
+    return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
+
+
+def print_peak(args: argparse.Namespace, device: torch.device) -> None:
+    backend, precision, height, width = args.peak_of
+    size = int(height), int(width)
+    args.backends, args.peer = ([backend] if backend in BACKENDS else []), PEER in backend
+    runners = make_runners(args, device, size)
+    runner = next(r for r in runners if (r.backend, r.precision) == (backend, precision))
+    with torch.inference_mode():
+        for _ in range(2):
+            runner.run(load_images(None, size, 1))
+    print(json.dumps(peak_memory_mb(device)))
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Every size and batch; see the module's docstring."""
+    results = []
+    for size in SIZES if args.sizes is None else args.sizes:
+        runners = make_runners(args, device, size)
+        images = load_images(args.images, size, max(args.agreement_images, *args.batches))
+        shares = agreements(runners, images[: args.agreement_images])
+        peaks = [peak_of(args, r, size) if args.memory else None for r in runners]
+        for batch in args.batches:
+            runs = max(3, args.runs // batch)
+            times = race(runners, images[:batch], args.warmup, runs)
+            medians = [statistics.median(record) for record in times]
+            for runner, record, p50, share, peak in zip(
+                runners, times, medians, shares, peaks, strict=True
+            ):
+                results.append(
+                    {
+                        "backend": runner.backend,
+                        "precision": runner.precision,
+                        "height": size[0],
+                        "width": size[1],
+                        "batch": batch,
+                        "p50_ms": p50,
+                        "p95_ms": float(np.quantile(record, 0.95)),
+                        "fps": batch * 1000 / p50,
+                        "fps_per_core": batch * 1000 / p50 / torch.get_num_threads(),
+                        "ratio_to_plain": medians[0] / p50,
+                        "agreement": share,
+                        "peak_mb": peak,
+                        "runs": runs,
+                    }
+                )
+                print_row(results[-1])
+    net, _ = open_network(args.weights)
+    rate = matrix_rate(device)
+    limits = {}
+    for size in {(r["height"], r["width"]) for r in results}:
+        operations = 2 * count_macs(net, size) / 1e9
+        limit = 1000 * operations / rate
+        rows = [r for r in results if (r["height"], r["width"]) == size and r["batch"] == 1
+                and r["precision"] == "fp32" and r["backend"] in BACKENDS]  # fmt: skip
+        best = min(rows, key=lambda r: r["p50_ms"], default=None)
+        limits[f"{size[0]}x{size[1]}"] = {
+            "gflop": operations,
+            "matrix_gflops": rate,
+            "limit_ms": limit,
+            "best_fp32": best and best["backend"],
+            "share_of_limit": best and limit / best["p50_ms"],
+        }
+        if best:
+            share = limit / best["p50_ms"]
+            print(
+                f"{size[0]}x{size[1]}: {operations:.1f} GFLOP at {rate:.0f} GFLOP/s is "
+                f"{limit:.0f} ms; {best['backend']} reaches {share:.0%} of it"
+            )
+    return {"results": results, "limits": limits}
+
+
+def print_row(row: dict[str, Any]) -> None:
+    share = "-" if row["agreement"] is None else f"{100 * row['agreement']:.4f} %"
+    peak = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f} MB"
+    print(
+        f"{row['backend']:36} {row['precision']}  {row['height']}x{row['width']} x{row['batch']}  "
+        f"{row['p50_ms']:8.1f} ms  p95 {row['p95_ms']:8.1f}  {row['fps']:7.2f} FPS  "
+        f"{row['ratio_to_plain']:5.2f}x  {share:>11}  {peak}",
+        flush=True,
+    )
+
+
+def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars of the ratio to plain at batch 1, a panel for each size."""
+    rows = [row for row in results if row["batch"] == 1]
+    sizes = sorted({(row["height"], row["width"]) for row in rows})
+    bars = max(sum((r["height"], r["width"]) == size for r in rows) for size in sizes)
+    figure = Figure(figsize=(6.5 * len(sizes), 1.4 + 0.42 * bars), layout="constrained")
+    figure.suptitle(title)
+    for axis, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        here = [row for row in rows if (row["height"], row["width"]) == size]
+        names = [f"{row['backend']} {row['precision']}" for row in here]
+        ratios = [row["ratio_to_plain"] for row in here]
+        colors = ["#f58518" if row["backend"].startswith(PEER) else "#4c78a8" for row in here]
+        axis.barh(names, ratios, color=colors)
+        for y, row in enumerate(here):
+            text = f" {row['ratio_to_plain']:.2f}x, {row['p50_ms']:.0f} ms"
+            axis.text(row["ratio_to_plain"], y, text, va="center")
+        axis.set(xlim=(0, 1.35 * max(ratios)), title=f"{size[0]}x{size[1]}, batch 1",
+                 xlabel="times as fast as plain")  # fmt: skip
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # fmt: off
+    parser.add_argument("--weights", type=Path, help="weights file or run folder (random ones)")
+    parser.add_argument("--images", type=Path, help="folder of images to compare labels on")
+    parser.add_argument("--agreement-images", type=int, default=4, metavar="N")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--sizes", nargs="+", metavar="HxW",
+                        type=lambda text: tuple(map(int, text.split("x"))),
+                        help="images and network input (512x1024 1024x2048)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True,
+                        help=f"race torchvision's {PEER} too")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True,
+                        help="peak memory, each in a process of its own")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=12, help="rounds at batch 1")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)
+    # fmt: on
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    device = choose_device(args.device)
+    if args.peak_of:
+        print_peak(args, device)
+        return
+    record = {
+        "command": " ".join(["python", "benchmarks/inference.py", *sys.argv[1:]]),
+        "device": describe_device(device),
+        "environment": environment(ROOT),
+    } | measure(args, device)
+    if args.json:
+        write_json(args.json, record)
+    if args.plot:
+        plot(record["results"], args.plot, record["device"])
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,310 @@
+"""From logits at 1/8 size straight to a label map, several times faster on a CPU.
+
+The plain way interpolates all C classes to full size and takes the argmax there. But
+interpolation is linear: within a cell of the low-resolution grid every pixel is a convex
+combination of the cell's corners. A class that is below some mixture of other classes at
+each corner is below it everywhere between them, and so below the best of them. Most cells
+of a scene have one class left and are filled with it; in the others only those classes
+are interpolated that may win, mostly two.
+
+This makes some hundred short operations. Two threads gain little over one, and where other
+programs want the same cores, each operation waits for its slowest thread: run it with one
+thread there, or with OMP_WAIT_POLICY=passive.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lednet.model import resize
+
+LONGEST_CELL = 64
+"""Pixels along a side of a cell at most; bounds the memory where few cells are huge."""
+
+BAND = 2**20
+"""Low-resolution logits looked at together: 4 MB, a whole image at ordinary sizes."""
+
+CHUNK = 2**19
+"""Values interpolated at once: many enough to hide the calls, few enough for a cache."""
+
+
+class Axis(NamedTuple):
+    """How the rows (or columns) of a label map hang on those of the low-resolution logits.
+
+    A cell is a run of rows that start from the same low-resolution row. Each of them is a
+    convex combination of V corners: that row and the next ones. V is 2 after one
+    interpolation, 3 after two, and 1 where there is a single low-resolution row. After two
+    interpolations a few rows of a cell look a little past its second corner, and the third
+    is moved back as far as they allow: the closer the corners, the fewer classes contend.
+
+    Attributes:
+        cell: (length,) of each row.
+        members: (K, cells), the rows of each cell; a short one repeats its last row.
+        nodes: (V, cells), low-resolution rows.
+        reach: (cells,), the third corner is lerp(nodes[1], nodes[2], reach).
+        weights: (V, K, cells) of the corners in each member.
+    """
+
+    cell: Tensor
+    members: Tensor
+    nodes: Tensor
+    reach: Tensor
+    weights: Tensor
+
+
+def _shares(low: int, network: int, wanted: int) -> Tensor:
+    """Share of each low-resolution row in each row of the label map: (wanted, low).
+
+    Unit vectors go through the plain way's own functions, so that no convention differs.
+    """
+    x = resize(torch.eye(low)[None, :, :, None], (network, 1))  # (1, low, network, 1)
+    if wanted != network:
+        x = F.interpolate(x, (wanted, 1), mode="bilinear", align_corners=False)
+    return x[0, :, :, 0].T
+
+
+def _runs(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs of equal values: number of each value's run; start and length of each run."""
+    _, run, lengths = values.unique_consecutive(return_inverse=True, return_counts=True)
+    return run, lengths.cumsum(0) - lengths, lengths
+
+
+@lru_cache(maxsize=32)
+def _axis(low: int, network: int, wanted: int, device: torch.device) -> Axis:
+    """The `Axis` of `wanted` rows from `network` rows from `low` rows."""
+    shares = _shares(low, network, wanted)
+    used = (shares > 0).view(torch.uint8)  # without a gap, because low <= network
+    first = used.argmax(dim=1)
+    span = int(used.sum(dim=1, dtype=torch.uint8).max())  # 3 at most
+
+    run, starts, lengths = _runs(first)
+    pieces = -(-lengths // LONGEST_CELL)
+    piece = (torch.arange(wanted) - starts[run]) * pieces[run] // lengths[run]
+    cell, starts, lengths = _runs(run * wanted + piece)
+    members = starts + torch.arange(int(lengths.max()))[:, None].minimum(lengths - 1)
+
+    nodes = first[starts] + torch.arange(span)[:, None]
+    behind, nodes = nodes >= low, nodes.clamp(max=low - 1)
+    weights = shares[members, nodes[:, None]].masked_fill(behind[:, None], 0)  # (V, K, cells)
+    reach = torch.ones(len(starts))
+    if span > 2:
+        _, second, third = weights
+        reach = (third / (second + third)).nan_to_num(0).amax(dim=0)  # 0/0: neither is used
+        moved = (third / reach).nan_to_num(0)
+        weights[1:] = torch.stack(((second + third - moved).clamp(min=0), moved))
+    parts = (cell, members, nodes, reach, weights)
+    return Axis(*(part.to(device) for part in parts))
+
+
+class Band(NamedTuple):
+    """Some neighbouring rows of cells: where they read, where they write, and how."""
+
+    low: slice
+    answer: slice
+    rows: Axis
+
+
+@lru_cache(maxsize=32)
+def _bands(
+    low: int, network: int, wanted: int, device: torch.device, height: int
+) -> tuple[Band, ...]:
+    """The axis of `_axis` in bands of `height` cells."""
+    whole = _axis(low, network, wanted, device)
+    bands = []
+    for cells in torch.arange(len(whole.reach), device=device).split(height):
+        start, stop = int(cells[0]), int(cells[-1]) + 1
+        members, nodes = whole.members[:, start:stop], whole.nodes[:, start:stop]
+        answer = slice(int(members[0, 0]), int(members[-1, -1]) + 1)
+        source = slice(int(nodes[0, 0]), int(nodes[-1, -1]) + 1)
+        rows = Axis(
+            whole.cell[answer] - start,
+            members - answer.start,
+            nodes - source.start,
+            whole.reach[start:stop],
+            whole.weights[..., start:stop],
+        )
+        bands.append(Band(source, answer, rows))
+    return tuple(bands)
+
+
+def _first_best(scores: Iterable[Tensor], classes: Iterable[int | Tensor]) -> Tensor:
+    """Class of the highest score everywhere, the first one where several are as high.
+
+    The scores come one after the other; on a CPU this is several times faster than
+    torch's argmax over stacked planes.
+
+    scores: float tensors of one shape; later ones may leave out the end of the last axis
+    classes: for each of them an int, or a uint8 tensor along the last axis
+    -> uint8 of the first one's shape
+    """
+    pairs = zip(scores, classes, strict=True)
+    score, label = next(pairs)
+    best = score.clone()
+    answer = torch.zeros_like(best, dtype=torch.uint8) + label
+    for score, label in pairs:
+        part, so_far = (x[..., : score.shape[-1]] for x in (answer, best))
+        part += (score > so_far).view(torch.uint8) * (label - part)
+        torch.maximum(so_far, score, out=so_far)
+    return answer
+
+
+def _mix(values: Tensor, weights: Tensor) -> Tensor:
+    """Sum of values times weights over the first axis; the other axes are broadcast.
+
+    Not by `addcmul_`, which rounds otherwise at the end of a row than within it, so that
+    equal classes would no longer tie.
+    """
+    total = values[0] * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total += value * weight
+    return total
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """`values[..., index]`, several times faster."""
+    return values.index_select(-1, index)
+
+
+class Cells(NamedTuple):
+    """Some cells of a label map, by their numbers y and x, (M,) each, along the axes."""
+
+    rows: Axis
+    columns: Axis
+    y: Tensor
+    x: Tensor
+
+    def at_nodes(self, low: Tensor) -> Tensor:
+        """Low-resolution values on which each cell hangs: (..., h, w) -> (V, V, ..., M)."""
+        flat, width = low.flatten(-2), low.shape[-1]
+        rows, columns = _pick(self.rows.nodes, self.y) * width, _pick(self.columns.nodes, self.x)
+        return torch.stack([torch.stack([_pick(flat, a + b) for b in columns]) for a in rows])
+
+    def at_corners(self, low: Tensor) -> Tensor:
+        """The same at the corners: (..., h, w) -> (V, V, ..., M)."""
+        values = self.at_nodes(low)
+        if len(self.rows.nodes) > 2:
+            values[2] = values[1].lerp(values[2], self.rows.reach[self.y])
+        if len(self.columns.nodes) > 2:
+            values[:, 2] = values[:, 1].lerp(values[:, 2], self.columns.reach[self.x])
+        return values
+
+    def take(self, order: Tensor) -> "Cells":
+        return self._replace(y=self.y[order], x=self.x[order])
+
+    def places(self) -> Tensor:
+        """Indices into the flat label map of each cell's pixels: (K, K, M)."""
+        rows = _pick(self.rows.members, self.y) * len(self.columns.cell)
+        return rows[:, None] + _pick(self.columns.members, self.x)
+
+
+def _contenders(corners: Tensor, winners: Tensor) -> Tensor:
+    """Classes that may win somewhere in a cell: those not below the mean of the winners.
+
+    corners: (V, V, C, M), logits; winners: (V, V, M) uint8, any classes -> (C, M) bool
+    """
+    outer = winners[[0, 0, -1, -1], [0, -1, 0, -1]].long()[:, None, None, None]
+    a, b, c, d = (corners.gather(2, index.expand(*corners.shape[:2], -1, -1)) for index in outer)
+    # In pairs, because each sum of two then rounds to at most twice the larger one: were
+    # the mean to round to more than the best class has, no class would be left.
+    mean = ((a + b) + (c + d)) / 4
+    return (corners - mean).amax(dim=(0, 1)) >= 0
+
+
+def _ranked(contends: Tensor, most: int) -> Tensor:
+    """The contenders of each cell in rising order: (C, M) bool -> (most, M) int64."""
+    classes = torch.arange(len(contends), device=contends.device)[:, None]
+    rank = (contends.cumsum(0) - 1).where(contends, most)
+    ranked = classes.new_zeros(most + 1, contends.shape[1])
+    return ranked.scatter_(0, rank, classes.expand_as(rank))[:most]
+
+
+def _interpolated(
+    cells: Cells, corners: Tensor, ranked: Tensor, counts: list[int]
+) -> Iterator[Tensor]:
+    """Scores of the first, second, .. contender in all pixels of the cells that have it.
+
+    corners: (V, V, C * M); ranked: indices into its last axis, (contenders, M)
+    counts: how many cells have a first, second, .. contender; those cells come first
+    -> (K, K, count) each
+    """
+    down = _pick(cells.rows.weights, cells.y)[:, :, None]  # (V, K, 1, M)
+    across = _pick(cells.columns.weights, cells.x)[:, None]  # (V, 1, K, M)
+    for chosen, count in zip(ranked, counts, strict=True):
+        values = _pick(corners, chosen[:count])[:, None]  # (V, 1, V, count)
+        values = _mix(values, down[..., :count]).transpose(0, 1)  # (V, K, count)
+        yield _mix(values[:, :, None], across[..., :count])
+
+
+def _fill_mixed(answer: Tensor, cells: Cells, low: Tensor, best: Tensor) -> None:
+    """Write the pixels of cells in which several classes may win.
+
+    answer: (H, W) uint8, written to; low: (C, h, w); best: (h, w) uint8, argmax of low
+    """
+    corners = cells.at_corners(low)
+    contends = _contenders(corners, cells.at_nodes(best))
+    number, order = contends.sum(dim=0).sort(descending=True)
+    counts = (number > torch.arange(int(number[0]), device=low.device)[:, None]).sum(1).tolist()
+    mixed = counts[1] if len(counts) > 1 else 0
+    if not mixed:
+        return
+    counts[0], order = mixed, order[:mixed]
+    ranked = _ranked(_pick(contends, order), len(counts))
+    cells = cells.take(order)
+    index = ranked * contends.shape[1] + order
+    scores = _interpolated(cells, corners.flatten(2), index, counts)
+    classes = (c[:n] for c, n in zip(ranked.to(torch.uint8), counts, strict=True))
+    labels = _first_best(scores, classes)
+    answer.view(-1).scatter_(0, cells.places().view(-1), labels.view(-1))
+
+
+def _label_band(answer: Tensor, low: Tensor, rows: Axis, columns: Axis) -> None:
+    """Write some rows of a label map: low (C, h, w) -> answer (H, W) uint8."""
+    low = low.contiguous()
+    best = _first_best(low, range(len(low)))
+    of_cell = best.index_select(0, rows.nodes[0]).index_select(1, columns.nodes[0])
+    torch.index_select(of_cell.index_select(1, columns.cell), 0, rows.cell, out=answer)
+    differs = torch.zeros_like(of_cell, dtype=torch.bool)
+    for a in rows.nodes:
+        for b in columns.nodes:
+            differs |= best.index_select(0, a).index_select(1, b) != of_cell
+    pixels = len(rows.members) * len(columns.members)
+    logits = len(rows.nodes) * len(columns.nodes) * len(low)
+    for part in differs.nonzero().split(max(1, CHUNK // max(pixels, logits))):
+        if len(part):
+            _fill_mixed(answer, Cells(rows, columns, *part.unbind(1)), low, best)
+
+
+@torch.no_grad()
+def label_map(low: Tensor, network_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Label map at `size` from the logits before the network's last upsampling.
+
+    What `resize` to the network's size, bilinear interpolation (corners not aligned) to
+    `size` and argmax give, up to float rounding, without scores at full size.
+
+    Args:
+        low: (N, C, h, w) finite float32, C at most 256.
+        network_size, size: (height, width) in pixels.
+
+    Returns:
+        (N, *size) uint8 class indices on the device of `low`; of equal scores the first.
+
+    Raises:
+        ValueError: logits that are larger than `network_size`.
+    """
+    if low.shape[-2] > network_size[0] or low.shape[-1] > network_size[1]:
+        raise ValueError(
+            f"logits of {tuple(low.shape[-2:])} are larger than the network's size "
+            f"{tuple(network_size)}: give those before the last upsampling"
+        )
+    n, c, h, w = low.shape
+    columns = _axis(w, network_size[1], size[1], low.device)
+    bands = _bands(h, network_size[0], size[0], low.device, max(1, BAND // (c * w)))
+    answer = torch.empty((n, *size), dtype=torch.uint8, device=low.device)
+    for band in bands:
+        for labels, image in zip(answer, low, strict=True):
+            _label_band(labels[band.answer], image[:, band.low], band.rows, columns)
+    return answer

@@ -181,6 +181,7 @@ SCRIPTS = (
     "test/eval_cityscapes_color.py",
     "test/eval_forward_time.py",
     "utils/check_upload.py",
+    "utils/export_model.py",
 )
 
 

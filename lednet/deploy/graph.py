@@ -32,11 +32,12 @@ class BytesToLogits(nn.Module):
         super().__init__()
         folded = remove_shuffles(fold_batch_norm(net)) if fold else None
         self.net = folded or nn.Sequential(net.encoder, net.decoder)
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+        # Not "mean": with torch 2.6 the ONNX exporter gives it and the operation one name.
+        self.register_buffer("pixel_mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("pixel_std", torch.tensor(std, dtype=torch.float32))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = (images.float() / 255 - self.mean) / self.std  # (N, H, W, 3)
+        x = (images.float() / 255 - self.pixel_mean) / self.pixel_std  # (N, H, W, 3)
         return self.net(x.permute(0, 3, 1, 2))
 
 

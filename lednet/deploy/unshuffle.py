@@ -124,7 +124,8 @@ class _Stage(nn.Module):
                 left, right = torch.arange(half), torch.arange(half)
             steps.append(_Block(block, left, right))
         self.steps = nn.ModuleList(steps)
-        self.order = torch.cat((2 * left, 2 * right + 1))
+        shuffled, plain = (2 * left, 2 * right + 1), (left, half + right)
+        self.order = torch.cat(shuffled if blocks else plain)
 
     def forward(self, x: Tensor) -> Tensor:
         halves = self.down(x)

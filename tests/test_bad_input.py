@@ -23,11 +23,11 @@ def assert_refused(result, *words: str) -> None:
 
 
 @pytest.fixture
-def train(run_script, own_camvid, tmp_path):
+def train(run_inside, own_camvid, tmp_path):
     """Train on the small CamVid tree; nothing may be left in the run folder but a log."""
 
     def run(*flags: object, savedir=tmp_path / "run"):
-        return run_script(
+        return run_inside(
             "train/main.py", "--dataset", "camvid", "--datadir", own_camvid, "--savedir", savedir,
             "--height", 48, "--width", 64, "--batch-size", 2, "--num-epochs", 1,
             "--num-workers", 1, "--device", "cpu", *flags,
@@ -37,9 +37,9 @@ def train(run_script, own_camvid, tmp_path):
 
 
 @pytest.fixture
-def score(run_script, own_camvid, tmp_path):
+def score(run_inside, own_camvid, tmp_path):
     def run(weights, *flags: object):
-        return run_script(
+        return run_inside(
             "test/eval_iou.py", "--weights", weights, "--dataset", "camvid", "--datadir",
             own_camvid, "--device", "cpu", "--json", tmp_path / "out.json", *flags,
         )  # fmt: skip
@@ -50,6 +50,12 @@ def score(run_script, own_camvid, tmp_path):
 def test_no_such_folder(train, tmp_path):
     assert_refused(train("--datadir", tmp_path / "nowhere"), "nowhere", "--datadir")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_shell_sees_the_same(run_script, tmp_path):
+    """In a process of its own, which the other tests here spare."""
+    result = run_script("train/main.py", "--datadir", tmp_path / "nowhere", "--device", "cpu")
+    assert_refused(result, "nowhere", "--datadir")
 
 
 def test_empty_split(train, own_camvid, tmp_path):

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from lednet.data.datasets import read_image
 from lednet.data.pairs import IMAGE_SUFFIXES
 from lednet.deploy.backends import BACKENDS, available
+from lednet.deploy.export import compile_openvino
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.speed import count_macs, describe_device, peak_memory_mb, synchronize
 from lednet.errors import UserError, exit_on_user_error
@@ -99,7 +100,7 @@ def openvino_peer_runner() -> Runner:
         if shape not in compiled:
             model = openvino.convert_model(torch.export.export(Labels(), (images.clone(),)))
             hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-            compiled[shape] = openvino.compile_model(model, "CPU", hints)
+            compiled[shape] = compile_openvino(model, "CPU", hints)
         return torch.from_numpy(compiled[shape](images.numpy())[0])
 
     return Runner(f"{PEER}, openvino", "fp32", run)

@@ -1,5 +1,8 @@
 """Folding changes nothing, tiles join without a seam, and the speed card says what it measured."""
 
+import ctypes
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -290,6 +293,29 @@ def test_a_backend_takes_any_size(backend):
     )
     assert plain.unique().numel() > 2
     assert (plain == other).float().mean() >= 0.9999
+
+
+class SignalStack(ctypes.Structure):
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    @classmethod
+    def current(cls) -> tuple:
+        stack = cls()
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+        return stack.sp, stack.flags, stack.size
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the stack")
+def test_openvino_leaves_the_signal_stack_alone(monkeypatch):
+    """Where it does not, the end of a child process ends this one."""
+    installed("openvino")
+    monkeypatch.setattr(lednet.model, "ENCODER_STAGES", (Down(32), Down(64), Down(128)))
+    before = SignalStack.current()
+    predictor = Predictor(worn(), (32, 48), backend="openvino")
+    predictor(np.zeros((32, 48, 3), np.uint8))
+    assert SignalStack.current() == before
+    del predictor
+    assert SignalStack.current() == before
 
 
 def test_auto_says_what_it_chose(monkeypatch):

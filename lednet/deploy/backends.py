@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lednet.deploy.export import compile_openvino
 from lednet.deploy.graph import BytesToLogits
 from lednet.errors import UserError
 from lednet.precision import autocast
@@ -150,5 +151,5 @@ def _openvino_core(graph: BytesToLogits, example: Tensor, precision: str) -> Cor
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    compiled = openvino.compile_model(model, "CPU", hints)
+    compiled = compile_openvino(model, "CPU", hints)
     return lambda images: torch.from_numpy(compiled(images.numpy())[0])

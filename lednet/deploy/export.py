@@ -21,6 +21,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -278,6 +279,18 @@ def export_openvino(
         openvino.save_model(model, path, compress_to_fp16=False)
 
 
+def compile_openvino(model: Any, device: str = "CPU", config: dict[str, Any] | None = None) -> Any:
+    """`openvino.compile_model`, in a thread of its own.
+
+    OpenVINO 2026.4 gives the thread that compiles a signal stack, which is freed with the
+    model: were it the main thread, the next signal after that (a finished child process
+    is one) would end the program.
+    """
+    openvino = _import("openvino")
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(openvino.compile_model, model, device, config or {}).result()
+
+
 def load_openvino(
     path: str | os.PathLike, threads: int | None = None, device: str = "CPU"
 ) -> Exported:
@@ -295,9 +308,8 @@ def load_openvino(
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
     with _opening(path):
-        core = openvino.Core()
-        model = core.read_model(path)
-        request = core.compile_model(model, device, config).create_infer_request()
+        model = openvino.Core().read_model(path)
+        request = compile_openvino(model, device, config).create_infer_request()
     lengths = list(model.input(0).partial_shape)[:3]
     bounds = tuple((n.min_length, n.max_length if n.max_length > 0 else None) for n in lengths)
     metadata = {}

@@ -111,8 +111,7 @@ def precisions(backend: str, device: torch.device) -> list[str]:
     if device.type == "cuda":
         fast = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return ["fp32", fast]
-    bf16 = "bf16" in torch.backends.cpu.get_cpu_capability().lower() or has_flag("avx512_bf16")
-    return ["fp32", "bf16"] if bf16 and backend != "onnxruntime" else ["fp32"]
+    return ["fp32", "bf16"] if has_flag("avx512_bf16") and backend != "onnxruntime" else ["fp32"]
 
 
 def has_flag(flag: str) -> bool:
@@ -163,9 +162,10 @@ def load_images(folder: Path | None, size: tuple[int, int], count: int) -> Tenso
 
 
 @torch.inference_mode()
-def race(runners: list[Runner], images: Tensor, warmup: int, runs: int) -> list[list[float]]:
+def race(
+    runners: list[Runner], images: Tensor, device: torch.device, warmup: int, runs: int
+) -> list[list[float]]:
     """Milliseconds of each run of each runner, all of them in turn in every round."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     times: list[list[float]] = [[] for _ in runners]
     for round_ in tqdm(range(warmup + runs), f"{tuple(images.shape)}", leave=False):
         for runner, record in zip(runners, times, strict=True):
@@ -240,7 +240,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         peaks = [peak_of(args, r, size) if args.memory else None for r in runners]
         for batch in args.batches:
             runs = max(3, args.runs // batch)
-            times = race(runners, images[:batch], args.warmup, runs)
+            times = race(runners, images[:batch], device, args.warmup, runs)
             medians = [statistics.median(record) for record in times]
             for runner, record, p50, share, peak in zip(
                 runners, times, medians, shares, peaks, strict=True

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` to `path` as indented JSON, atomically. NaN is refused by `json`."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def plain_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON can hold them: paths become text."""
+    return {key: str(v) if isinstance(v, Path) else v for key, v in options.items()}
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -37,7 +37,7 @@ from lednet.evaluation.cityscapes import EVALUATED_CATEGORIES, EVALUATED_CLASSES
 from lednet.evaluation.cityscapes import BenchmarkScores
 from lednet.evaluation.journal import Journal
 from lednet.evaluation.upload import NUM_FILES, check_upload, prediction_name, write_upload
-from lednet.files import write_json
+from lednet.files import plain_values, write_json
 from lednet.precision import AMP_DTYPES
 from lednet.training.distributed import World, join_world, leave_world
 from lednet.weights import weights_file
@@ -124,6 +124,8 @@ def settings(args: argparse.Namespace, predictor: Predictor) -> dict:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "weights": checksum,
+        "datadir": str(args.datadir.resolve()),
+        "labels": args.labels,
         "subset": args.subset,
         "size": predictor.size,
         "scales": predictor.scales,
@@ -269,7 +271,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     if predictor and args.speed:
         image_size = read_image(frames[0].image).shape[:2]
         card = speed_card(predictor, image_size, 1, args.warmup, args.runs)
-    details = {"options": printable(args)} | ({"speed": card} if card else {})
+    details = {"options": plain_values(vars(args))} | ({"speed": card} if card else {})
     if args.subset != "test":
         if predictor:
             network = total_scores(result.network for result in results)
@@ -287,14 +289,9 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         path = args.out / "report.html" if args.report is True else args.report
         write_benchmark_report(
             path, f"Cityscapes {args.subset}", results, frames, files, scheme,
-            network=network, card=card, options=printable(args), images=args.report_images,
+            network=network, card=card, options=plain_values(vars(args)), images=args.report_images,
         )  # fmt: skip
         print(f"report: {path}")
-
-
-def printable(args: argparse.Namespace) -> dict:
-    """Options as plain JSON values."""
-    return {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
 
 
 def main() -> None:

@@ -123,6 +123,14 @@ def test_predictor_answers_at_the_size_of_the_image(fold):
     assert (labels == expected).mean() > 0.999
 
 
+@pytest.mark.parametrize("fold", [True, False])
+def test_predictor_leaves_the_network_alone(fold):
+    net = worn().train()
+    Predictor(net, (32, 48), fold=fold)
+    assert all(module.training for module in net.modules())
+    assert net.encoder[1].left[0].weight.is_contiguous()
+
+
 def test_several_sizes_and_images_at_once():
     predictor = Predictor(worn(), (32, 48))
     images = torch.randint(0, 256, (3, 3, 50, 70), dtype=torch.uint8)

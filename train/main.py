@@ -22,7 +22,7 @@ from lednet.data.datasets import DATASETS, DEFAULT_SIZES, SegmentationDataset, o
 from lednet.data.datasets import pixel_shares
 from lednet.data.transforms import PRESETS, evaluation_transform, training_transform
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import write_text
+from lednet.files import plain_values, write_text
 from lednet.model import VARIANTS, LEDNet, count_parameters
 from lednet.precision import AMP_DTYPES, autocast
 from lednet.training.dashboard import Dashboard
@@ -256,7 +256,7 @@ def train_stages(args: argparse.Namespace, world: World) -> None:
     net.to(world.device)
     weights = weights_for(args, train)
     mean, std = NO_NORMALIZATION
-    run.write_options(printable(args), ROOT)
+    run.write_options(plain_values(vars(args)), ROOT)
     if world.is_main:
         write_text(run.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
     run.say(
@@ -301,11 +301,6 @@ def train_stages(args: argparse.Namespace, world: World) -> None:
         f"done: best val mIoU {progress.best_miou:.3f}; weights {run.path / BEST['decoder']}, "
         f"curves {run.path / 'curves.png'}"
     )
-
-
-def printable(args: argparse.Namespace) -> dict:
-    """Options as plain JSON values."""
-    return {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What backends run and exports hold: the network with its pre- and post-processing inside."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ class BytesToLogits(nn.Module):
         net: not changed.
         mean, std: normalisation of the [0, 1] image that the network was trained with.
         fold: whether to fold batch norms and to remove channel shuffles (the same answer to
-            float32 rounding); otherwise encoder and decoder are `net`'s own.
+            float32 rounding); otherwise encoder and decoder are copied as they are.
 
     images: (N, H, W, 3) uint8 RGB -> (N, C, ceil(H/8), ceil(W/8)) float32
     """
@@ -30,8 +31,9 @@ class BytesToLogits(nn.Module):
         fold: bool = True,
     ):
         super().__init__()
-        folded = remove_shuffles(fold_batch_norm(net)) if fold else None
-        self.net = folded or nn.Sequential(net.encoder, net.decoder)
+        # A copy in either case: a backend moves it to its device and memory format.
+        plain = nn.Sequential(net.encoder, net.decoder)
+        self.net = remove_shuffles(fold_batch_norm(net)) if fold else copy.deepcopy(plain)
         # Not "mean": with torch 2.6 the ONNX exporter gives it and the operation one name.
         self.register_buffer("pixel_mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("pixel_std", torch.tensor(std, dtype=torch.float32))

@@ -1,14 +1,15 @@
 """Race the backends: from a uint8 image to a uint8 label map, against the plain network.
 
-    python benchmarks/inference.py --weights save/cityscapes-d20 --images photos \
+    python benchmarks/inference.py --weights save/cityscapes-d20 --images val --calibrate train \
         --json benchmarks/results/inference.json --plot benchmarks/results/inference.png
 
 "plain" is the network as it was trained: eager, fp32, batch norms, logits at full size,
-argmax. The others are `Predictor`'s backends, and torchvision's lraspp_mobilenet_v3_large
-(random weights, for its speed alone). Every round runs each of them once, so that they
-share the machine's good and bad moments: compare ratios. With real weights and --images
-the agreement of the labels means something; without, the images are random blocks. About
-ten minutes on two cores.
+argmax. The others are `Predictor`'s backends, its int8 file where nncf is installed
+(calibrated on images of --calibrate), and torchvision's lraspp_mobilenet_v3_large (random
+weights, for its speed alone). Every round runs each of them once, so that they share the
+machine's good and bad moments: compare ratios. With real weights and --images the
+agreement of the labels means something; without, the images are random blocks. About
+fifteen minutes on two cores.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +37,8 @@ from tqdm import tqdm
 from lednet.data.datasets import read_image
 from lednet.data.pairs import IMAGE_SUFFIXES
 from lednet.deploy.backends import BACKENDS, available
-from lednet.deploy.export import compile_openvino
+from lednet.deploy.export import export
+from lednet.deploy.formats import compile_openvino, missing_packages
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.speed import count_macs, describe_device, peak_memory_mb, synchronize
 from lednet.errors import UserError, exit_on_user_error
@@ -47,6 +50,7 @@ from lednet.training.runs import environment
 from lednet.weights import load_network
 
 SIZES = ((512, 1024), (1024, 2048))
+CALIBRATION_IMAGES = 32
 PEER = "lraspp_mobilenet_v3_large"
 
 
@@ -56,6 +60,8 @@ class Runner(NamedTuple):
     backend: str
     precision: str
     run: Callable[[Tensor], Tensor]
+    weights: Path | None = None
+    """What a process of its own would open."""
 
 
 def plain_runner(net: LEDNet, meta: dict, device: torch.device) -> Runner:
@@ -100,7 +106,7 @@ def openvino_peer_runner() -> Runner:
         if shape not in compiled:
             model = openvino.convert_model(torch.export.export(Labels(), (images.clone(),)))
             hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-            compiled[shape] = compile_openvino(model, "CPU", hints)
+            compiled[shape] = compile_openvino(model, hints)
         return torch.from_numpy(compiled[shape](images.numpy())[0])
 
     return Runner(f"{PEER}, openvino", "fp32", run)
@@ -119,10 +125,13 @@ def has_flag(flag: str) -> bool:
     return info.is_file() and flag in info.read_text()
 
 
-def make_runners(args: argparse.Namespace, device: torch.device, size) -> list[Runner]:
+def make_runners(
+    args: argparse.Namespace, device: torch.device, size: tuple[int, int], folder: Path
+) -> list[Runner]:
+    """All that run here; files that they need are written to `folder`."""
     net, meta = open_network(args.weights)
     normalization = {key: meta[key] for key in ("mean", "std") if key in meta}
-    runners = [plain_runner(net, meta, device)]
+    runners = [plain_runner(net, meta, device)._replace(weights=args.weights)]
     for backend in args.backends:
         if not available(backend, device):
             print(f"skipped: backend {backend} is not installed, or not for {device}")
@@ -131,13 +140,32 @@ def make_runners(args: argparse.Namespace, device: torch.device, size) -> list[R
             predictor = Predictor(
                 net, size, **normalization, device=device, backend=backend, precision=precision
             )
-            run = lambda images, p=predictor: p.label_maps(images)[0].cpu()  # noqa: E731
-            runners.append(Runner(backend, precision, run))
+            runners.append(Runner(backend, precision, labels_of(predictor), args.weights))
+    if args.int8 and device.type == "cpu" and not missing_packages("openvino", "int8"):
+        path = write_int8(args, net, meta, size, folder / f"int8_{size[0]}x{size[1]}.xml")
+        run = labels_of(Predictor.from_weights(path))
+        runners.append(Runner("openvino", "int8", run, path))
     if args.peer:
         runners.append(peer_runner(device))
         if device.type == "cpu" and available("openvino", device):
             runners.append(openvino_peer_runner())
     return runners
+
+
+def labels_of(predictor: Predictor) -> Callable[[Tensor], Tensor]:
+    return lambda images: predictor.label_maps(images)[0].cpu()
+
+
+def write_int8(
+    args: argparse.Namespace, net: LEDNet, meta: dict, size: tuple[int, int], path: Path
+) -> Path:
+    images = load_images(args.calibrate or args.images, size, CALIBRATION_IMAGES)
+    batches = [image[None].permute(0, 2, 3, 1).numpy() for image in images]
+    export(
+        net, meta, path, "openvino", size, batches[:1], output="logits", calibration=batches,
+        min_agreement=0, max_difference=float("inf"),  # the table says how near it is
+    )  # fmt: skip
+    return path
 
 
 def open_network(weights: Path | None) -> tuple[LEDNet, dict]:
@@ -148,17 +176,21 @@ def open_network(weights: Path | None) -> tuple[LEDNet, dict]:
 
 
 def load_images(folder: Path | None, size: tuple[int, int], count: int) -> Tensor:
-    """(count, 3, *size) uint8: the folder's first images, resized, or random blocks."""
+    """(count, 3, *size) uint8: images of the folder at even distances, resized; or blocks."""
     if folder is None:
         rng = np.random.default_rng(0)
         blocks = rng.integers(0, 256, (count, 3, size[0] // 32, size[1] // 32), dtype=np.uint8)
         return torch.from_numpy(blocks.repeat(32, axis=2).repeat(32, axis=3))
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)[:count]
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise UserError(f"{folder} holds no images (png or jpg): check --images")
-    images = [torch.from_numpy(read_image(path)).permute(2, 0, 1) for path in paths]
-    images = [v2.functional.resize(image, list(size), antialias=True) for image in images]
-    return torch.stack([images[i % len(images)] for i in range(count)])
+        raise UserError(f"{folder} holds no images (png or jpg): check --images and --calibrate")
+    images = (read_image(paths[i * len(paths) // count]) for i in range(count))
+    return torch.stack(
+        [
+            v2.functional.resize(torch.from_numpy(image).permute(2, 0, 1), size, antialias=True)
+            for image in images
+        ]
+    )
 
 
 @torch.inference_mode()
@@ -213,38 +245,41 @@ def peak_of(args: argparse.Namespace, runner: Runner, size: tuple[int, int]) -> 
     """Peak memory in MB of a process that runs this runner alone."""
     command = [sys.executable, __file__, "--peak-of", runner.backend, runner.precision]
     command += [str(side) for side in size] + ["--device", args.device]
-    command += ["--weights", str(args.weights)] if args.weights else []
+    command += ["--weights", str(runner.weights)] if runner.weights else []
     result = subprocess.run(command, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
 
 
 def print_peak(args: argparse.Namespace, device: torch.device) -> None:
-    backend, precision, height, width = args.peak_of
-    size = int(height), int(width)
-    args.backends, args.peer = ([backend] if backend in BACKENDS else []), PEER in backend
-    runners = make_runners(args, device, size)
-    runner = next(r for r in runners if (r.backend, r.precision) == (backend, precision))
+    backend, precision, *size = args.peak_of
+    size = tuple(map(int, size))
+    if precision == "int8":
+        run = labels_of(Predictor.from_weights(args.weights))
+    else:
+        args.backends = [backend] if backend in BACKENDS else []
+        args.peer, args.int8 = PEER in backend, False
+        runners = make_runners(args, device, size, Path())
+        run = next(r for r in runners if (r.backend, r.precision) == (backend, precision)).run
     with torch.inference_mode():
         for _ in range(2):
-            runner.run(load_images(None, size, 1))
+            run(load_images(None, size, 1))
     print(json.dumps(peak_memory_mb(device)))
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """Every size and batch; see the module's docstring."""
     results = []
     for size in SIZES if args.sizes is None else args.sizes:
-        runners = make_runners(args, device, size)
+        runners = make_runners(args, device, size, folder)
         images = load_images(args.images, size, max(args.agreement_images, *args.batches))
         shares = agreements(runners, images[: args.agreement_images])
         peaks = [peak_of(args, r, size) if args.memory else None for r in runners]
         for batch in args.batches:
             runs = max(3, args.runs // batch)
             times = race(runners, images[:batch], device, args.warmup, runs)
-            medians = [statistics.median(record) for record in times]
-            for runner, record, p50, share, peak in zip(
-                runners, times, medians, shares, peaks, strict=True
-            ):
+            plain = statistics.median(times[0])
+            for runner, record, share, peak in zip(runners, times, shares, peaks, strict=True):
+                p50 = statistics.median(record)
                 results.append(
                     {
                         "backend": runner.backend,
@@ -256,36 +291,58 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                         "p95_ms": float(np.quantile(record, 0.95)),
                         "fps": batch * 1000 / p50,
                         "fps_per_core": batch * 1000 / p50 / torch.get_num_threads(),
-                        "ratio_to_plain": medians[0] / p50,
+                        "ratio_to_plain": plain / p50,
                         "agreement": share,
                         "peak_mb": peak,
                         "runs": runs,
                     }
                 )
                 print_row(results[-1])
+    print_best_batches(results)
     net, _ = open_network(args.weights)
-    rate = matrix_rate(device)
-    limits = {}
-    for size in {(r["height"], r["width"]) for r in results}:
-        operations = 2 * count_macs(net, size) / 1e9
-        limit = 1000 * operations / rate
-        rows = [r for r in results if (r["height"], r["width"]) == size and r["batch"] == 1
-                and r["precision"] == "fp32" and r["backend"] in BACKENDS]  # fmt: skip
-        best = min(rows, key=lambda r: r["p50_ms"], default=None)
-        limits[f"{size[0]}x{size[1]}"] = {
-            "gflop": operations,
-            "matrix_gflops": rate,
-            "limit_ms": limit,
-            "best_fp32": best and best["backend"],
-            "share_of_limit": best and limit / best["p50_ms"],
-        }
-        if best:
-            share = limit / best["p50_ms"]
+    return {"results": results, "limits": limits(results, net, device)}
+
+
+def print_best_batches(results: list[dict[str, Any]]) -> None:
+    """For each size the batch that each runner answers the most images a second with."""
+    best: dict[tuple, dict[str, Any]] = {}
+    for row in results:
+        key = (row["height"], row["width"], row["backend"], row["precision"])
+        best[key] = max(best.get(key, row), row, key=lambda r: r["fps"])
+    for (height, width, backend, precision), row in best.items():
+        print(
+            f"{height}x{width} {backend} {precision}: best batch {row['batch']}, "
+            f"{row['fps']:.2f} images/s, {row['fps_per_core']:.2f} a core"
+        )
+
+
+def limits(
+    results: list[dict[str, Any]], net: LEDNet, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """For each size and precision that PyTorch multiplies matrices in: the time that the
+    network's operations would take at that rate, and the share of it that the best reaches."""
+    found: dict[str, dict[str, Any]] = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        rows = [r for r in results if r["batch"] == 1 and r["precision"] == precision
+                and r["backend"] in BACKENDS]  # fmt: skip
+        rate = matrix_rate(device, precision) if rows else 0
+        for size in sorted({(r["height"], r["width"]) for r in rows}):
+            best = min((r for r in rows if (r["height"], r["width"]) == size),
+                       key=lambda r: r["p50_ms"])  # fmt: skip
+            operations = 2 * count_macs(net, size) / 1e9
+            limit = 1000 * operations / rate
+            found[f"{size[0]}x{size[1]} {precision}"] = {
+                "gflop": operations,
+                "matrix_gflops": rate,
+                "limit_ms": limit,
+                "best": best["backend"],
+                "share_of_limit": limit / best["p50_ms"],
+            }
             print(
-                f"{size[0]}x{size[1]}: {operations:.1f} GFLOP at {rate:.0f} GFLOP/s is "
-                f"{limit:.0f} ms; {best['backend']} reaches {share:.0%} of it"
+                f"{size[0]}x{size[1]} {precision}: {operations:.1f} GFLOP at {rate:.0f} GFLOP/s "
+                f"is {limit:.0f} ms; {best['backend']} reaches {limit / best['p50_ms']:.0%} of it"
             )
-    return {"results": results, "limits": limits}
+    return found
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -329,12 +386,17 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     parser.add_argument("--weights", type=Path, help="weights file or run folder (random ones)")
     parser.add_argument("--images", type=Path, help="folder of images to compare labels on")
+    parser.add_argument("--calibrate", type=Path, metavar="DIR",
+                        help=f"{CALIBRATION_IMAGES} images of this folder calibrate int8 "
+                             "(those of --images)")
+    parser.add_argument("--int8", action=argparse.BooleanOptionalAction, default=True,
+                        help="race OpenVINO's int8 as well")
     parser.add_argument("--agreement-images", type=int, default=4, metavar="N")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--sizes", nargs="+", metavar="HxW",
                         type=lambda text: tuple(map(int, text.split("x"))),
                         help="images and network input (512x1024 1024x2048)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True,
                         help=f"race torchvision's {PEER} too")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True,
@@ -355,11 +417,12 @@ def main() -> None:
     if args.peak_of:
         print_peak(args, device)
         return
-    record = {
-        "command": " ".join(["python", "benchmarks/inference.py", *sys.argv[1:]]),
-        "device": describe_device(device),
-        "environment": environment(ROOT),
-    } | measure(args, device)
+    with tempfile.TemporaryDirectory() as folder:
+        record = {
+            "command": " ".join(["python", "benchmarks/inference.py", *sys.argv[1:]]),
+            "device": describe_device(device),
+            "environment": environment(ROOT),
+        } | measure(args, device, Path(folder))
     if args.json:
         write_json(args.json, record)
     if args.plot:

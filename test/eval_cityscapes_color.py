@@ -28,7 +28,6 @@ from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.draw import colorize, output_scheme, overlay, with_legend, write_picture
 from lednet.precision import AMP_DTYPES
 from lednet.training.distributed import choose_device
-from lednet.weights import input_size, load_network
 
 KINDS = ("color", "overlay")
 
@@ -39,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     # fmt: off
     parser.add_argument("--weights", type=Path, required=True,
-                        help="weights file, or a run folder (its best.pth)")
+                        help="weights file, run folder (its best.pth) or exported file")
     parser.add_argument("--input", type=Path, required=True,
                         help="an image, or a folder searched with its sub-folders (png, jpg)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
@@ -52,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--height", type=int, help="network input in pixels (as trained)")
     parser.add_argument("--width", type=int)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="eager",
-                        help="what runs the network; auto: the fastest that is installed")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS),
+                        help="what runs the network (eager); auto: the fastest that is installed")
     parser.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
     # fmt: on
     return parser
@@ -104,16 +103,11 @@ def main() -> None:
     if not 0 <= args.alpha <= 1:
         raise UserError(f"--alpha is {args.alpha}: give a share from 0 to 1")
     images = find_images(args.input, args.out)
-    net, meta = load_network(args.weights)
-    scheme = output_scheme(meta, net.num_classes, args.weights)
-    predict = Predictor(
-        net,
-        input_size(meta, DEFAULT_SIZES.get(scheme.name.lower()), args.height, args.width),
-        **{key: meta[key] for key in ("mean", "std") if key in meta},
-        device=choose_device(args.device),
-        backend=args.backend,
-        precision=args.precision,
-    )
+    predict = Predictor.from_weights(
+        args.weights, None, DEFAULT_SIZES["cityscapes"], args.height, args.width,
+        device=choose_device(args.device), backend=args.backend, precision=args.precision,
+    )  # fmt: skip
+    scheme = output_scheme(predict.meta, predict.net.num_classes, args.weights)
     drawn = 0
     with tqdm(images.items(), "draw", unit="image", dynamic_ncols=True) as bar:
         for target, path in bar:

@@ -50,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     switch = argparse.BooleanOptionalAction
     # fmt: off
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--weights", type=Path, help="weights file, or a run folder (its best.pth)")
+    source.add_argument("--weights", type=Path,
+                        help="weights file, run folder (its best.pth) or exported file")
     source.add_argument("--predictions", type=Path, metavar="DIR",
                         help="score the label-id PNGs below this folder, from any network")
     data = parser.add_argument_group("data")
@@ -75,8 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     net.add_argument("--overlap", type=int, default=128, help="of neighbouring tiles, in pixels")
     net.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
     net.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    net.add_argument("--backend", choices=("auto", *BACKENDS), default="eager",
-                     help="what runs the network; auto: the fastest that is installed")
+    net.add_argument("--backend", choices=("auto", *BACKENDS),
+                     help="what runs the network (eager); auto: the fastest that is installed")
     net.add_argument("--fold", action=switch, default=True,
                      help="fold batch norm into the convolutions: the same answers, faster")
 

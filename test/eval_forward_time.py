@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     # fmt: off
     parser.add_argument("--weights", type=Path,
-                        help="weights file, or a run folder (its best.pth); default: none, see "
+                        help="weights file, run folder or exported file; default: none, see "
                              "--variant")
     parser.add_argument("--variant", choices=VARIANTS, default="d20")
     parser.add_argument("--num-classes", type=int, default=20, help="outputs, void among them")
@@ -46,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="eager",
-                        help="what runs the network; auto: the fastest that is installed")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS),
+                        help="what runs the network (eager); auto: the fastest that is installed")
     parser.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True,
                         help="fold batch norm into the convolutions: the same answers, faster")
     parser.add_argument("--warmup", type=int, default=3, help="passes before the clock starts")

@@ -16,7 +16,7 @@ import lednet.model
 from lednet import LEDNet, UserError, load_network
 from lednet.data.datasets import open_image, read_image, to_rgb
 from lednet.data.transforms import evaluation_transform
-from lednet.deploy import backends
+from lednet.deploy import backends, formats
 from lednet.deploy.backends import BACKENDS
 from lednet.deploy.fold import fold_batch_norm
 from lednet.deploy.graph import BytesToLogits
@@ -267,9 +267,8 @@ def test_speed_card_states_its_conditions():
 
 
 def installed(backend: str) -> None:
-    for package in {"onnxruntime": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}.get(
-        backend, ()
-    ):
+    packages = ("onnx", "onnxscript", backend) if backend in ("onnxruntime", "openvino") else ()
+    for package in packages:
         pytest.importorskip(package, reason=f"needs {package} (requirements-deploy.txt)")
 
 
@@ -329,12 +328,12 @@ def test_openvino_leaves_the_signal_stack_alone(monkeypatch):
 def test_auto_says_what_it_chose(monkeypatch):
     cpu = torch.device("cpu")
     for packages, choice in (
-        ({"openvino", "onnxruntime", "onnxscript"}, "openvino"),
-        ({"onnxruntime", "onnxscript"}, "onnxruntime"),
-        ({"onnxruntime"}, "eager"),  # the network cannot be handed over
+        ({"openvino", "onnxruntime", "onnx", "onnxscript"}, "openvino"),
+        ({"onnxruntime", "onnx", "onnxscript"}, "onnxruntime"),
+        ({"onnxruntime", "openvino"}, "eager"),  # the network cannot be handed over
         (set(), "eager"),
     ):
-        monkeypatch.setattr(backends, "_installed", packages.__contains__)
+        monkeypatch.setattr(formats, "installed", packages.__contains__)
         assert backends.choose_backend(cpu) == choice
         if choice == "eager":
             assert Predictor(worn(), (32, 32), backend="auto").backend == "eager"
@@ -342,8 +341,8 @@ def test_auto_says_what_it_chose(monkeypatch):
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(backends, "_installed", lambda package: False)
-    with pytest.raises(UserError, match="pip install onnxruntime onnxscript"):
+    monkeypatch.setattr(formats, "installed", lambda package: False)
+    with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
         Predictor(LEDNet(3), (32, 32), backend="onnxruntime")
 
 

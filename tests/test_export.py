@@ -15,23 +15,23 @@ from PIL import Image
 from test_deploy import worn
 from torch import nn
 
-import lednet.deploy.export as exporting
 import lednet.deploy.graph
 import lednet.model
 from lednet import LEDNet, UserError
+from lednet.data.labels import camvid_scheme
 from lednet.deploy.export import (
-    FORMATS,
-    Format,
     Parity,
     ParityError,
     check_parity,
     export,
-    load,
     reference_logits,
     require_parity,
 )
 from lednet.deploy.fold import fold_batch_norm
+from lednet.deploy.formats import FORMATS, Format, executorch_file, load
 from lednet.deploy.graph import BytesToLabels
+from lednet.deploy.predictor import Predictor
+from lednet.deploy.speed import speed_card
 from lednet.model import Block, Down
 from lednet.weights import save_checkpoint
 
@@ -168,7 +168,7 @@ def test_dynamic_files_take_any_size(format, least, net, tmp_path):
     need_dynamic()
     path = tmp_path / f"net{FORMATS[format].suffix}"
     module = BytesToLabels(net, META["mean"], META["std"])
-    FORMATS[format].write(module, path, SIZE, dynamic=True)
+    FORMATS[format].write(module, path, (1, *SIZE), dynamic=True)
     run = load(path)
     assert run.bounds == ((1, None), (least, None), (least, None))
     for shape in ((1, 65, 65), (3, 131, 66), (1, 128, 257), (2, 67, 101)):
@@ -222,6 +222,124 @@ def test_torch_archive_needs_no_repository(exported, net, tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
     found = np.load(tmp_path / "labels.npy")
     assert (found == network_labels(net, images)).mean() >= 0.9999
+
+
+# A predictor on a file
+
+
+@pytest.fixture(scope="module")
+def with_logits(net, tmp_path_factory):
+    """Call it with a format for a file of fixed size that answers with logits, written once."""
+
+    @functools.cache
+    def with_logits(format: str) -> Path:
+        path = tmp_path_factory.mktemp(format) / f"net{FORMATS[format].suffix}"
+        export(net, META, path, format, SIZE, [street_like(1, *SIZE)], output="logits")
+        return path
+
+    return with_logits
+
+
+@every_format
+def test_predictor_takes_a_file_for_weights(format, with_logits, net):
+    need(format)
+    images = torch.from_numpy(street_like(3, 100, 140)).permute(0, 3, 1, 2)
+    expected = Predictor(net, SIZE, META["mean"], META["std"]).label_maps(images)[0]
+    predictor = Predictor.from_weights(with_logits(format))
+    assert predictor.size == SIZE and predictor.meta["classes"] == META["classes"]
+    assert predictor.backend == load(with_logits(format)).runtime
+    found = predictor.label_maps(images)[0]  # three images, one by one
+    assert found.unique().numel() > 4 and (found == expected).float().mean() >= 0.9999
+    assert (predictor(images[1]) == expected[1].numpy()).mean() >= 0.9999
+
+
+def test_card_of_a_file_is_that_of_its_network(with_logits, net):
+    cards = [
+        speed_card(predictor, SIZE, warmup=0, runs=1)
+        for predictor in (Predictor(net, SIZE), Predictor.from_weights(with_logits("torch")))
+    ]
+    for key in ("parameters", "gmacs", "precision", "batch_norm", "forward_size"):
+        assert cards[0][key] == cards[1][key], key
+    assert cards[1]["backend"] == "torch.export"
+
+
+def test_predictor_refuses_what_a_file_has_settled(with_logits, exported):
+    path = with_logits("torch")
+    with pytest.raises(UserError, match="height 71 and width 105, not 1 x 64 x 105"):
+        Predictor.from_weights(path, height=64)(street_like(1, *SIZE)[0])
+    for options, words in (
+        ({"backend": "eager"}, "run by torch.export: leave --backend out"),
+        ({"precision": "bf16"}, "--precision fp32, not bf16"),
+        ({"device": "cuda"}, "--device cpu, not cuda"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Predictor.from_weights(path, **options)
+    with pytest.raises(UserError, match="20 outputs, CamVid needs 12"):
+        Predictor.from_weights(path, camvid_scheme())
+    with pytest.raises(UserError, match="--output logits"):
+        Predictor.from_weights(exported("torch")[0])
+
+
+def test_foreign_file_is_no_network_of_ours(net, tmp_path):
+    FORMATS["torch"].write(BytesToLabels(net), tmp_path / "net.pt2", (1, *SIZE))
+    with pytest.raises(UserError, match="does not say what network"):
+        Predictor.from_weights(tmp_path / "net.pt2")
+
+
+# int8
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.fromarray(street_like(1, 70 + i, 100)[0]).save(tmp_path / f"photos/{i}.png")
+    return tmp_path / "photos"
+
+
+def test_int8_is_small_and_near(run_inside, photos, tmp_path):
+    need("openvino")
+    pytest.importorskip("nncf", reason="needs nncf: see requirements-deploy.txt")
+    torch.manual_seed(0)
+    net = LEDNet(20).train()
+    with torch.no_grad():
+        for _ in range(20):  # statistics as training leaves them; `lively` overflows 8 bits
+            net(normalized(street_like(2, 72, 104)))
+    save_checkpoint(tmp_path / "best.pth", net, META)
+    weights = tmp_path / "best.pth"
+    result = run_inside("utils/export_model.py", "--weights", weights, "--format", "openvino",
+                        "--output", "logits", "--precision", "int8", "--calibrate", photos,
+                        "--min-agreement", 0)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "over 3 images" in result.stdout
+    path = tmp_path / "best-int8.xml"
+    parameters = sum(p.numel() for p in net.parameters())
+    assert path.with_suffix(".bin").stat().st_size < 2 * parameters  # 4 bytes each otherwise
+    predictor = Predictor.from_weights(path)
+    assert predictor.precision == "int8"
+    # Classes that were made equally strong change sides easily: the logits say how near it is.
+    images = torch.from_numpy(street_like(1, *SIZE)).permute(0, 3, 1, 2)
+    plain = Predictor(net.eval(), SIZE, META["mean"], META["std"])
+    expected, found = (p.low_logits(p.prepare(images)) for p in (plain, predictor))
+    spread = (expected - expected.mean()).norm()
+    error = ((found - expected).norm() / spread).item()
+    print(f"int8 error {error:.3f} of the logits' spread")
+    assert 1e-4 < error < 0.1
+
+
+def test_int8_that_loses_too_much_is_not_written(run_inside, camvid, tmp_path):
+    """The mIoU of a data set decides; what counts as too much is set to less than nothing."""
+    need("openvino")
+    pytest.importorskip("nncf", reason="needs nncf: see requirements-deploy.txt")
+    save_checkpoint(tmp_path / "best.pth", lively(outputs=12), {"size": [48, 64]})
+    arguments = ("--weights", tmp_path / "best.pth", "--format", "openvino", "--output", "logits",
+                 "--precision", "int8", "--calibrate", camvid / "train", "--dataset", "camvid",
+                 "--datadir", camvid, "--min-agreement", 0, "--max-difference", 9)  # fmt: skip
+    result = run_inside("utils/export_model.py", *arguments, "--max-drop", -101)
+    assert result.returncode == 1
+    assert re.search(r"mIoU on the 3 val images of CamVid: \d+\.\d+ before", result.stdout)
+    assert "the mIoU falls from" in result.stderr and "nothing was written" in result.stderr
+    assert not list(tmp_path.glob("*int8*"))
 
 
 # The gate
@@ -339,7 +457,7 @@ def test_failing_gate_keeps_what_was_there(net, tmp_path, monkeypatch):
     def answer(images):
         return np.zeros((1, 20, 9, 14), dtype=np.float32)
 
-    row = Format(".xml", (), write, lambda path: answer, beside=(".bin",))
+    row = Format(".xml", (), write, lambda path, options: answer, beside=(".bin",))
     monkeypatch.setitem(FORMATS, "openvino", row)
     pair = [tmp_path / "net.xml", tmp_path / "net.bin"]
     for file in pair:
@@ -366,9 +484,16 @@ def test_failing_gate_keeps_what_was_there(net, tmp_path, monkeypatch):
         ),
         (("--format", "executorch", "--dynamic"), "fixed size|pip install executorch"),
         (("--weights", "{tmp}/bare.pth"), "give --height and --width"),
+        (("--precision", "int8"), "--calibrate"),
+        (("--calibrate", "{tmp}"), "leave them out"),
+        (("--precision", "int8", "--format", "openvino", "--calibrate", "{tmp}/run"), "no image"),
+        (
+            ("--precision", "int8", "--calibrate", "{tmp}/photos", "--format", "onnx"),
+            "int8 is not for onnx: give --format openvino",
+        ),
     ],
 )
-def test_script_refuses(arguments, words, run_inside, weights, net, tmp_path):
+def test_script_refuses(arguments, words, run_inside, weights, photos, net, tmp_path):
     need("onnx")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/street.png").write_bytes(b"no image")
@@ -377,7 +502,7 @@ def test_script_refuses(arguments, words, run_inside, weights, net, tmp_path):
     result = run_inside("utils/export_model.py", "--weights", weights, *arguments)
     assert result.returncode == 2
     assert re.search(words, result.stderr), result.stderr
-    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+    assert result.stderr.split("\r")[-1].startswith("error: ") and "Traceback" not in result.stderr
 
 
 def test_missing_package_is_named(run_inside, weights, monkeypatch):
@@ -387,16 +512,16 @@ def test_missing_package_is_named(run_inside, weights, monkeypatch):
     assert result.returncode == 2
     assert "pip install onnxscript onnxruntime\n" in result.stderr
     with pytest.raises(UserError, match="pip install onnxruntime"):
-        exporting.load_onnx("net.onnx")
+        load("net.onnx")
 
 
 def test_executorch_of_another_torch_is_named(net, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "executorch", types.ModuleType("executorch"))
     partitioner = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
     monkeypatch.setitem(sys.modules, partitioner, None)
-    monkeypatch.setattr(exporting.importlib.metadata, "version", lambda name: "0.1")
+    monkeypatch.setattr(executorch_file.importlib.metadata, "version", lambda name: "0.1")
     with pytest.raises(UserError, match=r"executorch 0.1 .* beside torch .* executorch==1.5.1"):
-        exporting.export_executorch(BytesToLabels(net), tmp_path / "net.pte", SIZE)
+        executorch_file.write_executorch(BytesToLabels(net), tmp_path / "net.pte", (1, *SIZE))
 
 
 @pytest.mark.parametrize("suffix", [row.suffix for row in FORMATS.values()])

@@ -3,20 +3,27 @@
     python utils/export_model.py --weights save/cityscapes-d20 --format onnx
     python utils/export_model.py --weights save/cityscapes-d20 --format openvino --dynamic
     python utils/export_model.py --weights save/cityscapes-d20 --format executorch --out net.pte
+    python utils/export_model.py --weights save/camvid-d20 --format openvino --output logits \\
+        --precision int8 --calibrate /data/camvid/train --dataset camvid --datadir /data/camvid
 
     pip install -r requirements-deploy.txt   # what the formats need; torch needs nothing
 
 Bytes in, bytes out: the file takes RGB images (N, H, W, 3) uint8 of the network's size and
-returns class indices (N, H, W) uint8. Before it is moved into place it runs in its own
-runtime beside the network in PyTorch; it has to agree in 0.9999 of the pixels, and
-usually does in all. Exit status 1 if it does not; then nothing is written.
+returns class indices (N, H, W) uint8. With --output logits it is what the other scripts and
+`Predictor` take as --weights. Before it is moved into place it runs in its own runtime
+beside the network in PyTorch; it has to agree in 0.9999 of the pixels, and usually does
+in all. Exit status 1 if it does not; then nothing is written.
 
-Half a minute on a CPU for a small fixed size, a minute or two for --dynamic and executorch.
+int8 answers a little otherwise: it has to agree in 0.95 of the pixels, and with --datadir its
+mIoU on the val images may be half a point lower at most.
+
+Half a minute on a CPU for a small fixed size, a minute or two for --dynamic, int8 and
+executorch.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,17 +32,26 @@ sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
 import numpy as np
 from make_toy_cityscapes import toy_scene
 from PIL import Image
+from tqdm import tqdm
 
-from lednet.data.datasets import open_image, to_rgb
+from lednet.data.datasets import DATASETS, SegmentationDataset, open_dataset, open_image, to_rgb
 from lednet.data.pairs import IMAGE_SUFFIXES
-from lednet.deploy.export import FORMATS, MIN_TRACED_SIDE, OUTPUTS, Parity, ParityError, export
+from lednet.deploy.export import OUTPUTS, PRECISIONS, Parity, ParityError, export
+from lednet.deploy.formats import FORMATS, MIN_TRACED_SIDE, Exported, require_packages
+from lednet.deploy.predictor import Predictor
 from lednet.errors import UserError, exit_on_user_error
-from lednet.weights import input_size, load_network, weights_file
+from lednet.evaluation.evaluate import evaluate_predictor, require_labels
+from lednet.model import LEDNet
+from lednet.weights import input_size, load_network, require_classes, weights_file
 
 EXIT_STATUS = 1
 """The file answers otherwise than the network."""
 
 TOY_IMAGES = 4
+
+MIN_AGREEMENT = {"fp32": 0.9999, "int8": 0.95}
+MAX_DIFFERENCE = {"fp32": 1e-3, "int8": 0.5}
+"""Of two logits, relative to the largest."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,44 +72,96 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", choices=tuple(OUTPUTS), default="labels",
                         help="class indices at the image's size, or logits at 1/8 of it")
     parser.add_argument("--check-images", type=Path, metavar="DIR",
-                        help=f"compare on every image below DIR; default: {TOY_IMAGES} toy streets")
-    parser.add_argument("--min-agreement", type=float, default=0.9999,
-                        help="share of the pixels that must get the same class")
-    parser.add_argument("--max-difference", type=float, default=1e-3,
-                        help="allowed between two logits, relative to the largest logit")
+                        help="compare on every image below DIR; default: some of --calibrate, or "
+                             f"{TOY_IMAGES} toy streets")
+    parser.add_argument("--min-agreement", type=float,
+                        help="share of the pixels that must get the same class (0.9999; int8 0.95)")
+    parser.add_argument("--max-difference", type=float,
+                        help="allowed between two logits, relative to the largest (1e-3; int8 0.5)")
+    int8 = parser.add_argument_group("int8")
+    int8.add_argument("--precision", choices=PRECISIONS, default="fp32",
+                      help="int8: convolutions in 8 bits, several times faster on many CPUs")
+    int8.add_argument("--calibrate", type=Path, metavar="DIR",
+                      help="images that show int8 the range of every value, such as the training's")
+    int8.add_argument("--calibration-images", type=int, default=64, metavar="N",
+                      help="of them to take, spread evenly (64)")
+    int8.add_argument("--dataset", choices=DATASETS, default="cityscapes")
+    int8.add_argument("--datadir", type=Path,
+                      help="data set whose val images are scored by the network and by the file")
+    int8.add_argument("--max-drop", type=float, default=0.5, metavar="POINTS",
+                      help="of the mIoU in percent (0.5)")
     # fmt: on
     return parser
-
-
-def check_images(folder: Path | None) -> Iterator[Image.Image]:
-    """The images below `folder`, or toy streets."""
-    if folder is None:
-        for i in range(TOY_IMAGES):
-            yield Image.fromarray(toy_scene(1, "val", i, width=512, height=256).image)
-        return
-    for path in list_images(folder):
-        yield Image.fromarray(to_rgb(open_image(path)))
 
 
 def list_images(folder: Path) -> list[Path]:
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise UserError(
-            f"no image ({', '.join(IMAGE_SUFFIXES)}) below {folder}: check --check-images"
-        )
+        raise UserError(f"no image ({', '.join(IMAGE_SUFFIXES)}) below {folder}: check the folder")
     return paths
 
 
-def batches(folder: Path | None, size: tuple[int, int], dynamic: bool) -> Iterator[np.ndarray]:
+def spread(paths: list[Path], count: int) -> list[Path]:
+    """`count` of `paths` at even distances, or all of fewer."""
+    return [paths[i * len(paths) // count] for i in range(count)] if count < len(paths) else paths
+
+
+def read_images(paths: list[Path], what: str) -> Iterator[Image.Image]:
+    for path in tqdm(paths, what, unit="image", leave=False, dynamic_ncols=True):
+        yield Image.fromarray(to_rgb(open_image(path)))
+
+
+def toy_streets() -> Iterator[Image.Image]:
+    for i in range(TOY_IMAGES):
+        yield Image.fromarray(toy_scene(1, "val", i, width=512, height=256).image)
+
+
+def batch_of(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """(1, *size, 3) uint8"""
+    return np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))[None]
+
+
+def batches(
+    images: Iterable[Image.Image], size: tuple[int, int], dynamic: bool
+) -> Iterator[np.ndarray]:
     """What to compare on: (1, *size, 3); for `dynamic` also pairs of another, odd size."""
     odd = tuple(max(MIN_TRACED_SIDE, side * 3 // 4 | 1) for side in size)
     if dynamic:
         size = tuple(max(MIN_TRACED_SIDE, side) for side in size)
-    for image in check_images(folder):
-        yield np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))[None]
+    for image in images:
+        yield batch_of(image, size)
         if dynamic:
-            pixels = np.array(image.resize(odd[::-1], Image.Resampling.BILINEAR))
-            yield np.stack((pixels, pixels[:, ::-1]))
+            pixels = batch_of(image, odd)
+            yield np.concatenate((pixels, pixels[:, :, ::-1]))
+
+
+def miou_gate(
+    net: LEDNet, meta: dict, size: tuple[int, int], data: SegmentationDataset, max_drop: float
+) -> Callable[[Exported], None]:
+    """A test that holds a file's mIoU against that of the network, and prints both."""
+
+    def miou(network: LEDNet | Exported, what: str, **normalization) -> float:
+        predictor = Predictor(network, size, **normalization)
+        samples = tqdm(data, what, unit="image", leave=False, dynamic_ncols=True)
+        confusion = evaluate_predictor(predictor, samples, data.scheme.num_classes)
+        require_labels(confusion, "--datadir")
+        return 100 * confusion.mean_iou()
+
+    before = miou(net, "fp32", **{key: meta[key] for key in ("mean", "std") if key in meta})
+
+    def accept(exported: Exported) -> None:
+        after = miou(exported, "int8")
+        print(
+            f"mIoU on the {len(data)} val images of {data.scheme.name}: {before:.2f} before, "
+            f"{after:.2f} as int8"
+        )
+        if not before - after <= max_drop:
+            raise ParityError(
+                f"the mIoU falls from {before:.2f} to {after:.2f}, by more than {max_drop} points; "
+                "nothing was written"
+            )
+
+    return accept
 
 
 def print_result(path: Path, format: str, output: str, parity: Parity) -> None:
@@ -105,28 +173,54 @@ def print_result(path: Path, format: str, output: str, parity: Parity) -> None:
     )
 
 
-def main() -> None:
-    args = build_parser().parse_args()
-    for name in ("height", "width"):
+def check_options(args: argparse.Namespace) -> None:
+    for name in ("height", "width", "calibration_images"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}: give 1 or more")
-    if args.check_images:
-        list_images(args.check_images)  # refuses an empty folder before the work
+            raise UserError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
+    if args.precision == "int8" and not args.calibrate:
+        raise UserError("--precision int8 needs images: give a folder of them with --calibrate")
+    if args.precision != "int8" and (args.calibrate or args.datadir):
+        raise UserError("--calibrate and --datadir are for --precision int8: leave them out")
+    require_packages(args.format, args.precision)
+
+
+def default_path(args: argparse.Namespace) -> Path:
+    weights = weights_file(args.weights)
+    name = weights.stem + ("-int8" if args.precision == "int8" else "")
+    return weights.with_name(name + FORMATS[args.format].suffix)
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    check_options(args)
+    check = list_images(args.check_images) if args.check_images else None
     net, meta = load_network(args.weights)
     size = input_size(meta, None, args.height, args.width)
-    path = args.out or weights_file(args.weights).with_suffix(FORMATS[args.format].suffix)
+    calibration = accept = None
+    if args.precision == "int8":
+        paths = spread(list_images(args.calibrate), args.calibration_images)
+        check = check or spread(paths, TOY_IMAGES)
+        calibration = [batch_of(image, size) for image in read_images(paths, "calibration")]
+        if args.datadir:
+            data = open_dataset(args.dataset, args.datadir, "val")
+            require_classes(net, meta, data.scheme, args.weights)
+            accept = miou_gate(net, meta, size, data, args.max_drop)
+    path = args.out or default_path(args)
+    agreement, difference = args.min_agreement, args.max_difference
     parity = export(
         net,
         meta,
         path,
         args.format,
         size,
-        batches(args.check_images, size, args.dynamic),
+        batches(read_images(check, "check") if check else toy_streets(), size, args.dynamic),
         output=args.output,
         dynamic=args.dynamic,
-        min_agreement=args.min_agreement,
-        max_difference=args.max_difference,
+        calibration=calibration,
+        min_agreement=MIN_AGREEMENT[args.precision] if agreement is None else agreement,
+        max_difference=MAX_DIFFERENCE[args.precision] if difference is None else difference,
+        accept=accept,
     )
     print_result(path, args.format, args.output, parity)
 

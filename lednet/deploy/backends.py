@@ -1,16 +1,13 @@
 """Engines that run the network: each a function from uint8 images to logits at 1/8 size."""
 
-import contextlib
-import importlib.util
-import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lednet.deploy.export import compile_openvino
+from lednet.deploy.formats import FORMATS, Exported, load, missing_packages, require_packages
 from lednet.deploy.graph import BytesToLogits
 from lednet.errors import UserError
 from lednet.precision import autocast
@@ -19,22 +16,17 @@ Core = Callable[[Tensor], Tensor]
 """images (N, H, W, 3) uint8 on the device -> (N, C, ceil(H/8), ceil(W/8)) float32 there"""
 
 BACKENDS = ("eager", "compiled", "onnxruntime", "openvino")
-_PACKAGES = {
-    "onnxruntime": ("onnxruntime", "onnxscript"),  # the second writes the file for the first
-    "openvino": ("openvino",),
-}
+_FILE_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
+"""Backend -> format of the file that it is handed."""
 _FIRST_WITHOUT_TRITON = (7, 0)
 """Compute capability below which torch.compile has no code generator (Pascal and older)."""
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
 def available(backend: str, device: torch.device) -> bool:
     """Whether `backend` runs on `device` with what is installed."""
-    if backend in _PACKAGES:
-        return device.type == "cpu" and all(map(_installed, _PACKAGES[backend]))
+    if backend in _FILE_FORMATS:
+        format = _FILE_FORMATS[backend]
+        return device.type in FORMATS[format].devices and not missing_packages(format)
     return backend in BACKENDS
 
 
@@ -52,7 +44,7 @@ def make_core(
 
     Args:
         backend: one of `BACKENDS`. "eager" and "compiled" run on any device, the others
-            on the CPU.
+            where `FORMATS` says.
         precision: of `lednet.precision.AMP_DTYPES`.
 
     Raises:
@@ -64,18 +56,39 @@ def make_core(
         pass  # refuses what the device lacks now, not at the first image
     if backend in ("eager", "compiled"):
         return _torch_core(graph, device, precision, compiled=backend == "compiled")
-    missing = [package for package in _PACKAGES[backend] if not _installed(package)]
-    if missing:
-        raise UserError(f"backend {backend} is not installed: pip install {' '.join(missing)}")
-    if device.type != "cpu":
-        raise UserError(f"backend {backend} runs on the CPU here: give --device cpu")
-    if backend == "onnxruntime":
-        if precision != "fp32":
-            raise UserError("backend onnxruntime computes in fp32: give --precision fp32")
-        return _PerSize(lambda example: _onnxruntime_core(graph, example))
-    if precision == "fp16":
-        raise UserError("backend openvino computes in fp32 or bf16 on a CPU")
-    return _PerSize(lambda example: _openvino_core(graph, example, precision))
+    format = _FILE_FORMATS[backend]
+    require_packages(format)
+    row = FORMATS[format]
+    for name, wanted, can in (
+        ("device", device.type, row.devices), ("precision", precision, row.precisions)
+    ):  # fmt: skip
+        if wanted not in can:
+            raise UserError(f"backend {backend} does not do {wanted}: give --{name} {can[0]}")
+
+    def make(example: Tensor) -> Core:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"network{row.suffix}"
+            row.write(graph, path, tuple(example.shape[:3]))
+            return exported_core(open_exported(path, device, precision))
+
+    return _PerSize(make)
+
+
+def open_exported(path: Path, device: torch.device, precision: str = "fp32") -> Exported:
+    """`lednet.deploy.formats.load` with as many threads as PyTorch uses."""
+    return load(path, threads=torch.get_num_threads(), device=device.type, precision=precision)
+
+
+def exported_core(exported: Exported) -> Core:
+    """A file with logits as a core; one for single images gets them one by one."""
+    size = 1 if exported.bounds[0] == (1, 1) else None
+
+    def core(images: Tensor) -> Tensor:
+        batches = images.cpu().split(size or len(images))
+        answers = [torch.from_numpy(exported(batch.numpy())) for batch in batches]
+        return (torch.cat(answers) if len(answers) > 1 else answers[0]).to(images.device)
+
+    return core
 
 
 def _torch_core(graph: BytesToLogits, device: torch.device, precision: str, compiled: bool) -> Core:
@@ -113,43 +126,3 @@ class _PerSize:
         if shape not in self.cores:
             self.cores[shape] = self.make(images)
         return self.cores[shape](images)
-
-
-def _onnxruntime_core(graph: BytesToLogits, example: Tensor) -> Core:
-    import onnxruntime
-
-    with tempfile.TemporaryDirectory() as folder, _quiet_exporter():
-        path = Path(folder) / "network.onnx"
-        torch.onnx.export(
-            graph, (example,), path, dynamo=True, external_data=False, verbose=False,
-            input_names=["image"],
-        )  # fmt: skip
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """The exporter logs each optional package that it does without."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _openvino_core(graph: BytesToLogits, example: Tensor, precision: str) -> Core:
-    import openvino
-
-    model = openvino.convert_model(torch.export.export(graph, (example,)))
-    hints = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    compiled = compile_openvino(model, "CPU", hints)
-    return lambda images: torch.from_numpy(compiled(images.numpy())[0])

@@ -15,7 +15,8 @@ from torchvision.transforms import v2
 
 from lednet.data.datasets import open_image, to_rgb
 from lednet.data.labels import LabelScheme
-from lednet.deploy.backends import choose_backend, make_core
+from lednet.deploy.backends import choose_backend, exported_core, make_core, open_exported
+from lednet.deploy.formats import Exported, is_exported
 from lednet.deploy.graph import BytesToLogits
 from lednet.deploy.tail import label_map
 from lednet.errors import UserError
@@ -76,12 +77,12 @@ class Predictor:
     argmax is taken there.
 
     Args:
-        net: not changed.
+        net: not changed. Or an exported file with logits, which has its own normalisation.
         size: (height, width) in pixels that the network works at.
         mean, std: normalisation of the [0, 1] image that the network was trained with.
-        backend: one of `lednet.deploy.backends.BACKENDS`, or "auto": the fastest that is
-            installed.
-        precision: a key of `lednet.precision.AMP_DTYPES`.
+        backend: one of `lednet.deploy.backends.BACKENDS`, "auto": the fastest that is
+            installed, or None: "eager", for a file its own.
+        precision: a key of `lednet.precision.AMP_DTYPES`; a file has been opened with it.
         fold: whether to fold batch norm into the convolutions (exact, faster).
         scales: sizes relative to `size` whose class probabilities are averaged.
         flip: average with the mirrored image's answer too.
@@ -91,10 +92,12 @@ class Predictor:
         overlap: of neighbouring tiles, in pixels, a multiple of 8.
 
     Attributes:
-        net: as it was given.
+        net: as it was given; of a file, the network that it was written from, unfilled.
         backend: the one that is used.
+        precision: of the convolutions.
         core: what the backend runs, see `lednet.deploy.backends.Core`.
-        parameters: of `net` as it was given.
+        parameters: of `net`.
+        meta: what weights or file say about themselves; empty for a bare network.
 
     Raises:
         UserError: as `make_core`, or tiles that do not fit together with the other options.
@@ -102,13 +105,13 @@ class Predictor:
 
     def __init__(
         self,
-        net: LEDNet,
+        net: LEDNet | Exported,
         size: tuple[int, int],
         mean: Sequence[float] = (0, 0, 0),
         std: Sequence[float] = (1, 1, 1),
         *,
         device: torch.device | str = "cpu",
-        backend: str = "eager",
+        backend: str | None = None,
         precision: str = "fp32",
         fold: bool = True,
         scales: Sequence[float] = (1.0,),
@@ -124,12 +127,18 @@ class Predictor:
             raise UserError(f"tiles of {tile} and their overlap of {overlap}: give multiples of 8")
         if not scales or min(scales) <= 0:
             raise UserError("--scales must be positive: give 1, or 0.75 1 1.25")
-        self.device, self.precision = torch.device(device), precision
-        self.backend = choose_backend(self.device) if backend == "auto" else backend
-        graph = BytesToLogits(net, mean, std, fold).eval()
-        self.core = make_core(self.backend, graph, self.device, precision)
-        self.net, self.parameters = net, count_parameters(net)
-        self.size, self.folded = tuple(size), fold
+        self.device = torch.device(device)
+        if isinstance(net, Exported):
+            self.net, self.core, self.backend = net.skeleton(), exported_core(net), net.runtime
+            precision = "int8" if net.meta["precision"] == "int8" else precision
+            fold = True
+        else:
+            self.backend = choose_backend(self.device) if backend == "auto" else backend or "eager"
+            graph = BytesToLogits(net, mean, std, fold).eval()
+            self.core = make_core(self.backend, graph, self.device, precision)
+            self.net = net
+        self.precision, self.parameters = precision, count_parameters(self.net)
+        self.size, self.folded, self.meta = tuple(size), fold, {}
         self.scales, self.flip = tuple(scales), flip
         self.tile, self.overlap = tile, overlap
 
@@ -143,7 +152,7 @@ class Predictor:
         width: int | None = None,
         **options: Any,
     ) -> "Predictor":
-        """A predictor for the weights, or the run's folder, at `path`.
+        """A predictor for the weights, the run's folder or the exported file at `path`.
 
         Args:
             scheme: classes that the weights must have, if that matters.
@@ -152,14 +161,21 @@ class Predictor:
             options: as of the class.
 
         Raises:
-            UserError: as `load_network`, `require_classes` and `input_size`.
+            UserError: as `load_network`, `require_classes` and `input_size`; an exported
+                file that holds label maps, or options that it has settled.
         """
-        net, meta = load_network(path)
+        if is_exported(path):
+            net, meta = _open_logits(Path(path), options)
+            named = net.skeleton()
+        else:
+            net, meta = load_network(path)
+            named = net
+            options = {key: meta[key] for key in ("mean", "std") if key in meta} | options
         if scheme is not None:
-            require_classes(net, meta, scheme, path)
-        size = input_size(meta, default_size, height, width)
-        normalization = {key: meta[key] for key in ("mean", "std") if key in meta}
-        return cls(net, size, **normalization, **options)
+            require_classes(named, meta, scheme, path)
+        predictor = cls(net, input_size(meta, default_size, height, width), **options)
+        predictor.meta = meta
+        return predictor
 
     def prepare(self, images: Tensor, scale: float = 1.0) -> Tensor:
         """Resized images on the device.
@@ -254,3 +270,15 @@ class Predictor:
             image = open_image(Path(image))
         images = torch.tensor(to_rgb(image)).permute(2, 0, 1)[None]
         return self.label_maps(images)[0][0].cpu().numpy()
+
+
+def _open_logits(path: Path, options: dict[str, Any]) -> tuple[Exported, dict[str, Any]]:
+    """An exported file that a predictor can use, and what it says about itself."""
+    precision = options.get("precision", "fp32")
+    exported = open_exported(path, torch.device(options.get("device", "cpu")), precision)
+    meta = exported.meta
+    if meta["output"] != "logits":
+        raise UserError(f"{path} answers with labels: export it with --output logits")
+    if options.get("backend") not in (None, "auto", exported.runtime):
+        raise UserError(f"{path} is run by {exported.runtime}: leave --backend out")
+    return exported, meta

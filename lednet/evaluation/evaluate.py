@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lednet.data.labels import IGNORE_INDEX
-from lednet.deploy.predictor import predict_at
+from lednet.deploy.predictor import Predictor, predict_at
 from lednet.errors import UserError
 from lednet.evaluation.metrics import ConfusionMatrix
 from lednet.precision import autocast
@@ -53,6 +53,23 @@ def evaluate(
         confusion.update(predict_at(logits, target.shape[-2:]), target)
     model.train(was_training)
     return Evaluation(confusion, sums[0], sums[1])
+
+
+def evaluate_predictor(
+    predictor: Predictor, samples: Iterable[tuple[Tensor, Tensor]], num_classes: int
+) -> ConfusionMatrix:
+    """Score a predictor on images as they lie on disk, at the labels' size.
+
+    Args:
+        samples: images (3, H, W) uint8 and class indices (H', W'), one by one, as of a
+            `SegmentationDataset` without a transform.
+        num_classes: classes that count.
+    """
+    confusion = ConfusionMatrix(num_classes, predictor.device)
+    for image, target in samples:
+        (labels,) = predictor.label_maps(image[None], tuple(target.shape))
+        confusion.update(labels[0], target.to(predictor.device))
+    return confusion
 
 
 def require_labels(confusion: ConfusionMatrix, where: str) -> None:

@@ -104,3 +104,20 @@ def camvid(tmp_path_factory) -> Path:
 def own_camvid(tmp_path) -> Path:
     """A small CamVid tree that a test may damage."""
     return make_camvid(tmp_path / "camvid")
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """Two folders without splits and a class file: id 7 is field, 3 is path, 9 is ignored."""
+    rng = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (tmp_path / "own" / folder).mkdir(parents=True)
+    for i in range(6):
+        label = rng.choice(np.array([7, 3, 9], np.uint8), (32, 48))
+        Image.fromarray(label).save(tmp_path / f"own/labels/{i}.png")
+        Image.fromarray(np.stack([label * 20] * 3, -1)).save(tmp_path / f"own/images/{i}.jpg")
+    (tmp_path / "own/classes.yaml").write_text(
+        "classes:\n  - {name: field, id: 7, color: [0, 200, 0]}\n  - {name: path, id: 3}\n"
+        "ignore: [9]\n"
+    )
+    return tmp_path / "own"

@@ -10,14 +10,13 @@ import torch
 
 from lednet import LEDNet
 from lednet.data.datasets import open_dataset
-from lednet.data.transforms import evaluation_transform
+from lednet.data.transforms import Augmentation, resize_transform
 from lednet.training.dashboard import Dashboard
 
 visdom = pytest.importorskip("visdom")
 
 RECORD = {"stage": "decoder", "lr": 5e-4, "train_loss": 2.0, "val_loss": 2.5,
           "train_miou": 0.2, "val_miou": None}  # fmt: skip
-RAW = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def free_port() -> int:
@@ -61,13 +60,13 @@ class Loader:
 @pytest.fixture
 def data(camvid):
     data = open_dataset("camvid", camvid, "val")
-    data.transform = evaluation_transform((48, 64))
+    data.transform = resize_transform((48, 64))
     return data
 
 
 def test_curves_and_pictures_arrive(server, data):
     port, _ = server
-    dashboard = Dashboard("run", data.scheme, *RAW, port=port)
+    dashboard = Dashboard("run", data.scheme, Augmentation(), port=port)
     net = LEDNet(12).train()
     for epoch in (1, 2, 3):
         dashboard.show({**RECORD, "epoch": epoch}, net, Loader(data))
@@ -85,7 +84,7 @@ def test_curves_and_pictures_arrive(server, data):
 
 
 def test_absent_server_costs_one_warning(data, capsys):
-    dashboard = Dashboard("run", data.scheme, *RAW, port=free_port())
+    dashboard = Dashboard("run", data.scheme, Augmentation(), port=free_port())
     dashboard.show({**RECORD, "epoch": 1}, torch.nn.Identity(), Loader(data))
     output = capsys.readouterr()
     assert output.err.count("\n") == 1 and "no visdom server answers" in output.err
@@ -93,7 +92,7 @@ def test_absent_server_costs_one_warning(data, capsys):
 
 def test_server_that_dies_costs_one_warning(server, data, capsys):
     port, process = server
-    dashboard = Dashboard("run", data.scheme, *RAW, port=port)
+    dashboard = Dashboard("run", data.scheme, Augmentation(), port=port)
     net = LEDNet(12)
     dashboard.show({**RECORD, "epoch": 1}, net, Loader(data))
     process.kill()

@@ -1,3 +1,4 @@
+import itertools
 import json
 from collections import Counter
 
@@ -6,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from lednet import UserError
+from lednet.data import transforms
 from lednet.data.datasets import open_dataset, pixel_shares, read_class_file, read_label
 from lednet.data.labels import (
     CITYSCAPES_LABELS,
@@ -16,7 +19,14 @@ from lednet.data.labels import (
     cityscapes_scheme,
 )
 from lednet.data.pairs import cityscapes_pairs, folder_pairs
-from lednet.data.transforms import PRESETS, SHIFT, evaluation_transform, training_transform
+from lednet.data.transforms import (
+    PRESETS,
+    SHIFT,
+    Augmentation,
+    evaluation_transform,
+    jitter_colors,
+    resize_transform,
+)
 
 # labels
 
@@ -169,23 +179,6 @@ def test_pixel_shares_count_void_in_the_total(camvid):
 # own data
 
 
-@pytest.fixture
-def own_data(tmp_path):
-    """Two folders without splits and a class file: id 7 is field, 3 is path, 9 is ignored."""
-    rng = np.random.default_rng(0)
-    for folder in ("images", "labels"):
-        (tmp_path / "own" / folder).mkdir(parents=True)
-    for i in range(6):
-        label = rng.choice(np.array([7, 3, 9], np.uint8), (32, 48))
-        Image.fromarray(label).save(tmp_path / f"own/labels/{i}.png")
-        Image.fromarray(np.stack([label * 20] * 3, -1)).save(tmp_path / f"own/images/{i}.jpg")
-    (tmp_path / "own/classes.yaml").write_text(
-        "classes:\n  - {name: field, id: 7, color: [0, 200, 0]}\n  - {name: path, id: 3}\n"
-        "ignore: [9]\n"
-    )
-    return tmp_path / "own"
-
-
 def test_own_data_needs_two_folders_and_a_class_file(own_data):
     train = open_dataset("folders", own_data, "train", val_every=3)
     val = open_dataset("folders", own_data, "val", val_every=3)
@@ -244,51 +237,192 @@ def quartered(height: int = 60, width: int = 80) -> tuple[tv_tensors.Image, tv_t
     return tv_tensors.Image(image), tv_tensors.Mask(label)
 
 
+def located(n: int, height: int = 40, width: int = 56) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch whose pixels say where they are: row, column and label of each, never 0."""
+    rows = torch.arange(height, dtype=torch.uint8)[:, None].expand(-1, width) * 4 + 4
+    columns = torch.arange(width, dtype=torch.uint8).expand(height, -1) * 4 + 4
+    label = (rows // 4 * 5 + columns // 4 * 3) % 19
+    batch = torch.stack((rows, columns, label + 1)).repeat(n, 1, 1, 1)
+    return batch, label.repeat(n, 1, 1)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_resizing_keeps_bytes_and_labels():
+    image, label = quartered(61, 83)
+    x, y = resize_transform((31, 40))(image, label)
+    assert x.shape == (3, 31, 40) and y.shape == (31, 40)
+    assert type(x) is type(y) is torch.Tensor and x.dtype == y.dtype == torch.uint8
+    assert set(y.unique().tolist()) == {0, 5, 11, 18}
+    same = resize_transform((61, 83))(image, label)
+    assert torch.equal(same[0], image) and torch.equal(same[1], label)
+
+
+def shifted(picture: torch.Tensor, flip: bool, down: int, right: int, fill: int) -> torch.Tensor:
+    """(..., H, W): mirrored, then moved pixel by pixel."""
+    picture = picture.flip(-1) if flip else picture
+    height, width = picture.shape[-2:]
+    moved = torch.full_like(picture, fill)
+    for y in range(height):
+        for x in range(width):
+            if 0 <= y - down < height and 0 <= x - right < width:
+                moved[..., y, x] = picture[..., y - down, x - right]
+    return moved
+
+
+def test_paper_preset_moves_whole_pixels_and_fills_with_void():
+    images, labels = located(200, 7, 9)
+    x, y = Augmentation("paper")(images, labels, seeded())
+    steps = range(-SHIFT, SHIFT + 1)
+    expected = {
+        move: (shifted(images[0], *move, 0) * (1 / 255), shifted(labels[0], *move, IGNORE_INDEX))
+        for move in itertools.product((False, True), steps, steps)
+    }
+    moves = Counter()
+    for image, target in zip(x, y, strict=True):
+        (move,) = [m for m, (_, label) in expected.items() if torch.equal(target, label.long())]
+        assert torch.equal(image, expected[move][0])
+        moves[move] += 1
+    assert 70 < sum(count for (flip, _, _), count in moves.items() if flip) < 130
+    for axis in (1, 2):  # every shift equally often: 40 times
+        shifts = Counter()
+        for move, count in moves.items():
+            shifts[move[axis]] += count
+        assert set(shifts) == set(steps) and all(20 < count < 60 for count in shifts.values())
+    assert len(moves) > 40  # flip and both shifts are drawn apart
+
+
+def test_modern_preset_keeps_image_and_label_aligned(monkeypatch):
+    monkeypatch.setattr(transforms, "JITTER", 0)
+    images, labels = located(100)
+    height, width = labels.shape[1:]
+    x, y = Augmentation("modern")(images, labels, seeded())
+    scales, mirrored = [], 0
+    for image, target in zip(x * 255, y, strict=True):
+        inside = target != IGNORE_INDEX
+        assert (image[:, ~inside] == 0).all() and (image[:2, inside] > 3.9).all()
+        # Bilinear interpolation of a ramp gives back where in the source a pixel was taken.
+        rows, columns = image[0] / 4 - 1, image[1] / 4 - 1
+        clear = inside.clone()  # of the border between two source pixels
+        for place in (rows, columns):
+            clear &= (place % 1 - 0.5).abs() > 0.02
+        nearest = labels[0][rows.round().long().clamp(0), columns.round().long().clamp(0)]
+        assert torch.equal(target[clear], nearest[clear].long())
+        # What is inside is a rectangle; its rows are evenly spaced.
+        ys, xs = inside.any(1).nonzero()[:, 0], inside.any(0).nonzero()[:, 0]
+        assert inside.sum() == len(ys) * len(xs)
+        middle_row, middle_column = ys[len(ys) // 2], xs[len(xs) // 2]
+        down = rows[middle_row + 1, middle_column] - rows[middle_row, middle_column]
+        across = columns[middle_row, middle_column + 1] - columns[middle_row, middle_column]
+        scale = 1 / float(down)
+        assert float(across.abs()) == pytest.approx(1 / scale, abs=0.01)
+        mirrored += int(across < 0)
+        for length, of in ((len(ys), height), (len(xs), width)):
+            assert length == pytest.approx(min(1, scale) * of, abs=1)
+        scales.append(scale)
+    assert 30 < mirrored < 70
+    assert 0.5 < min(scales) < 0.6 and 1.9 < max(scales) < 2.01
+    assert np.mean(scales) == pytest.approx(1.25, abs=0.15)
+    tops = {int((target != IGNORE_INDEX).any(1).nonzero()[0]) for target in y}
+    assert len(tops) > 10 and {0} < tops  # small pictures lie anywhere
+
+
+def test_colours_of_the_modern_preset():
+    images = torch.rand(2, 3, 6, 8, generator=seeded()) * 0.4 + 0.3
+    same = torch.ones(2, 3)
+    torch.testing.assert_close(jitter_colors(images, same), images)
+
+    def changed(column: int, factor: float) -> torch.Tensor:
+        factors = same.clone()
+        factors[1, column] = factor
+        result = jitter_colors(images, factors)
+        torch.testing.assert_close(result[0], images[0])  # each sample has its own
+        return result[1]
+
+    torch.testing.assert_close(changed(0, 1.2), images[1] * 1.2)
+    assert changed(0, 9).max() == 1
+    luma = (images[1] * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0)
+    mean = luma.mean()
+    torch.testing.assert_close(changed(1, 0.5), (images[1] + mean) / 2)
+    torch.testing.assert_close(changed(2, 0.5), (images[1] + luma) / 2)
+
+    flat = torch.full((200, 3, 4, 4), 100, dtype=torch.uint8)
+    x, _ = Augmentation("modern")(flat, torch.zeros(200, 4, 4, dtype=torch.uint8), seeded())
+    factors = x.amax((1, 2, 3)) * 255 / 100
+    assert 0.699 < factors.min() < 0.75 and 1.25 < factors.max() < 1.301
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-def test_image_and_label_stay_aligned_and_labels_stay_labels(preset):
-    torch.manual_seed(0)
-    transform = training_transform((48, 64), preset)
-    transform.transforms = [t for t in transform.transforms if type(t).__name__ != "ColorJitter"]
+def test_what_comes_from_outside_is_void_and_never_a_class(preset):
+    images = torch.full((30, 3, 24, 32), 200, dtype=torch.uint8)
+    labels = torch.zeros(30, 24, 32, dtype=torch.uint8)
+    x, y = Augmentation(preset)(images, labels, seeded())
+    assert set(y.unique().tolist()) == {0, IGNORE_INDEX}
+    assert torch.equal(y == IGNORE_INDEX, (x == 0).all(1))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("shape", [(1, 33, 47), (3, 24, 32), (2, 1, 5)])
+def test_augmentation_gives_floats_and_targets_of_any_size(preset, shape):
+    n, height, width = shape
+    images, labels = located(n, height, width)
+    before = images.clone(), labels.clone()
+    x, y = Augmentation(preset)(images, labels, seeded())
+    assert x.shape == (n, 3, height, width) and y.shape == shape
+    assert x.dtype == torch.float32 and y.dtype == torch.int64
+    assert x.min() >= 0 and x.max() <= 1
+    assert torch.equal(images, before[0]) and torch.equal(labels, before[1])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_augmentation_depends_on_its_generator_alone(preset):
+    images, labels = located(20)
+    augmentation = Augmentation(preset)
+    first, again, other = (augmentation(images, labels, seeded(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], other[1])
+    assert len({tuple(target.flatten().tolist()) for target in first[1]}) > 10
+    strided = images.contiguous(memory_format=torch.channels_last)
+    x, y = augmentation(strided, labels, seeded(5))
+    assert torch.equal(x, first[0]) and torch.equal(y, first[1])
+    assert x.is_contiguous() and augmentation.normalize(strided, labels)[0].is_contiguous()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_augmentation_is_the_same_on_a_gpu(preset):
+    images, labels = located(8)
+    augmentation = Augmentation(preset, (0.1, 0.2, 0.3), (0.5, 1.0, 2.0))
+    x, y = augmentation(images, labels, seeded())
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        x2, y2 = augmentation.cuda()(images.cuda(), labels.cuda(), seeded())
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    assert (y2.cpu() != y).float().mean() < 1e-3
+    assert (x2.cpu() - x).abs().gt(1e-3).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_augmented_batches_are_normalized(preset):
+    images, labels = located(3)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 1.0, 2.0)
+    raw, _ = Augmentation(preset)(images, labels, seeded())
+    x, _ = Augmentation(preset, mean, std)(images, labels, seeded())
+    torch.testing.assert_close(x, v2.functional.normalize(raw, mean, std))
+
+
+@pytest.mark.parametrize("normalization", [(), ((0.1, 0.2, 0.3), (0.5, 1.0, 2.0))])
+def test_validation_batches_are_what_evaluation_reads(normalization):
     image, label = quartered()
-    seen = Counter()
-    for _ in range(40):
-        x, y = transform(image, label)
-        assert x.shape == (3, 48, 64) and y.shape == (48, 64)
-        assert x.dtype == torch.float32 and y.dtype == torch.int64
-        assert type(x) is type(y) is torch.Tensor
-        values = set(y.unique().tolist())
-        assert values <= {0, 5, 11, 18, IGNORE_INDEX}
-        seen.update(values)
-        inside = y != IGNORE_INDEX
-        expected = (y * 10 + 30).float() / 255
-        # Only pixels beside an edge may mix two fields.
-        wrong = (x[0] - expected).abs() > 0.02
-        assert (wrong & inside).float().mean() < 0.12
-        assert (x[0][~inside] == 0).all()
-    assert seen[IGNORE_INDEX] > 0
-    assert seen[0] == 40 if preset == "paper" else seen[0] > 10
-
-
-def test_paper_preset_shifts_by_at_most_two_pixels_and_fills_with_void():
-    torch.manual_seed(0)
-    image, label = quartered(48, 64)
-    label[:] = 3
-    transform = training_transform((48, 64), "paper")
-    rows, columns = Counter(), Counter()
-    for _ in range(200):
-        void = transform(image, label)[1] == IGNORE_INDEX
-        rows[int(void.all(1).sum())] += 1
-        columns[int(void.all(0).sum())] += 1
-        assert void[:SHIFT].all(1).sum() == 0 or void[-SHIFT:].all(1).sum() == 0
-    assert set(rows) == set(columns) == {0, 1, 2}
-
-
-def test_flip_happens_half_of_the_time():
-    torch.manual_seed(0)
-    image, label = quartered(48, 64)
-    transform = training_transform((48, 64), "paper")
-    flipped = sum(int(transform(image, label)[1][10, 10] == 5) for _ in range(200))
-    assert 70 < flipped < 130
+    expected = evaluation_transform((30, 40), False, *normalization)(image, label)
+    small = resize_transform((30, 40))(image, label)
+    batch = Augmentation("paper", *normalization).normalize(*(part[None] for part in small))
+    for part, wanted in zip(batch, expected, strict=True):
+        assert torch.equal(part[0], wanted) and part.dtype == wanted.dtype
 
 
 def test_evaluation_resizes_the_image_and_the_label_only_when_asked():

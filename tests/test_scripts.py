@@ -176,6 +176,7 @@ def test_coarse_annotations_train(toy_cityscapes, tmp_path):
 
 SCRIPTS = (
     "train/main.py",
+    "datasets/prepare_cityscapes.py",
     "test/eval_iou.py",
     "test/eval_cityscapes_server.py",
     "test/eval_cityscapes_color.py",

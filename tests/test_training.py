@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from lednet import LEDNet, UserError
+from lednet.data.transforms import Augmentation
 from lednet.training.distributed import EachOnceSampler, ShuffledSampler, World, choose_device
-from lednet.training.engine import Trainer
+from lednet.training.engine import Trainer, step_generator
 from lednet.training.loss import (
     RELEASED_WEIGHTS,
     WEIGHT_OFFSETS,
@@ -86,19 +87,22 @@ def test_absent_gpu_is_refused():
         choose_device("cuda")
 
 
-def small_trainer(**options) -> Trainer:
+KEYS = (1, 0, 1)
+
+
+def small_trainer(augmentation: Augmentation | None = None, **options) -> Trainer:
     torch.manual_seed(0)
-    net = LEDNet(4).encoder_stage()
-    world = World(0, 1, CPU)
-    return Trainer(net, WeightedCrossEntropy([1.0] * 3, 4), 3, 10, world, **options)
+    net, criterion = LEDNet(4).encoder_stage(), WeightedCrossEntropy([1.0] * 3, 4)
+    augmentation = augmentation or Augmentation()
+    return Trainer(net, criterion, augmentation, 3, 10, World(0, 1, CPU), **options)
 
 
 def batches(count: int, size: int = 2) -> list:
     generator = torch.Generator().manual_seed(0)
     return [
         (
-            torch.rand(size, 3, 32, 32, generator=generator),
-            torch.randint(0, 3, (size, 32, 32), generator=generator),
+            torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator),
+            torch.randint(0, 3, (size, 32, 32), dtype=torch.uint8, generator=generator),
         )
         for _ in range(count)
     ]
@@ -113,17 +117,18 @@ class Loader(list):
 
 
 def test_not_finite_loss_stops_with_a_sentence():
-    images, target = batches(1)[0]
+    trainer = small_trainer()
+    next(trainer.model.parameters()).data.fill_(math.nan)
     with pytest.raises(UserError, match=r"the loss is nan .*lower --lr"):
-        small_trainer().train_one_epoch(Loader([(images * math.nan, target)]), "encoder 1/1")
+        trainer.train_one_epoch(Loader(batches(1)), "encoder 1/1", KEYS)
 
 
 def test_training_lowers_the_loss_and_counts_every_image():
     trainer = small_trainer(lr=1e-3)
     loader = Loader([*batches(2), (*[x[:1] for x in batches(1)[0]],)])
-    first = trainer.train_one_epoch(loader, "first")
+    first = trainer.train_one_epoch(loader, "first", KEYS)
     for _ in range(8):
-        last = trainer.train_one_epoch(loader, "later")
+        last = trainer.train_one_epoch(loader, "later", KEYS)
     assert last["loss"] < 0.8 * first["loss"]
     result = trainer.evaluate(loader, "val")
     assert 0 <= result["miou"] <= 1 and len(result["class_iou"]) == 3
@@ -131,10 +136,39 @@ def test_training_lowers_the_loss_and_counts_every_image():
 
 def test_bf16_trains():
     trainer = small_trainer(precision="bf16")
-    assert math.isfinite(trainer.train_one_epoch(Loader(batches(1)), "bf16")["loss"])
+    assert math.isfinite(trainer.train_one_epoch(Loader(batches(1)), "bf16", KEYS)["loss"])
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
 def test_fp16_on_a_cpu_is_refused():
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        small_trainer(precision="fp16").train_one_epoch(Loader(batches(1)), "fp16")
+        small_trainer(precision="fp16").train_one_epoch(Loader(batches(1)), "fp16", KEYS)
+
+
+class Watched(Augmentation):
+    """Notes the seed of every change."""
+
+    def forward(self, images, labels, generator):
+        self.seeds = [*getattr(self, "seeds", []), generator.initial_seed()]
+        return super().forward(images, labels, generator)
+
+
+def test_each_step_draws_from_its_own_place_in_the_run():
+    def seeds(seed: int, stage: int, epoch: int) -> list[int]:
+        augmentation = Watched()
+        trainer, loader = small_trainer(augmentation), Loader(batches(3))
+        trainer.train_one_epoch(loader, "title", (seed, stage, epoch))
+        trainer.evaluate(loader, "val")  # draws nothing
+        return augmentation.seeds
+
+    first = seeds(1, 0, 1)
+    assert first == [step_generator(1, 0, 1, step, 0).initial_seed() for step in range(3)]
+    others = [seeds(2, 0, 1), seeds(1, 1, 1), seeds(1, 0, 2)]
+    others.append([step_generator(1, 0, 1, step, 1).initial_seed() for step in range(3)])
+    assert len({*first, *(seed for run in others for seed in run)}) == 15
+
+
+def test_scores_do_not_depend_on_the_augmentation():
+    loader = Loader(batches(2))
+    results = [small_trainer(Augmentation(p)).evaluate(loader, "val") for p in ("paper", "modern")]
+    assert results[0] == results[1]

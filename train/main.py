@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.data.datasets import DATASETS, DEFAULT_SIZES, SegmentationDataset, open_dataset
-from lednet.data.datasets import pixel_shares
-from lednet.data.transforms import PRESETS, evaluation_transform, training_transform
+from lednet.data.cache import CachedDataset, command_line
+from lednet.data.datasets import DATASETS, SegmentationDataset, open_training_data, pixel_shares
+from lednet.data.transforms import PRESETS, Augmentation, resize_transform
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import plain_values, write_text
 from lednet.model import VARIANTS, LEDNet, count_parameters
@@ -78,6 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=PRESETS,
         default="paper",
         help="paper: flip and shift; modern: scale, crop, flip, colour",
+    )
+    data.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="read the pairs that datasets/prepare_cityscapes.py has decoded there",
     )
     data.add_argument(
         "--num-workers", type=int, default=min(4, os.cpu_count() or 1), help="loading processes"
@@ -189,17 +195,26 @@ def parse_options() -> argparse.Namespace:
 
 
 def open_data(args: argparse.Namespace) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation data with their transforms; fills in --height and --width."""
-    root = args.datadir or ROOT / "datasets" / args.dataset
-    options = {"labels": args.labels, "class_file": args.classes, "val_every": args.val_every}
-    split = "train_extra" if args.annotations == "coarse" else "train"
-    train = open_dataset(args.dataset, root, split, annotations=args.annotations, **options)
-    val = open_dataset(args.dataset, root, "val", **options)
-    height, width = DEFAULT_SIZES.get(args.dataset) or train.read(0)[0].shape[:2]
-    args.height, args.width = args.height or height, args.width or width
-    size = (args.height, args.width)
-    train.transform = training_transform(size, args.augment)
-    val.transform = evaluation_transform(size)
+    """Training and validation data at working size; fills in --height and --width."""
+    train, val, size = open_training_data(
+        args.dataset,
+        args.datadir or ROOT / "datasets" / args.dataset,
+        args.height,
+        args.width,
+        annotations=args.annotations,
+        labels=args.labels,
+        class_file=args.classes,
+        val_every=args.val_every,
+    )
+    args.height, args.width = size
+    if args.cache:
+        defaults = vars(build_parser().parse_args([]))
+        command = command_line(ROOT / "datasets/prepare_cityscapes.py", vars(args), defaults)
+        return (
+            CachedDataset(args.cache / "train", train, size, command),
+            CachedDataset(args.cache / "val", val, size, command),
+        )
+    train.transform = val.transform = resize_transform(size)
     return train, val
 
 
@@ -256,6 +271,7 @@ def train_stages(args: argparse.Namespace, world: World) -> None:
     net.to(world.device)
     weights = weights_for(args, train)
     mean, std = NO_NORMALIZATION
+    augmentation = Augmentation(args.augment, mean, std)
     run.write_options(plain_values(vars(args)), ROOT)
     if world.is_main:
         write_text(run.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
@@ -266,7 +282,7 @@ def train_stages(args: argparse.Namespace, world: World) -> None:
     )
     dashboard = None
     if args.visualize and world.is_main:
-        dashboard = Dashboard(run.path.name, scheme, mean, std, port=args.port)
+        dashboard = Dashboard(run.path.name, scheme, augmentation, port=args.port)
     meta = {
         "dataset": scheme.name,
         "classes": list(scheme.classes),
@@ -285,6 +301,7 @@ def train_stages(args: argparse.Namespace, world: World) -> None:
         trainer = Trainer(
             net.encoder_stage() if stage == "encoder" else net,
             WeightedCrossEntropy(weights[stage], scheme.num_outputs),
+            augmentation,
             scheme.num_classes,
             epochs[stage],
             world,

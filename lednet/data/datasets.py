@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,13 +145,38 @@ class SegmentationDataset(Dataset):
             )
         return image, label
 
-    def __getitem__(self, index: int):
-        image, label = self.read(index)
+    def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bring what `read` returns to tensors, transformed."""
         sample = (
             tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)),
             tv_tensors.Mask(torch.from_numpy(label)),
         )
         return self.transform(*sample) if self.transform else sample
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.prepare(*self.read(index))
+
+    def count_pixels(self, workers: int = 4) -> np.ndarray:
+        """Pixels of each class in the label files, (num_classes + 1,) int64, void last.
+
+        Shows a progress bar. The bigger part of the work, decoding, runs in threads.
+        """
+
+        def count(pair: Pair) -> np.ndarray:
+            return count_classes(read_label(pair.label, self.scheme), self.scheme)
+
+        total = np.zeros(self.scheme.num_classes + 1, dtype=np.int64)
+        with ThreadPoolExecutor(workers) as pool:
+            counts = pool.map(count, self.pairs)
+            for counted in tqdm(counts, "class shares", len(self), unit="label", leave=False):
+                total += counted
+        return total
+
+
+def count_classes(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
+    """Pixels of each class in a label of class indices, (num_classes + 1,) int64, void last."""
+    counts = np.bincount(label.ravel(), minlength=256)
+    return np.append(counts[: scheme.num_classes], counts[IGNORE_INDEX])
 
 
 def read_class_file(path: str | os.PathLike) -> LabelScheme:
@@ -259,22 +285,38 @@ def open_dataset(
     return SegmentationDataset(pairs, scheme)
 
 
+def open_training_data(
+    name: str,
+    root: str | os.PathLike,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    annotations: str = "fine",
+    **options: Any,
+) -> tuple[SegmentationDataset, SegmentationDataset, tuple[int, int]]:
+    """What training reads: training data, validation data and the working size.
+
+    Args:
+        height, width: of the working size in pixels; by default that of the published
+            numbers, or of own data's first image.
+        annotations: "coarse" trains on Cityscapes' train_extra, validated on fine val.
+        options: `labels`, `class_file` and `val_every` of `open_dataset`, as the rest.
+
+    Raises:
+        UserError: see `open_dataset`.
+    """
+    split = "train_extra" if annotations == "coarse" else "train"
+    train = open_dataset(name, root, split, annotations=annotations, **options)
+    val = open_dataset(name, root, "val", **options)
+    default = DEFAULT_SIZES.get(name) or train.read(0)[0].shape[:2]
+    return train, val, (height or default[0], width or default[1])
+
+
 def pixel_shares(dataset: SegmentationDataset, workers: int = 4) -> np.ndarray:
     """Share of each class of all pixels of the label files, void last.
-
-    Shows a progress bar. The bigger part of the work, decoding, runs in threads.
 
     Returns:
         (num_classes + 1,) float64, sum 1.
     """
-
-    def count(pair: Pair) -> np.ndarray:
-        return np.bincount(read_label(pair.label, dataset.scheme).ravel(), minlength=256)
-
-    total = np.zeros(256, dtype=np.int64)
-    with ThreadPoolExecutor(workers) as pool:
-        counts = pool.map(count, dataset.pairs)
-        for histogram in tqdm(counts, "class shares", len(dataset), unit="label", leave=False):
-            total += histogram
-    classes = total[: dataset.scheme.num_classes]
-    return np.append(classes, total[IGNORE_INDEX]) / total.sum()
+    counts = dataset.count_pixels(workers)
+    return counts / counts.sum()

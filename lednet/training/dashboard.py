@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lednet.data.labels import LabelScheme
+from lednet.data.transforms import Augmentation
 from lednet.deploy.predictor import predict_at
 from lednet.errors import UserError
 from lednet.evaluation.draw import colorize
@@ -24,7 +25,7 @@ class Dashboard:
     Args:
         name: visdom environment, shown in the page's selector.
         scheme: class names and colours.
-        mean, std: of the normalisation to undo before an image is shown.
+        augmentation: the trainer's, for the normalisation.
         images: validation images to show.
 
     Raises:
@@ -35,8 +36,7 @@ class Dashboard:
         self,
         name: str,
         scheme: LabelScheme,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        augmentation: Augmentation,
         server: str = "http://localhost",
         port: int = 8097,
         images: int = 2,
@@ -48,9 +48,7 @@ class Dashboard:
                 "--visualize needs visdom: install it as README.md says, or leave the flag out"
             ) from error
         logging.getLogger("visdom").setLevel(logging.CRITICAL)  # it would print a traceback
-        self.scheme, self.images = scheme, images
-        self.mean = torch.tensor(mean).view(3, 1, 1)
-        self.std = torch.tensor(std).view(3, 1, 1)
+        self.scheme, self.augmentation, self.images = scheme, augmentation, images
         self.address = f"{server}:{port}"
         self.client = None
         try:
@@ -66,7 +64,7 @@ class Dashboard:
 
         Args:
             record: a line of `log.jsonl`.
-            model: gives logits; evaluated on the first pictures of `loader`.
+            model: gives logits; evaluated on the first pictures of `loader`, uint8.
         """
         if self.client is None:
             return
@@ -112,12 +110,13 @@ class Dashboard:
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
+        self.augmentation.to(device)
         pictures = []
         for index in range(min(self.images, len(loader.dataset))):
             image, target = loader.dataset[index]
-            prediction = predict_at(model(image[None].to(device)).float(), target.shape[-2:])
-            pixels = (image * self.std + self.mean).clamp(0, 1) * 255
-            pictures.append(pixels.byte().numpy())
+            x, _ = self.augmentation.normalize(image[None].to(device), target[None])
+            prediction = predict_at(model(x).float(), target.shape[-2:])
+            pictures.append(image.numpy())
             for label in (target, prediction[0].cpu()):
                 colors = colorize(label.numpy(), self.scheme)
                 pictures.append(colors.transpose(2, 0, 1))

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lednet.data.datasets import SegmentationDataset
+from lednet.data.transforms import Augmentation
 from lednet.errors import UserError
 from lednet.evaluation.evaluate import evaluate
 from lednet.evaluation.metrics import ConfusionMatrix, none_if_nan
@@ -24,13 +25,27 @@ CHECK_EVERY = 20
 """Steps between two looks at the loss: each one makes a GPU wait."""
 
 
+def _mix(keys: tuple[int, ...]) -> int:
+    """One seed for several numbers."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
+
+
 def seed_everything(*keys: int) -> None:
     """Seed PyTorch (and with it the loaders' workers) from `keys` alone.
 
     Every epoch does so from (seed, stage, epoch, rank): a resumed run needs no stored
     random state to go on as if it had never stopped.
     """
-    torch.manual_seed(int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(_mix(keys))
+
+
+def step_generator(*keys: int) -> torch.Generator:
+    """Randomness of one step's augmentation, on the CPU: it depends on `keys` alone.
+
+    Every step makes its own from (seed, stage, epoch, step, rank), so that it comes out
+    the same whether or not the steps before it were run.
+    """
+    return torch.Generator().manual_seed(_mix(keys))
 
 
 def make_loaders(
@@ -64,6 +79,7 @@ class Trainer:
     Args:
         model: (N, 3, H, W) -> logits (N, C, h, w); already on `world.device`.
         criterion: see `WeightedCrossEntropy`.
+        augmentation: makes the network's input of the loaders' uint8 batches.
         num_classes: classes that count in the mIoU.
         num_epochs: length of the schedule.
         precision: "fp32", "bf16" or "fp16".
@@ -74,6 +90,7 @@ class Trainer:
         self,
         model: nn.Module,
         criterion: WeightedCrossEntropy,
+        augmentation: Augmentation,
         num_classes: int,
         num_epochs: int,
         world: World,
@@ -84,6 +101,7 @@ class Trainer:
     ):
         self.model, self.world, self.precision = model, world, precision
         self.criterion = criterion.to(world.device)
+        self.augmentation = augmentation.to(world.device)
         self.num_classes, self.num_epochs, self.train_iou = num_classes, num_epochs, train_iou
         self.base_lr = lr
         self.parallel = world.wrap(model)
@@ -122,8 +140,14 @@ class Trainer:
         self.scaler.update()
         return logits.detach(), loss_sum.detach(), weight_sum
 
-    def train_one_epoch(self, loader: DataLoader, title: str) -> dict[str, Any]:
+    def train_one_epoch(
+        self, loader: DataLoader, title: str, keys: tuple[int, ...]
+    ) -> dict[str, Any]:
         """Train on every batch of `loader` once.
+
+        Args:
+            loader: gives images (N, 3, H, W) and labels (N, H, W), both uint8.
+            keys: (seed, stage, epoch), see `step_generator`.
 
         Returns:
             `loss` (mean over the epoch), `miou` (None unless asked for) and
@@ -138,9 +162,9 @@ class Trainer:
         sums = torch.zeros(2, device=device)
         images_seen, start = 0, time.perf_counter()
         with self._bar(loader, title) as bar:
-            for step, (images, target) in enumerate(loader):
-                images = images.to(device, non_blocking=True)
-                target = target.to(device, non_blocking=True)
+            for step, batch in enumerate(loader):
+                generator = step_generator(*keys, step, self.world.rank)
+                images, target = self.augmentation(*self._received(batch), generator)
                 logits, loss_sum, weight_sum = self._step(images, target)
                 sums += torch.stack((loss_sum, weight_sum))
                 if self.train_iou:
@@ -171,7 +195,7 @@ class Trainer:
         return loss_sum / max(weight_sum, 1e-12)
 
     def evaluate(self, loader: DataLoader, title: str) -> dict[str, Any]:
-        """Score every image of `loader` at the labels' size.
+        """Score every image of `loader`, in uint8 as for training, at the labels' size.
 
         Returns:
             `loss`, `miou` and `class_iou` (a list; None where absent), over all processes.
@@ -195,9 +219,13 @@ class Trainer:
         }
 
     def _counted(self, loader: Iterable, bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, target in loader:
-            yield images, target
-            bar.update(len(images) * self.world.size)
+        for batch in loader:
+            yield self.augmentation.normalize(*self._received(batch))
+            bar.update(len(batch[0]) * self.world.size)
+
+    def _received(self, batch: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The batch on this process's device; bytes, so that it is soon there."""
+        return (part.to(self.world.device, non_blocking=True) for part in batch)
 
     def _bar(self, loader: DataLoader, title: str) -> tqdm:
         """Progress in images, with rate and ETA; one bar for all processes."""

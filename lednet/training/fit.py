@@ -55,11 +55,12 @@ def fit(
     train_loader, val_loader = loaders
     stage, main = progress.stage, trainer.world.is_main
     for epoch in range(progress.epoch + 1, trainer.num_epochs + 1):
-        seed_everything(seed, STAGES.index(stage), epoch, trainer.world.rank)
+        keys = (seed, STAGES.index(stage), epoch)
+        seed_everything(*keys, trainer.world.rank)
         train_loader.sampler.epoch = epoch
         title = f"{stage} {epoch}/{trainer.num_epochs}"
         lr = trainer.start_epoch(epoch)
-        trained = trainer.train_one_epoch(train_loader, title)
+        trained = trainer.train_one_epoch(train_loader, title, keys)
         scored = trainer.evaluate(val_loader, f"{title} val")
         record = {
             "stage": stage,

@@ -52,6 +52,9 @@ from lednet.weights import load_network
 SIZES = ((512, 1024), (1024, 2048))
 CALIBRATION_IMAGES = 32
 PEER = "lraspp_mobilenet_v3_large"
+SETTLE = 0.1
+"""Seconds before each timed run, in which the threads of the engine before it, which go on
+spinning for a while, come to rest: who uses one engine has no other's beside it."""
 
 
 class Runner(NamedTuple):
@@ -202,6 +205,7 @@ def race(
     for round_ in tqdm(range(warmup + runs), f"{tuple(images.shape)}", leave=False):
         for runner, record in zip(runners, times, strict=True):
             synchronize(device)
+            time.sleep(SETTLE)
             start = time.perf_counter()
             runner.run(images)
             synchronize(device)

@@ -7,6 +7,7 @@ release (their key names, checkpoint bundle and `module.` prefix).
 import os
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
+        require_intact(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"no weights at {path}: check the path") from error
@@ -128,6 +130,20 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path} holds no state dict: give a file written by training")
     content["state_dict"] = {_our_name(key): value for key, value in state.items()}
     return content
+
+
+def require_intact(path: Path) -> None:
+    """Compare the parts of a checkpoint with the CRC-32 that each carries, which PyTorch
+    writes and does not read.
+
+    Raises:
+        zipfile.BadZipFile: they differ. Files from before PyTorch 1.6 carry none.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(damaged)
 
 
 def _all_tensors(state: dict) -> bool:

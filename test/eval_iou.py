@@ -20,15 +20,16 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from lednet.data.datasets import DATASETS, DEFAULT_SIZES, SegmentationDataset, open_dataset
-from lednet.data.transforms import evaluation_transform
+from lednet.data.transforms import resize_transform
+from lednet.deploy.backends import BACKENDS
+from lednet.deploy.predictor import Predictor
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.evaluate import Evaluation, evaluate, require_labels
+from lednet.evaluation.evaluate import evaluate_predictor, require_labels
+from lednet.evaluation.metrics import ConfusionMatrix
 from lednet.evaluation.report import plot_class_iou, sample_sheet
 from lednet.files import write_json
-from lednet.model import LEDNet
 from lednet.precision import AMP_DTYPES
 from lednet.training.distributed import choose_device
-from lednet.weights import input_size, load_network, require_classes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     # fmt: off
     parser.add_argument("--weights", type=Path, required=True,
-                        help="weights file, or a run folder (its best.pth)")
+                        help="weights file, run folder (its best.pth) or exported file")
     parser.add_argument("--dataset", choices=DATASETS, default="cityscapes")
     parser.add_argument("--datadir", type=Path, help="data set's folder (datasets/<dataset>)")
     parser.add_argument("--subset", choices=("train", "train_extra", "val", "test"), default="val")
@@ -55,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS),
+                        help="what runs the network (eager); auto: the fastest that is installed")
+    parser.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True,
+                        help="fold batch norm into the convolutions: the same answers, faster")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw a bar for each class")
     parser.add_argument("--sheet", type=Path, metavar="PNG",
@@ -70,9 +75,12 @@ def collate(samples: list) -> list:
     return default_collate(samples)
 
 
-def score(args: argparse.Namespace, net: LEDNet, data: SegmentationDataset) -> Evaluation:
+def score(
+    args: argparse.Namespace, predictor: Predictor, data: SegmentationDataset
+) -> ConfusionMatrix:
+    if args.at == "network":
+        data.transform = resize_transform(predictor.size)
     loader = DataLoader(data, args.batch_size, num_workers=args.num_workers, collate_fn=collate)
-    device = next(net.parameters()).device
     with tqdm(total=len(data), desc=f"{args.subset}", unit="image", dynamic_ncols=True) as bar:
 
         def batches():
@@ -80,7 +88,7 @@ def score(args: argparse.Namespace, net: LEDNet, data: SegmentationDataset) -> E
                 yield images, target
                 bar.update(len(images))
 
-        return evaluate(net, batches(), data.scheme.num_classes, device, args.precision)
+        return evaluate_predictor(predictor, batches(), data.scheme.num_classes)
 
 
 def print_table(result: dict) -> None:
@@ -93,8 +101,6 @@ def print_table(result: dict) -> None:
 
 def main() -> None:
     args = build_parser().parse_args()
-    device = choose_device(args.device)
-    net, meta = load_network(args.weights)
     root = args.datadir or ROOT / "datasets" / args.dataset
     data = open_dataset(
         args.dataset,
@@ -105,27 +111,27 @@ def main() -> None:
         class_file=args.classes,
         val_every=args.val_every,
     )
-    require_classes(net, meta, data.scheme, args.weights)
-    size = input_size(meta, DEFAULT_SIZES.get(args.dataset), args.height, args.width)
-    normalization = {key: meta[key] for key in ("mean", "std") if key in meta}
-    data.transform = evaluation_transform(size, args.at == "full", **normalization)
-
-    net.to(device)
-    evaluation = score(args, net, data)
+    predictor = Predictor.from_weights(
+        args.weights, data.scheme, DEFAULT_SIZES.get(args.dataset), args.height, args.width,
+        device=choose_device(args.device), backend=args.backend, precision=args.precision,
+        fold=args.fold,
+    )  # fmt: skip
+    confusion = score(args, predictor, data)
     where = f"{root} {args.subset}"
-    require_labels(evaluation.confusion, where)
-    result = evaluation.confusion.summary(data.scheme.classes)
+    require_labels(confusion, where)
+    result = confusion.summary(data.scheme.classes)
     result |= {
         "images": len(data),
         "weights": str(args.weights),
         "dataset": args.dataset,
         "subset": args.subset,
-        "network_size": list(size),
+        "network_size": list(predictor.size),
         "scored_at": args.at,
     }
     print_table(result)
+    height, width = predictor.size
     print(
-        f"{len(data)} images of {where}, network {size[0]}x{size[1]}, scored at "
+        f"{len(data)} images of {where}, network {height}x{width}, scored at "
         f"{'the label files' if args.at == 'full' else 'the network'}' size"
     )
     title = f"{root.name} {args.subset}: mIoU {result['miou']:.3f}"
@@ -134,7 +140,7 @@ def main() -> None:
     if args.plot:
         plot_class_iou(result["class_iou"], data.scheme, args.plot, title)
     if args.sheet:
-        sample_sheet(net, data, args.sheet, args.sheet_images)
+        sample_sheet(predictor, data, args.sheet, args.sheet_images)
 
 
 if __name__ == "__main__":

@@ -152,17 +152,20 @@ def test_second_run_in_one_folder(train, tmp_path):
     assert (tmp_path / "run/log.jsonl").read_text() == "{}\n"
 
 
+CHECKPOINT = "checkpoint_000000007.pth"
+
+
 def test_damaged_checkpoint_to_resume(train, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/last.pth").write_bytes(b"torn")
+    (tmp_path / "run" / CHECKPOINT).write_bytes(b"torn")
     (tmp_path / "run/options.json").write_text('{"options": {}}')
-    assert_refused(train("--resume"), "last.pth is damaged")
+    assert_refused(train("--resume"), f"{CHECKPOINT} is damaged", "another --savedir")
 
 
 def test_weights_alone_are_nothing_to_resume(train, tmp_path):
-    save_checkpoint(tmp_path / "run/last.pth", LEDNet(12), {})
+    save_checkpoint(tmp_path / "run" / CHECKPOINT, LEDNet(12), {})
     (tmp_path / "run/options.json").write_text('{"options": {}}')
-    assert_refused(train("--resume"), "last.pth holds weights alone", "--state")
+    assert_refused(train("--resume"), f"{CHECKPOINT} holds weights alone", "--state")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -193,6 +196,10 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         (("--precision", "fp16"), "fp16 needs a GPU"),
         (("--class-weights", "released"), "for Cityscapes"),
         (("--pyramid-channels", 20), "d128"),
+        (("--clip-norm", 0), "--clip-norm is 0"),
+        (("--ema-decay", 1), "--ema-decay is 1"),
+        (("--accumulate", 0), "--accumulate is 0"),
+        (("--sync-batch-norm",), "needs CUDA GPUs"),
     ],
 )
 def test_options_that_make_no_sense(train, flags, words):

@@ -447,7 +447,7 @@ def test_training_is_the_same_with_and_without(run_inside, camvid, tmp_path):
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
         records[name] = [{**json.loads(line), "images_per_second": None} for line in lines]
     assert len(records["files"]) == 2 and records["files"] == records["cache"]
-    states = [read_checkpoint(tmp_path / name / "last.pth")["state_dict"] for name in runs]
+    states = [read_checkpoint(tmp_path / name / "best.pth")["state_dict"] for name in runs]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
     other = run_inside(

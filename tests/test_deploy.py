@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from make_golden import formula_state
 from PIL import Image
 from torch import nn
-from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import lednet.model
 from lednet import LEDNet, UserError, load_network
 from lednet.data.datasets import open_image, read_image, to_rgb
-from lednet.data.transforms import evaluation_transform
 from lednet.deploy import backends, formats
 from lednet.deploy.backends import BACKENDS
 from lednet.deploy.fold import fold_batch_norm
@@ -101,8 +100,8 @@ def test_folding_leaves_the_network_as_it_was():
 def test_predictor_prepares_images_as_evaluation_does():
     image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    transform = evaluation_transform((32, 48), True, mean, std)
-    expected, _ = transform(tv_tensors.Image(image), tv_tensors.Mask(image[0]))
+    pixels = v2.functional.resize(image, [32, 48], antialias=True)
+    expected = v2.functional.normalize(v2.functional.to_dtype(pixels, scale=True), mean, std)
     predictor = Predictor(worn(), (32, 48), mean, std)
     net = BytesToLogits(worn(), mean, std)
     net.net = nn.Identity()

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 
 from lednet.data.labels import cityscapes_scheme
+from lednet.training.checkpoints import Checkpoints
 from lednet.weights import read_checkpoint
 
 SMALL = ("--height", 64, "--width", 128, "--num-workers", 1, "--device", "cpu")
@@ -62,9 +63,11 @@ ALL_EPOCHS = [("encoder", 1), ("encoder", 2), ("decoder", 1), ("decoder", 2)]
 
 
 def test_run_folder_holds_what_it_should(trained, toy_cityscapes):
+    steps = 3 * 2 * 2  # batches, epochs, stages
     assert {path.name for path in trained.iterdir()} == {
-        "options.json", "log.jsonl", "log.txt", "model.txt", "curves.png",
-        "encoder_last.pth", "encoder_best.pth", "last.pth", "best.pth",
+        "options.json", "log.jsonl", "log.txt", "model.txt", "curves.png", ".lock",
+        "encoder_best.pth", "best.pth",
+        *(f"checkpoint_{number:09d}.pth" for number in (steps, steps - 3)),
     }  # fmt: skip
     assert stages(trained) == ALL_EPOCHS
     for record in records(trained):
@@ -106,7 +109,7 @@ def test_killed_run_resumes_to_identical_weights(trained, toy_cityscapes, tmp_pa
     assert result.returncode == 0, result.stderr
     assert "resuming decoder after epoch" in result.stdout
     assert stages(folder) == ALL_EPOCHS
-    for name in ("encoder_last.pth", "last.pth", "best.pth"):
+    for name in (*(path.name for path in Checkpoints(trained).paths()), "best.pth"):
         assert_same_weights(folder / name, trained / name)
 
     def without_speed(folder: Path) -> list[dict]:

@@ -1,15 +1,25 @@
+import copy
 import math
+import os
+import signal
+import types
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lednet import LEDNet, UserError
+from lednet.data.datasets import SkippingDataset, open_dataset
+from lednet.data.pairs import Pair
 from lednet.data.transforms import Augmentation
 from lednet.training.distributed import EachOnceSampler, ShuffledSampler, World, choose_device
-from lednet.training.engine import Trainer, step_generator
+from lednet.training import stopping
+from lednet.training.checkpoints import Checkpoints
+from lednet.training.engine import NonFiniteLoss, Optimization, Trainer, step_generator
 from lednet.training.loss import (
     RELEASED_WEIGHTS,
     WEIGHT_OFFSETS,
@@ -18,6 +28,7 @@ from lednet.training.loss import (
     resize_target,
 )
 from lednet.training.schedule import poly_factor
+from lednet.training.stopping import SAVE, Keeper, Stopped, StopRequest
 
 CPU = torch.device("cpu")
 
@@ -90,11 +101,14 @@ def test_absent_gpu_is_refused():
 KEYS = (1, 0, 1)
 
 
-def small_trainer(augmentation: Augmentation | None = None, **options) -> Trainer:
+def small_trainer(
+    augmentation: Augmentation | None = None, model: nn.Module | None = None, **options
+) -> Trainer:
     torch.manual_seed(0)
-    net, criterion = LEDNet(4).encoder_stage(), WeightedCrossEntropy([1.0] * 3, 4)
-    augmentation = augmentation or Augmentation()
-    return Trainer(net, criterion, augmentation, 3, 10, World(0, 1, CPU), **options)
+    model = LEDNet(4).encoder_stage() if model is None else model
+    criterion = WeightedCrossEntropy([1.0, 5.0, 2.0], 4)
+    world, optimization = World(0, 1, CPU), Optimization(**options)
+    return Trainer(model, criterion, augmentation or Augmentation(), 3, 10, world, optimization)
 
 
 def batches(count: int, size: int = 2) -> list:
@@ -109,18 +123,274 @@ def batches(count: int, size: int = 2) -> list:
 
 
 class Loader(list):
-    """Batches with the one attribute that the progress bar asks for."""
+    """Batches with what else a trainer asks a loader for."""
+
+    batch_size = 2
 
     @property
     def sampler(self):
-        return range(sum(len(images) for images, _ in self))
+        return ShuffledSampler(sum(len(images) for images, _ in self), World(0, 1, CPU), seed=1)
+
+    @property
+    def dataset(self):
+        count = sum(len(images) for images, _ in self)
+        return types.SimpleNamespace(pairs=[Pair(Path(f"{i}.png"), None) for i in range(count)])
 
 
-def test_not_finite_loss_stops_with_a_sentence():
-    trainer = small_trainer()
-    next(trainer.model.parameters()).data.fill_(math.nan)
-    with pytest.raises(UserError, match=r"the loss is nan .*lower --lr"):
-        trainer.train_one_epoch(Loader(batches(1)), "encoder 1/1", KEYS)
+class Poisoned(WeightedCrossEntropy):
+    """No number for a loss in one step."""
+
+    def __init__(self, step: int):
+        super().__init__([1.0] * 3, 4)
+        self.step = step
+
+    def forward(self, logits, target):
+        loss, weight = super().forward(logits, target)
+        self.step -= 1
+        return (loss * math.nan if self.step == -1 else loss), weight
+
+
+def test_not_finite_loss_names_step_and_images():
+    trainer, loader = small_trainer(), Loader(batches(3))
+    trainer.criterion = Poisoned(1)
+    names = ", ".join(f"{i}.png" for i in loader.sampler.order()[2:4])
+    with pytest.raises(
+        NonFiniteLoss, match=f"the loss is nan in step 2 of encoder 1/1, of {names}$"
+    ):
+        trainer.train_one_epoch(loader, "encoder 1/1", KEYS)
+
+
+def test_bad_steps_leave_no_trace():
+    """Neither in the weights nor in the running statistics, which the step has touched."""
+    trainer = small_trainer(skip_bad_steps=True)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.criterion = Poisoned(0)
+    result = trainer.train_one_epoch(Loader(batches(1)), "title", KEYS)
+    assert result["skipped"] == 1 and result["loss"] == 0
+    after = trainer.model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    trainer.criterion = Poisoned(1)
+    result = trainer.train_one_epoch(Loader(batches(3)), "title", KEYS)
+    assert result["skipped"] == 1 and math.isfinite(result["loss"])
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+
+
+def test_bad_gradients_of_a_good_loss_are_a_bad_step():
+    class Steep(WeightedCrossEntropy):
+        def forward(self, logits, target):
+            logits.register_hook(lambda gradient: gradient * math.inf)
+            return super().forward(logits, target)
+
+    trainer = small_trainer(skip_bad_steps=True)
+    trainer.criterion = Steep([1.0] * 3, 4)
+    result = trainer.train_one_epoch(Loader(batches(1)), "title", KEYS)
+    assert result["skipped"] == 1
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+
+
+def uneven(loader: list) -> list:
+    """Batches whose weights differ much: one nearly all void."""
+    loader[0][1][:, 2:] = 255
+    return loader
+
+
+def test_accumulated_batches_are_one_large_batch():
+    def weights(loader: Loader, accumulate: int) -> torch.Tensor:
+        class Still(Augmentation):
+            def forward(self, images, labels, generator):
+                return self.normalize(images, labels)
+
+        torch.manual_seed(0)
+        trainer = small_trainer(Still(), nn.Conv2d(3, 4, 3), accumulate=accumulate)
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 1.0)
+        trainer.train_one_epoch(loader, "title", KEYS)
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    small = uneven(batches(3))
+    joint = [tuple(map(torch.cat, zip(*part, strict=True))) for part in (small[:2], small[2:])]
+    found, expected = weights(Loader(small), 2), weights(Loader(joint), 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_clipped():
+    norms = []
+    for limit in (None, 1e-3):
+        trainer = small_trainer(clip_norm=limit)
+
+        def note(*_, trainer=trainer):
+            norms.append(nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()]))
+
+        trainer.optimizer.register_step_pre_hook(note)
+        trainer.train_one_epoch(Loader(batches(1)), "title", KEYS)
+    assert norms[0] > 0.01
+    assert norms[1].item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_average_follows_the_weights():
+    trainer = small_trainer(ema_decay=0.75, lr=0.01)
+    expected = None
+    for _ in range(4):
+        trainer.train_one_epoch(Loader(batches(1)), "title", KEYS)
+        now = {k: v.clone() for k, v in trainer.model.state_dict().items() if v.is_floating_point()}
+        if expected is None:
+            expected = now
+        expected = {key: 0.75 * expected[key] + 0.25 * now[key] for key in now}
+    found = trainer.scored.state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(found["encoder.0.conv.weight"], now["encoder.0.conv.weight"])
+    other = small_trainer(ema_decay=0.75)
+    other.load_state_dict(trainer.state_dict())
+    name = "encoder.0.conv.bias"
+    assert torch.equal(other.scored.state_dict()[name], found[name])
+    with pytest.raises(UserError, match="begun without --ema-decay"):
+        other.load_state_dict(small_trainer().state_dict())
+
+
+def test_channels_last_answers_alike():
+    trainers = [small_trainer(channels_last=layout) for layout in (False, True)]
+    weights = [next(t.model.parameters()) for t in trainers]
+    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
+    losses = [t.train_one_epoch(Loader(batches(1)), "title", KEYS)["loss"] for t in trainers]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+class Numbers(torch.utils.data.Dataset):
+    pairs = tuple(Pair(Path(f"{i}.png"), None) for i in range(7))
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        images, labels = batches(1, size=7)[0]
+        return images[index], labels[index]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_epoch_that_was_interrupted_ends_as_if_it_had_not_been(stop, accumulate):
+    """With dropout, augmentation, average, a partial batch, and the epoch's figures."""
+    if stop % accumulate and stop < 4:
+        pytest.skip("between two updates nothing is saved")
+    world = World(0, 1, CPU)
+    options = {"ema_decay": 0.9, "accumulate": accumulate}
+
+    def loader(start: int) -> torch.utils.data.DataLoader:
+        sampler = ShuffledSampler(7, world, seed=1)
+        sampler.start = start
+        return torch.utils.data.DataLoader(Numbers(), 2, sampler=sampler)
+
+    whole = small_trainer(**options)
+    expected = whole.train_one_epoch(loader(0), "whole", KEYS)
+
+    saved = {}
+    first = small_trainer(**options)
+    tally = first.new_tally()
+
+    def save():
+        if tally.step == stop:
+            parts = (first.model.state_dict(), first.state_dict(), tally.state(world))
+            saved["state"] = copy.deepcopy(parts)
+
+    first.train_one_epoch(loader(0), "first part", KEYS, tally, save)
+    second = small_trainer(**options)
+    model, state, counted = saved["state"]
+    second.model.load_state_dict(model)
+    second.load_state_dict(state)
+    tally = second.new_tally()
+    tally.restore(counted, world)
+    found = second.train_one_epoch(loader(min(2 * stop, 7)), "second part", KEYS, tally)
+
+    for key in ("loss", "miou"):
+        assert found[key] == expected[key]
+    for ours, theirs in ((second.model, whole.model), (second.average, whole.average)):
+        a, b = ours.state_dict(), theirs.state_dict()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+# When to save, when to stop, and what is kept
+
+
+def test_keeper_saves_by_steps_and_by_minutes(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    world, request = World(0, 1, CPU), StopRequest()
+    keeper = Keeper(world, request, every_steps=3)
+    assert [keeper.order(step) for step in range(1, 7)] == [0, 0, SAVE, 0, 0, SAVE]
+    keeper = Keeper(world, request, every_minutes=2)
+    answers = []
+    for clock[0] in (60, 121, 130, 241, 242):
+        answers.append(keeper.order(1))
+    assert answers == [0, SAVE, 0, 0, SAVE]
+    assert Keeper(world, request).order(5) == keeper.stop() == 0
+    request.number = signal.SIGTERM
+    assert keeper.order(1) == keeper.stop() == signal.SIGTERM
+
+
+def test_signal_is_noted_and_a_later_one_ends(monkeypatch):
+    """But not one at the same time: schedulers and torchrun send the same signal twice."""
+    clock, raised = [0.0], []
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stopping.signal, "raise_signal", raised.append)
+    request, before = StopRequest(), signal.getsignal(signal.SIGTERM)
+    with request.watching():
+        for clock[0], number in ((10.0, signal.SIGTERM), (11.0, signal.SIGINT)):
+            os.kill(os.getpid(), number)
+            assert request.number == signal.SIGTERM and not raised
+        clock[0] = 13.0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert raised == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert Stopped(signal.SIGTERM).exit_status == 143 and Stopped(signal.SIGINT).exit_status == 130
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for number in (3, 20, 100):
+        checkpoints.save(number, nn.Linear(1, 1), {"number": number})
+    assert [path.name for path in checkpoints.paths()] == [
+        "checkpoint_000000100.pth", "checkpoint_000000020.pth"
+    ]  # fmt: skip
+    _, content, complaints = checkpoints.load_latest()
+    assert content["meta"]["number"] == 100 and not complaints
+
+
+@pytest.mark.parametrize("harm", ["cut", "one byte", "empty"])
+def test_damaged_checkpoint_falls_back_and_says_so(harm, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    torch.manual_seed(0)
+    for number in (1, 2):
+        checkpoints.save(number, nn.Linear(50, 50), {"number": number})
+    newest = checkpoints.paths()[0]
+    content = bytearray(newest.read_bytes())
+    if harm == "one byte":  # within the weights: it opens, and has other numbers
+        place = content.index(torch.load(newest)["state_dict"]["weight"].numpy().tobytes())
+        content[place + 100] ^= 1
+        assert torch.load(newest)["state_dict"]["weight"].shape == (50, 50)
+    newest.write_bytes({"cut": content[:-100], "one byte": content, "empty": b""}[harm])
+    path, found, complaints = checkpoints.load_latest()
+    assert found["meta"]["number"] == 1 and path.name == "checkpoint_000000001.pth"
+    assert len(complaints) == 1 and f"{newest} is damaged" in complaints[0]
+    assert newest.with_suffix(".damaged").exists() and not newest.exists()
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="start anew"):
+        checkpoints.load_latest()
+
+
+def test_unreadable_pair_is_replaced_and_counted(own_camvid):
+    data = SkippingDataset(open_dataset("camvid", own_camvid, "train"))
+    sound = [data[i] for i in range(len(data))]
+    assert not data.damaged.any()
+    (own_camvid / "train/train_001.png").write_bytes(b"torn")
+    (own_camvid / "trainannot/train_002.png").unlink()
+    for index, other in ((0, 0), (1, 3), (2, 3), (3, 3)):
+        assert all(map(torch.equal, data[index], sound[other]))
+    assert data.damaged.nonzero().flatten().tolist() == [1, 2]
+    for path in (own_camvid / "train").iterdir():
+        path.write_bytes(b"torn")
+    with pytest.raises(UserError, match="is damaged"):
+        data[0]
 
 
 def test_training_lowers_the_loss_and_counts_every_image():

@@ -4,6 +4,7 @@
     python train/main.py --dataset camvid --datadir /data/camvid --num-epochs 50
     python train/main.py --savedir cityscapes-d20 --resume
     torchrun --nproc-per-node=4 train/main.py --datadir /data/cityscapes
+    torchrun --nproc-per-node=4 --max-restarts=3 train/main.py --savedir long --resume auto
 
 The defaults are the paper's recipe: Adam 5e-4, weight decay 1e-4, poly decay 0.9,
 300 epochs, class-weighted cross-entropy, 512x1024. Times and scores to expect are
@@ -11,6 +12,7 @@ in README.md. Everything a run writes lies in its folder below save/.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -19,24 +21,38 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lednet.data.cache import CachedDataset, command_line
-from lednet.data.datasets import DATASETS, SegmentationDataset, open_training_data, pixel_shares
+from lednet.data.datasets import (
+    DATASETS,
+    SegmentationDataset,
+    SkippingDataset,
+    open_training_data,
+    pixel_shares,
+)
 from lednet.data.transforms import PRESETS, Augmentation, resize_transform
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import plain_values, write_text
 from lednet.model import VARIANTS, LEDNet, count_parameters
 from lednet.precision import AMP_DTYPES, autocast
+from lednet.training.checkpoints import Checkpoints
 from lednet.training.dashboard import Dashboard
-from lednet.training.distributed import World, join_world, leave_world
-from lednet.training.engine import Trainer, make_loaders, seed_everything
-from lednet.training.fit import Progress, fit
+from lednet.training.distributed import World, join_world, leave_world, synchronize_batch_norm
+from lednet.training.engine import (
+    Optimization,
+    Trainer,
+    make_loaders,
+    seed_everything,
+    worker_failures,
+)
+from lednet.training.fit import PROGRESS_KEYS, Fit, Progress
 from lednet.training.loss import (
     RELEASED_WEIGHTS,
     WEIGHT_OFFSETS,
     WeightedCrossEntropy,
     class_weights,
 )
-from lednet.training.runs import BEST, STAGES, RunFolder
-from lednet.weights import load_state, load_weights, read_checkpoint
+from lednet.training.runs import BEST, STAGES, RunFolder, holds_run, read_options
+from lednet.training.stopping import Keeper, Stopped, StopRequest
+from lednet.weights import load_state, load_weights
 
 NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """The paper trains on raw [0, 1] images."""
@@ -88,6 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--num-workers", type=int, default=min(4, os.cpu_count() or 1), help="loading processes"
     )
+    data.add_argument(
+        "--skip-damaged",
+        action="store_true",
+        help="replace training images that cannot be read by others, count and name them",
+    )
 
     net = parser.add_argument_group("network")
     net.add_argument(
@@ -121,8 +142,36 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto: the released list for Cityscapes fine, else 1/ln(c+share) "
         "of the training labels",
     )
-    recipe.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
     recipe.add_argument("--seed", type=int, default=1)
+    recipe.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make a step"
+    )
+    recipe.add_argument(
+        "--clip-norm", type=float, metavar="X", help="largest norm of the gradients (no limit)"
+    )
+    recipe.add_argument(
+        "--ema-decay",
+        type=float,
+        metavar="D",
+        help="score and keep a moving average of the weights, 0.999 for instance",
+    )
+    recipe.add_argument(
+        "--sync-batch-norm",
+        action="store_true",
+        help="batch norm over the images of all GPUs (untested)",
+    )
+    recipe.add_argument(
+        "--skip-bad-steps",
+        action="store_true",
+        help="leave out a step whose loss is not finite, instead of stopping",
+    )
+
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
+    speed.add_argument(
+        "--channels-last", action="store_true", help="memory layout that suits bf16 and fp16"
+    )
+    speed.add_argument("--compile", action="store_true", help="torch.compile the network")
 
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -132,8 +181,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--resume",
-        action="store_true",
-        help="continue the run in --savedir with its options; flags given override",
+        nargs="?",
+        choices=("always", "auto"),
+        const="always",
+        help="continue the run in --savedir with its options; flags given override. auto: "
+        "where there is none yet, start it (for torchrun --max-restarts and job queues)",
     )
     run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     run.add_argument(
@@ -145,6 +197,19 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         dest="iou_train",
         help="measure the mIoU of the training batches too",
+    )
+    run.add_argument(
+        "--save-minutes",
+        type=float,
+        default=10,
+        metavar="X",
+        help="a checkpoint every X minutes, besides the one after each epoch; 0: none (10)",
+    )
+    run.add_argument(
+        "--save-steps", type=int, default=0, metavar="N", help="and every N steps; 0: none"
+    )
+    run.add_argument(
+        "--keep-checkpoints", type=int, default=2, metavar="N", help="to resume from (2)"
     )
     run.add_argument(
         "--epochs-save",
@@ -168,8 +233,10 @@ def parse_options() -> argparse.Namespace:
     """Arguments; with --resume the run's own options are the defaults."""
     parser = build_parser()
     args = parser.parse_args()
+    if args.resume == "auto" and not holds_run(run_path(args)):
+        args.resume = None
     if args.resume:
-        saved = RunFolder(run_path(args), resume=True).read_options()
+        saved = read_options(run_path(args))
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{key: value for key, value in saved.items() if key in known})
         args = parser.parse_args()
@@ -180,15 +247,21 @@ def parse_options() -> argparse.Namespace:
         "height",
         "width",
         "pyramid_channels",
+        "accumulate",
+        "keep_checkpoints",
     ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
-    for name in ("val_every", "num_workers", "epochs_save"):
+    for name in ("val_every", "num_workers", "epochs_save", "save_minutes", "save_steps"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is negative: give 0 or more")
     if args.pyramid_channels and args.variant != "d128":
         raise UserError("--pyramid-channels goes with --variant d128: give both or neither")
+    if args.clip_norm is not None and args.clip_norm <= 0:
+        raise UserError(f"--clip-norm is {args.clip_norm}: give more than 0")
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        raise UserError(f"--ema-decay is {args.ema_decay}: give a number between 0 and 1")
     if args.val_every == 1:
         raise UserError("--val-every 1 leaves nothing to train on: give 2 or more")
     return args
@@ -235,21 +308,22 @@ def weights_for(args: argparse.Namespace, train: SegmentationDataset) -> dict[st
 
 
 def starting_point(
-    args: argparse.Namespace, net: LEDNet, run: RunFolder
+    args: argparse.Namespace, net: LEDNet, run: RunFolder, checkpoints: Checkpoints
 ) -> tuple[Progress, dict | None]:
     """Load what the flags ask for; returns where to begin, and a trainer's state to restore."""
     if args.resume:
-        path = run.resume_file()
-        checkpoint = read_checkpoint(path)
-        if not {"meta", "trainer", "best_miou", "records"} <= checkpoint.keys():
+        path, checkpoint, complaints = checkpoints.load_latest(run.main)
+        for complaint in complaints:
+            run.say(f"{complaint}; going on from {path.name}")
+        if not {"meta", "trainer", "progress"} <= checkpoint.keys():
             raise UserError(f"{path} holds weights alone: start a new run with --state {path}")
         load_state(net, checkpoint["state_dict"], path)
-        meta = checkpoint["meta"]
-        progress = Progress(
-            meta["stage"], meta["epoch"], checkpoint["best_miou"], checkpoint["records"]
-        )
+        meta, state = checkpoint["meta"], checkpoint["progress"]
+        progress = Progress(meta["stage"], meta["epoch"], **{k: state[k] for k in PROGRESS_KEYS})
         run.write_records(progress.records)
-        run.say(f"resuming {meta['stage']} after epoch {meta['epoch']}")
+        step = progress.tally["step"] if progress.tally else 0
+        within = f", {step} batches into the next" if step else ""
+        run.say(f"resuming {progress.stage} after epoch {progress.epoch}{within} ({path.name})")
         return progress, checkpoint["trainer"]
     if args.state:
         run.say(f"--state: {load_weights(net, args.state)}")
@@ -263,13 +337,18 @@ def starting_point(
 def train_stages(args: argparse.Namespace, world: World) -> None:
     """Build data and network, then train the stages that are left."""
     train, val = open_data(args)
-    run = RunFolder(run_path(args), args.resume, world.is_main)
+    run = RunFolder(run_path(args), bool(args.resume), world.is_main)
+    checkpoints = Checkpoints(run.path, args.keep_checkpoints)
     scheme = train.scheme
     seed_everything(args.seed)
     net = LEDNet(scheme.num_outputs, args.variant, args.pyramid_channels)
-    progress, trainer_state = starting_point(args, net, run)
+    progress, trainer_state = starting_point(args, net, run, checkpoints)
     net.to(world.device)
+    if args.sync_batch_norm:
+        net = synchronize_batch_norm(net, world)
     weights = weights_for(args, train)
+    if args.skip_damaged:
+        train = SkippingDataset(train)
     mean, std = NO_NORMALIZATION
     augmentation = Augmentation(args.augment, mean, std)
     run.write_options(plain_values(vars(args)), ROOT)
@@ -292,28 +371,45 @@ def train_stages(args: argparse.Namespace, world: World) -> None:
         "size": [args.height, args.width],
     }
     epochs = {"encoder": args.encoder_epochs or args.num_epochs, "decoder": args.num_epochs}
-    for stage in STAGES[STAGES.index(progress.stage) :]:
-        if stage != progress.stage:
-            progress = Progress(stage, records=progress.records)
-            trainer_state = None
-        # The head of stage 1 has no part in stage 2.
-        net.encoder_head.requires_grad_(stage == "encoder")
-        trainer = Trainer(
-            net.encoder_stage() if stage == "encoder" else net,
-            WeightedCrossEntropy(weights[stage], scheme.num_outputs),
-            augmentation,
-            scheme.num_classes,
-            epochs[stage],
-            world,
-            args.lr,
-            args.weight_decay,
-            args.precision,
-            args.iou_train,
-        )
-        if trainer_state is not None:
-            trainer.load_state_dict(trainer_state)
-        loaders = make_loaders(train, val, world, args.batch_size, args.num_workers, args.seed)
-        fit(trainer, net, loaders, progress, run, meta, args.seed, dashboard, args.epochs_save)
+    optimization = Optimization(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(Optimization)}
+    )
+    request = StopRequest()
+    keeper = Keeper(world, request, args.save_steps, args.save_minutes)
+    with request.watching(), worker_failures():
+        for stage in STAGES[STAGES.index(progress.stage) :]:
+            if stage != progress.stage:
+                progress = Progress(stage, steps=progress.steps, records=progress.records)
+                trainer_state = None
+            # The head of stage 1 has no part in stage 2.
+            net.encoder_head.requires_grad_(stage == "encoder")
+            trainer = Trainer(
+                net.encoder_stage() if stage == "encoder" else net,
+                WeightedCrossEntropy(weights[stage], scheme.num_outputs),
+                augmentation,
+                scheme.num_classes,
+                epochs[stage],
+                world,
+                optimization,
+                args.iou_train,
+            )
+            if trainer_state is not None:
+                trainer.load_state_dict(trainer_state)
+            loaders = make_loaders(train, val, world, args.batch_size, args.num_workers, args.seed)
+            fit = Fit(
+                trainer,
+                net,
+                loaders,
+                progress,
+                run,
+                checkpoints,
+                meta,
+                args.seed,
+                keeper,
+                dashboard,
+                args.epochs_save,
+            )
+            fit.train()
     run.say(
         f"done: best val mIoU {progress.best_miou:.3f}; weights {run.path / BEST['decoder']}, "
         f"curves {run.path / 'curves.png'}"
@@ -327,6 +423,10 @@ def main() -> None:
         with autocast(world.device, args.precision):
             pass  # refuses a precision that the device lacks, before anything is written
         train_stages(args, world)
+    except Stopped as stopped:
+        if world.is_main:
+            print(f"{stopped}; go on with --resume", file=sys.stderr)
+        sys.exit(stopped.exit_status)
     finally:
         leave_world()
 

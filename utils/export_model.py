@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
 import numpy as np
 from make_toy_cityscapes import toy_scene
 from PIL import Image
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lednet.data.datasets import DATASETS, SegmentationDataset, open_dataset, open_image, to_rgb
@@ -142,8 +143,8 @@ def miou_gate(
 
     def miou(network: LEDNet | Exported, what: str, **normalization) -> float:
         predictor = Predictor(network, size, **normalization)
-        samples = tqdm(data, what, unit="image", leave=False, dynamic_ncols=True)
-        confusion = evaluate_predictor(predictor, samples, data.scheme.num_classes)
+        images = tqdm(DataLoader(data), what, unit="image", leave=False, dynamic_ncols=True)
+        confusion = evaluate_predictor(predictor, images, data.scheme.num_classes)
         require_labels(confusion, "--datadir")
         return 100 * confusion.mean_iou()
 

@@ -22,6 +22,7 @@ from lednet.deploy.speed import speed_card
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import read_json, write_json
 from lednet.training.distributed import choose_device
+from lednet.training.runs import holds_run
 
 DATA = ROOT / "datasets" / "toy_cityscapes"
 RUN = ROOT / "save" / "demo"
@@ -52,7 +53,7 @@ def run_all() -> dict:
     """Every phase in order; returns the summary."""
     data, run = str(DATA.relative_to(ROOT)), str(RUN.relative_to(ROOT))
     seconds = {"toy data": run_phase("toy data", "datasets/make_toy_cityscapes.py", "--out", data)}
-    resume = ["--resume"] if (RUN / "encoder_last.pth").is_file() else []
+    resume = ["--resume"] if holds_run(RUN) else []
     seconds["training"] = run_phase(
         "training", "train/main.py", "--datadir", data, "--savedir", run, *TRAINING, *resume
     )

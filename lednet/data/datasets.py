@@ -146,12 +146,11 @@ class SegmentationDataset(Dataset):
         return image, label
 
     def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bring what `read` returns to tensors, transformed."""
-        sample = (
-            tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)),
-            tv_tensors.Mask(torch.from_numpy(label)),
-        )
-        return self.transform(*sample) if self.transform else sample
+        """Bring what `read` returns to tensors, (3, H, W) and (H, W), and transform them."""
+        pixels, classes = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
+        if self.transform is None:
+            return pixels, classes
+        return self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(classes))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.prepare(*self.read(index))
@@ -171,6 +170,32 @@ class SegmentationDataset(Dataset):
             for counted in tqdm(counts, "class shares", len(self), unit="label", leave=False):
                 total += counted
         return total
+
+
+class SkippingDataset(Dataset):
+    """Training data in which a pair that cannot be read is replaced by the next that can.
+
+    Attributes:
+        damaged: (len,) bool, pairs that were replaced so far, shared by loading processes.
+    """
+
+    def __init__(self, data: SegmentationDataset):
+        self.data = data
+        self.scheme, self.pairs = data.scheme, data.pairs
+        self.damaged = torch.zeros(len(data), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        for step in range(len(self)):
+            other = (index + step) % len(self)
+            try:
+                return self.data[other]
+            except UserError as error:
+                self.damaged[other] = True
+                last = error
+        raise last
 
 
 def count_classes(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:

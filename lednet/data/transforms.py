@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from lednet.data.labels import IGNORE_INDEX
@@ -31,43 +30,6 @@ def resize_transform(size: tuple[int, int]) -> v2.Compose:
     (Image uint8 (3, H, W), Mask uint8 (H, W)) -> (uint8 (3, *size), uint8 size)
     """
     return v2.Compose([v2.Resize(size, antialias=True), v2.ToPureTensor()])
-
-
-class ResizeImage(v2.Transform):
-    """Resize the image alone; the label keeps the size it is scored at."""
-
-    _transformed_types = (tv_tensors.Image,)
-
-    def __init__(self, size: tuple[int, int]):
-        super().__init__()
-        self.size = list(size)
-
-    def transform(self, inpt: tv_tensors.Image, params: dict) -> tv_tensors.Image:
-        return v2.functional.resize(inpt, self.size, antialias=True)
-
-
-def evaluation_transform(
-    size: tuple[int, int],
-    full_size_labels: bool = False,
-    mean: Sequence[float] = (0, 0, 0),
-    std: Sequence[float] = (1, 1, 1),
-) -> v2.Compose:
-    """Resize, and make the network's input of the image.
-
-    Args:
-        size: (height, width) the network works at, in pixels.
-        full_size_labels: leave the label at its own size, for scoring there.
-        mean, std: normalisation of the [0, 1] image; the paper has none.
-
-    The transform takes (Image uint8 (3, H, W), Mask uint8 (H, W)) and returns
-    (float32 (3, *size), int64 labels).
-    """
-    types = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
-    resize = ResizeImage(size) if full_size_labels else v2.Resize(size, antialias=True)
-    steps = [resize, v2.ToDtype(types, scale=True)]
-    if any(mean) or any(s != 1 for s in std):
-        steps.append(v2.Normalize(mean=list(mean), std=list(std)))
-    return v2.Compose([*steps, v2.ToPureTensor()])
 
 
 class Augmentation(nn.Module):

@@ -56,19 +56,18 @@ def evaluate(
 
 
 def evaluate_predictor(
-    predictor: Predictor, samples: Iterable[tuple[Tensor, Tensor]], num_classes: int
+    predictor: Predictor, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int
 ) -> ConfusionMatrix:
     """Score a predictor on images as they lie on disk, at the labels' size.
 
     Args:
-        samples: images (3, H, W) uint8 and class indices (H', W'), one by one, as of a
-            `SegmentationDataset` without a transform.
+        batches: images (N, 3, H, W) uint8 and class indices (N, H', W').
         num_classes: classes that count.
     """
     confusion = ConfusionMatrix(num_classes, predictor.device)
-    for image, target in samples:
-        (labels,) = predictor.label_maps(image[None], tuple(target.shape))
-        confusion.update(labels[0], target.to(predictor.device))
+    for images, target in batches:
+        (labels,) = predictor.label_maps(images, tuple(target.shape[-2:]))
+        confusion.update(labels, target.to(predictor.device))
     return confusion
 
 

@@ -6,15 +6,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
 
 from lednet.data.datasets import SegmentationDataset
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
-from lednet.deploy.predictor import predict_at
+from lednet.deploy.predictor import Predictor
 from lednet.evaluation.draw import colorize, draw_legend
 from lednet.files import write_atomically
 
@@ -126,23 +124,17 @@ def contact_sheet(
         sheet.save(temporary)
 
 
-@torch.inference_mode()
 def sample_sheet(
-    net: nn.Module, data: SegmentationDataset, path: str | os.PathLike, images: int
+    predictor: Predictor, data: SegmentationDataset, path: str | os.PathLike, images: int
 ) -> None:
     """Draw a contact sheet of `images` pictures spread evenly over `data`.
 
     Args:
-        net: on any device; `data.transform` prepares its input.
         path: PNG to write.
     """
-    net.eval()
-    device = next(net.parameters()).device
     count = min(images, len(data))
     rows = []
     for i in range(count):
-        index = i * len(data) // count
-        pixels, truth = data.read(index)
-        logits = net(data[index][0][None].to(device)).float()
-        rows.append((pixels, truth, predict_at(logits, truth.shape)[0].cpu().numpy()))
+        pixels, truth = data.read(i * len(data) // count)
+        rows.append((pixels, truth, predictor(pixels)))
     contact_sheet(rows, data.scheme, path)

@@ -37,6 +37,14 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def largest(self, value: int) -> int:
+        """The largest `value` of all processes."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
     def gather(self, values: list) -> list:
         """The values of all processes, in the order of their ranks; every process gets them."""
         if self.size == 1:
@@ -104,6 +112,17 @@ def join_world(device_name: str = "auto") -> World:
     return World(rank=dist.get_rank(), size=size, device=device)
 
 
+def synchronize_batch_norm(net: nn.Module, world: World) -> nn.Module:
+    """`net` with batch norms that take their statistics over all processes' images.
+
+    Raises:
+        UserError: not on CUDA, where PyTorch has no such norm.
+    """
+    if world.device.type != "cuda":
+        raise UserError("--sync-batch-norm needs CUDA GPUs: leave it out")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+
 def leave_world() -> None:
     """Close the process group, if there is one."""
     if dist.is_initialized():
@@ -128,17 +147,30 @@ class ShuffledSampler(Sampler[int]):
 
     Every process gets equally many indices, or the others would wait for it for ever:
     where the length is no multiple of the world's size, the first few come again.
+
+    Attributes:
+        epoch: set it before each.
+        start: how many of this process's indices an interrupted epoch has behind it.
     """
 
     def __init__(self, length: int, world: World, seed: int):
         self.length, self.world, self.seed = length, world, seed
-        self.epoch = 0
+        self.epoch = self.start = 0
 
-    def __iter__(self) -> Iterator[int]:
+    @property
+    def share(self) -> int:
+        """Indices of this process in a whole epoch."""
+        return -(-self.length // self.world.size)
+
+    def order(self) -> list[int]:
+        """This process's indices in the whole epoch."""
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
-        padded = [order[i % self.length] for i in range(len(self) * self.world.size)]
-        return iter(padded[self.world.rank :: self.world.size])
+        padded = [order[i % self.length] for i in range(self.share * self.world.size)]
+        return padded[self.world.rank :: self.world.size]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order()[self.start :])
 
     def __len__(self) -> int:
-        return -(-self.length // self.world.size)
+        return self.share - self.start

@@ -1,13 +1,16 @@
 """One training engine for every stage: train an epoch, score, save, repeat."""
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -20,9 +23,45 @@ from lednet.precision import autocast
 from lednet.training.distributed import EachOnceSampler, ShuffledSampler, World
 from lednet.training.loss import WeightedCrossEntropy, resize_target
 from lednet.training.schedule import set_poly_lr
+from lednet.training.stopping import ignore_stop_signals
 
 CHECK_EVERY = 20
-"""Steps between two looks at the loss: each one makes a GPU wait."""
+"""Steps between two looks at the loss on a GPU, which each one makes wait; a CPU has it at once."""
+
+WORKER_FAILURE = "DataLoader worker"
+"""Part of what PyTorch says when a loading process has died."""
+
+
+class NonFiniteLoss(UserError):
+    """The loss is infinite or no number; says in which step, and of which images."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How the weights move: Adam with the paper's values, and what else may be asked for.
+
+    Attributes:
+        precision: a key of `lednet.precision.AMP_DTYPES`.
+        accumulate: batches whose gradients make one update, weighted as one large batch;
+            batch norm sees them one by one.
+        clip_norm: largest norm of all gradients together; None leaves them.
+        ema_decay: of an exponential moving average of the weights, which is then what is
+            scored and kept as best; None for no such average.
+        channels_last: memory layout of weights and images.
+        compile: `torch.compile` the network.
+        skip_bad_steps: leave an update out when its loss is not finite, and go on; looks at
+            every step, which makes a GPU wait.
+    """
+
+    lr: float = 5e-4
+    weight_decay: float = 1e-4
+    precision: str = "fp32"
+    accumulate: int = 1
+    clip_norm: float | None = None
+    ema_decay: float | None = None
+    channels_last: bool = False
+    compile: bool = False
+    skip_bad_steps: bool = False
 
 
 def _mix(keys: tuple[int, ...]) -> int:
@@ -31,9 +70,9 @@ def _mix(keys: tuple[int, ...]) -> int:
 
 
 def seed_everything(*keys: int) -> None:
-    """Seed PyTorch (and with it the loaders' workers) from `keys` alone.
+    """Seed PyTorch from `keys` alone.
 
-    Every epoch does so from (seed, stage, epoch, rank): a resumed run needs no stored
+    Every step does so from (seed, stage, epoch, step, rank): a resumed run needs no stored
     random state to go on as if it had never stopped.
     """
     torch.manual_seed(_mix(keys))
@@ -66,11 +105,45 @@ def make_loaders(
         "batch_size": batch_size,
         "num_workers": workers,
         "pin_memory": world.device.type == "cuda",
+        "persistent_workers": workers > 0,
+        "worker_init_fn": ignore_stop_signals,
     }
     return (
         DataLoader(train, sampler=ShuffledSampler(len(train), world, seed), **common),
         DataLoader(val, sampler=EachOnceSampler(len(val), world), **common),
     )
+
+
+class Tally:
+    """What this process has counted of an epoch so far.
+
+    Attributes:
+        step: batches behind it.
+        sums: (2,) sums of the loss and of its weights.
+        confusion: of the training batches.
+        skipped: updates left out because of their loss.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device):
+        self.step = self.skipped = 0
+        self.sums = torch.zeros(2, device=device)
+        self.confusion = ConfusionMatrix(num_classes, device)
+
+    def state(self, world: World) -> dict[str, Any]:
+        """For a checkpoint: the sums of all processes."""
+        return {
+            "step": self.step,
+            "skipped": self.skipped,
+            "sums": world.sum(self.sums.clone()).cpu(),
+            "counts": world.sum(self.confusion.counts.clone()).cpu(),
+        }
+
+    def restore(self, state: dict[str, Any], world: World) -> None:
+        """Go on from `state`, which rank 0 takes to itself."""
+        self.step, self.skipped = state["step"], state["skipped"]
+        if world.is_main:
+            self.sums.copy_(state["sums"])
+            self.confusion.counts.copy_(state["counts"])
 
 
 class Trainer:
@@ -82,7 +155,6 @@ class Trainer:
         augmentation: makes the network's input of the loaders' uint8 batches.
         num_classes: classes that count in the mIoU.
         num_epochs: length of the schedule.
-        precision: "fp32", "bf16" or "fp16".
         train_iou: measure the mIoU of the training batches as well.
     """
 
@@ -94,119 +166,234 @@ class Trainer:
         num_classes: int,
         num_epochs: int,
         world: World,
-        lr: float = 5e-4,
-        weight_decay: float = 1e-4,
-        precision: str = "fp32",
+        optimization: Optimization,
         train_iou: bool = True,
     ):
-        self.model, self.world, self.precision = model, world, precision
-        self.criterion = criterion.to(world.device)
-        self.augmentation = augmentation.to(world.device)
+        device = world.device
+        self.model, self.world, self.optimization = model, world, optimization
+        self.criterion, self.augmentation = criterion.to(device), augmentation.to(device)
         self.num_classes, self.num_epochs, self.train_iou = num_classes, num_epochs, train_iou
-        self.base_lr = lr
+        self.layout = torch.contiguous_format
+        if optimization.channels_last:
+            self.layout = torch.channels_last
+            model.to(memory_format=self.layout)
+        self.average = None
+        if optimization.ema_decay is not None:
+            update = get_ema_multi_avg_fn(optimization.ema_decay)
+            self.average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
         self.parallel = world.wrap(model)
+        if optimization.compile:
+            self.parallel = torch.compile(self.parallel)
         self.optimizer = torch.optim.Adam(
-            model.parameters(), lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay
-        )
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+            model.parameters(), optimization.lr, betas=(0.9, 0.999), eps=1e-8,
+            weight_decay=optimization.weight_decay, fused=device.type in ("cpu", "cuda"),
+        )  # fmt: skip
+        fp16 = optimization.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+
+    @property
+    def scored(self) -> nn.Module:
+        """The model that is evaluated and kept: the averaged one where there is one."""
+        return self.model if self.average is None else self.average.module
 
     def state_dict(self) -> dict[str, Any]:
-        """State of optimizer and scaler; the model's is kept beside it."""
-        return {
+        """State of optimizer, scaler and average; the model's is kept beside it."""
+        state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            if "average" not in state:
+                raise UserError("the run was begun without --ema-decay: resume it without")
+            self.average.load_state_dict(state["average"])
+
+    def new_tally(self) -> Tally:
+        return Tally(self.num_classes, self.world.device)
 
     def start_epoch(self, epoch: int) -> float:
         """Set the learning rate of `epoch`, counted from 1; returns it."""
-        set_poly_lr(self.optimizer, self.base_lr, epoch, self.num_epochs)
+        set_poly_lr(self.optimizer, self.optimization.lr, epoch, self.num_epochs)
         return self.optimizer.param_groups[0]["lr"]
 
-    def _step(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One update; returns logits, loss sum and weight sum of this process's batch."""
-        with autocast(self.world.device, self.precision):
-            logits = self.parallel(images)
-        loss_sum, weight_sum = self.criterion(logits, target)
-        # DDP averages gradients: dividing by the mean weight gives the joint batch's mean.
-        joint = self.world.sum(weight_sum.clone()) / self.world.size
-        loss = loss_sum / joint.clamp(min=1e-12)
+    def _backward(self, images: Tensor, target: Tensor, update: bool) -> tuple[Tensor, Tensor, int]:
+        """Add a batch's gradients; returns logits, (loss sum, weight sum) and the pixels that
+        the loss was divided by."""
+        images = images.contiguous(memory_format=self.layout)
+        together = contextlib.nullcontext()
+        if not update and self.world.size > 1:
+            together = self.parallel.no_sync()
+        with together:
+            with autocast(self.world.device, self.optimization.precision):
+                logits = self.parallel(images)
+            loss_sum, weight_sum = self.criterion(logits, target)
+            # One divisor for every batch and process, so that their gradients add up;
+            # `_update` brings the sum to the joint mean.
+            pixels = logits.shape[-2] * logits.shape[-1]
+            self.scaler.scale(loss_sum / pixels).backward()
+        return logits.detach(), torch.stack((loss_sum.detach(), weight_sum)), pixels
+
+    def _update(self, sums: Tensor, pixels: int) -> bool:
+        """Move the weights by the gradients of all batches since the last time.
+
+        Args:
+            sums: (loss sum, weight sum) of these batches in this process.
+            pixels: as `_backward` returned it.
+
+        Returns:
+            Whether it was done; not where loss or gradients are not finite and that may be
+            skipped.
+        """
+        optimization = self.optimization
+        joint = self.world.sum(sums.clone())
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        done = not optimization.skip_bad_steps or self._all_finite(joint[0], gradients)
+        if done:
+            # DDP averages gradients over the processes; the loss is the mean over the weights.
+            factor = self.world.size * pixels / joint[1].clamp(min=1e-12)
+            torch._foreach_mul_(gradients, factor)
+            if optimization.clip_norm is not None:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), optimization.clip_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.average is not None:
+                self.average.update_parameters(self.model)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return logits.detach(), loss_sum.detach(), weight_sum
+        return done
+
+    def _all_finite(self, loss: Tensor, gradients: list[Tensor]) -> bool:
+        """Of scaled gradients, the scaler leaves out what is not finite, and scales less."""
+        checked = loss if self.scaler.is_enabled() else loss + nn.utils.get_total_norm(gradients)
+        return math.isfinite(checked)
 
     def train_one_epoch(
-        self, loader: DataLoader, title: str, keys: tuple[int, ...]
+        self,
+        loader: DataLoader,
+        title: str,
+        keys: tuple[int, ...],
+        tally: Tally | None = None,
+        after_update: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Train on every batch of `loader` once.
 
         Args:
             loader: gives images (N, 3, H, W) and labels (N, H, W), both uint8.
-            keys: (seed, stage, epoch), see `step_generator`.
+            keys: (seed, stage, epoch). Whatever is random in a step follows from them, its
+                number and the process, so that nothing needs to be stored to go on.
+            tally: of the batches that an interrupted epoch has behind it, which `loader`
+                leaves out. It is brought forward.
+            after_update: called when weights and `tally` are in step.
 
         Returns:
-            `loss` (mean over the epoch), `miou` (None unless asked for) and
-            `images_per_second`, over all processes.
+            `loss` (mean over the epoch), `miou` (None unless asked for),
+            `images_per_second` and, if there were any, `skipped` updates.
 
         Raises:
-            UserError: the loss is no longer finite.
+            NonFiniteLoss: unless such steps are to be skipped.
+            RuntimeError: a loading process died; see `worker_failures`.
         """
-        device, lr = self.world.device, self.optimizer.param_groups[0]["lr"]
+        device, rank = self.world.device, self.world.rank
+        tally = tally or self.new_tally()
+        first, last = tally.step, tally.step + len(loader)
+        lr = self.optimizer.param_groups[0]["lr"]
+        check_every = CHECK_EVERY if device.type == "cuda" else 1
+        images_seen, start, unchecked = 0, time.perf_counter(), []
+        group = torch.zeros(2, device=device)
+        buffers = self._copied_buffers()
         self.model.train()
-        confusion = ConfusionMatrix(self.num_classes, device)
-        sums = torch.zeros(2, device=device)
-        images_seen, start = 0, time.perf_counter()
         with self._bar(loader, title) as bar:
-            for step, batch in enumerate(loader):
-                generator = step_generator(*keys, step, self.world.rank)
-                images, target = self.augmentation(*self._received(batch), generator)
-                logits, loss_sum, weight_sum = self._step(images, target)
-                sums += torch.stack((loss_sum, weight_sum))
+            for step, batch in enumerate(loader, first):
+                seed_everything(*keys, step, rank, 1)  # for dropout
+                images, target = self.augmentation(
+                    *self._received(batch), step_generator(*keys, step, rank)
+                )
+                update = (step + 1) % self.optimization.accumulate == 0 or step + 1 == last
+                logits, sums, pixels = self._backward(images, target, update)
+                group += sums
+                unchecked.append((step, sums[0]))
+                if not self.optimization.skip_bad_steps and (
+                    len(unchecked) == check_every or step + 1 == last
+                ):
+                    self._require_finite(unchecked, loader, title)
+                    unchecked.clear()
                 if self.train_iou:
-                    confusion.update(logits.argmax(1), resize_target(target, logits.shape[-2:]))
+                    predicted = logits.argmax(1)
+                    tally.confusion.update(predicted, resize_target(target, logits.shape[-2:]))
+                tally.step = step + 1
                 images_seen += len(images)
+                if update:
+                    if self._update(group, pixels):
+                        tally.sums += group
+                        buffers = self._copied_buffers()
+                    else:
+                        tally.skipped += 1
+                        self._restore_buffers(buffers)
+                    group.zero_()
+                    after_update()
                 bar.update(len(images) * self.world.size)
-                if step % CHECK_EVERY == 0 or step == len(loader) - 1:
-                    loss = self._checked(sums, title, step)
+                if (step + 1) % check_every == 0:
+                    loss = _mean(tally.sums)
                     bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
         seconds = time.perf_counter() - start
         self.world.share_buffers(self.model)
-        self.world.sum(sums)
-        self.world.sum(confusion.counts)
+        if self.average is not None:
+            self.world.share_buffers(self.average)
+        state = tally.state(self.world)
+        confusion = ConfusionMatrix(self.num_classes)
+        confusion.counts += state["counts"]
         return {
-            "loss": (sums[0] / sums[1].clamp(min=1e-12)).item(),
+            "loss": _mean(state["sums"]),
             "miou": none_if_nan(confusion.mean_iou()) if self.train_iou else None,
             "images_per_second": images_seen * self.world.size / seconds,
+            **({"skipped": tally.skipped} if tally.skipped else {}),
         }
 
-    def _checked(self, sums: Tensor, title: str, step: int) -> float:
-        loss_sum, weight_sum = sums.tolist()
-        if not math.isfinite(loss_sum):
-            raise UserError(
-                f"the loss is {loss_sum} ({title}, within {CHECK_EVERY} steps before step "
-                f"{step + 1}): continue from the last epoch with --resume and a lower --lr, or "
-                "in --precision fp32"
-            )
-        return loss_sum / max(weight_sum, 1e-12)
+    def _copied_buffers(self) -> list[Tensor]:
+        """The running statistics, which a step that is skipped has already changed."""
+        if not self.optimization.skip_bad_steps:
+            return []
+        return [buffer.clone() for buffer in self.model.buffers()]
 
-    def evaluate(self, loader: DataLoader, title: str) -> dict[str, Any]:
+    def _restore_buffers(self, buffers: list[Tensor]) -> None:
+        for buffer, kept in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(kept)
+
+    def _require_finite(
+        self, losses: list[tuple[int, Tensor]], loader: DataLoader, title: str
+    ) -> None:
+        values = torch.stack([loss for _, loss in losses]).tolist()
+        for (step, _), loss in zip(losses, values, strict=True):
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(
+                    f"the loss is {loss} in step {step + 1} of {title}, of "
+                    f"{', '.join(batch_names(loader, step))}"
+                )
+
+    def evaluate(
+        self, loader: DataLoader, title: str, between: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         """Score every image of `loader`, in uint8 as for training, at the labels' size.
+
+        Args:
+            between: called after each batch.
 
         Returns:
             `loss`, `miou` and `class_iou` (a list; None where absent), over all processes.
         """
         with self._bar(loader, title) as bar:
             result = evaluate(
-                self.model,
-                self._counted(loader, bar),
+                self.scored,
+                self._counted(loader, bar, between),
                 self.num_classes,
                 self.world.device,
-                self.precision,
+                self.optimization.precision,
                 self.criterion,
             )
         sums = self.world.sum(torch.stack((result.loss_sum, result.loss_weight)))
@@ -218,9 +405,13 @@ class Trainer:
             "class_iou": [none_if_nan(iou) for iou in confusion.class_iou().tolist()],
         }
 
-    def _counted(self, loader: Iterable, bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
+    def _counted(
+        self, loader: Iterable, bar: tqdm, between: Callable[[], None]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in loader:
-            yield self.augmentation.normalize(*self._received(batch))
+            images, labels = self.augmentation.normalize(*self._received(batch))
+            yield images.contiguous(memory_format=self.layout), labels
+            between()
             bar.update(len(batch[0]) * self.world.size)
 
     def _received(self, batch: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -238,3 +429,34 @@ class Trainer:
             disable=not self.world.is_main,
             mininterval=0.5,
         )
+
+
+def _mean(sums: Tensor) -> float:
+    loss_sum, weight_sum = sums.tolist()
+    return loss_sum / max(weight_sum, 1e-12)
+
+
+def batch_names(loader: DataLoader, step: int) -> list[str]:
+    """File names of the images of a training batch, `step` being counted from 0 in the epoch."""
+    chosen = loader.sampler.order()[step * loader.batch_size : (step + 1) * loader.batch_size]
+    return [loader.dataset.pairs[index].image.name for index in chosen]
+
+
+@contextlib.contextmanager
+def worker_failures() -> Iterator[None]:
+    """One sentence for a loading process that died.
+
+    PyTorch raises its error from a signal handler: anywhere, while there are such processes.
+
+    Raises:
+        UserError: one died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if WORKER_FAILURE not in str(error):
+            raise
+        raise UserError(
+            "a loading process died (killed, or out of memory): go on with --resume, perhaps "
+            "with fewer --num-workers"
+        ) from error

@@ -1,5 +1,6 @@
 """A run's folder: its options, logs and checkpoints."""
 
+import contextlib
 import json
 import platform
 import subprocess
@@ -14,11 +15,14 @@ import torchvision
 
 import lednet
 from lednet.errors import UserError
-from lednet.files import read_json, write_json, write_text
+from lednet.files import read_json, remove_leftovers, write_json, write_text
 from lednet.weights import BEST_WEIGHTS
 
+fcntl = None
+with contextlib.suppress(ImportError):  # not on Windows
+    import fcntl
+
 STAGES = ("encoder", "decoder")
-LAST = {"encoder": "encoder_last.pth", "decoder": "last.pth"}
 BEST = {"encoder": "encoder_best.pth", "decoder": BEST_WEIGHTS}
 
 
@@ -47,6 +51,30 @@ def environment(repository: Path) -> dict[str, Any]:
     }
 
 
+def holds_run(path: Path) -> bool:
+    """Whether a run has saved anything in the folder `path`."""
+    return (path / "log.jsonl").exists() or any(path.glob("checkpoint_*.pth"))
+
+
+def require_run(path: Path) -> None:
+    """
+    Raises:
+        UserError: there is nothing to resume in the folder `path`.
+    """
+    if not holds_run(path):
+        raise UserError(f"nothing to resume in {path}: start without --resume")
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Options of the run in the folder `path`.
+
+    Raises:
+        UserError: there is none.
+    """
+    require_run(path)
+    return read_json(path / "options.json")["options"]
+
+
 class RunFolder:
     """Files of one training run.
 
@@ -56,7 +84,7 @@ class RunFolder:
     | `log.jsonl` | one line an epoch |
     | `log.txt` | what was printed |
     | `model.txt` | the network, layer by layer |
-    | `encoder_last.pth`, `last.pth` | to resume from: stage 1, stage 2 |
+    | `checkpoint_<steps>.pth` | to resume from; the last few |
     | `encoder_best.pth`, `best.pth` | weights of the best validation mIoU |
     | `curves.png` | loss and mIoU |
 
@@ -66,19 +94,17 @@ class RunFolder:
         main: whether this process writes; of many, one does.
 
     Raises:
-        UserError: it cannot be written, holds a run already, or none to resume.
+        UserError: it cannot be written, holds a run already, or none to resume, or another
+            process is training in it.
     """
 
     def __init__(self, path: str | Path, resume: bool = False, main: bool = True):
         self.path, self.main = Path(path), main
-        if resume and self.resume_file() is None:
-            raise UserError(
-                f"nothing to resume in {self.path}: it has neither {LAST['decoder']} nor "
-                f"{LAST['encoder']}; start without --resume"
-            )
+        if resume:
+            require_run(self.path)
         if not main:
             return
-        if not resume and (self.path / "log.jsonl").exists():
+        if not resume and holds_run(self.path):
             raise UserError(
                 f"{self.path} already holds a run: add --resume to continue it, or choose "
                 "another --savedir"
@@ -87,26 +113,44 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             with open(self.path / "log.txt", "a", encoding="utf-8"):
                 pass
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held to the end
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.path}: {error.strerror}; choose another --savedir"
             ) from error
+        self._take_lock()
+        remove_leftovers(self.path)
 
-    def resume_file(self) -> Path | None:
-        """The checkpoint of the latest stage, or None."""
-        for stage in reversed(STAGES):
-            path = self.path / LAST[stage]
-            if path.is_file():
-                return path
-        return None
+    def _take_lock(self) -> None:
+        """Refuse a folder that another process writes to. The lock dies with its process,
+        and loading processes do not inherit it. Nothing is locked outside POSIX."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"another process is training in {self.path}: wait for its end, or choose "
+                "another --savedir"
+            ) from error
 
     def say(self, text: str) -> None:
-        """Print `text` and add it to `log.txt`."""
+        """Print `text` and add it to `log.txt`.
+
+        Raises:
+            UserError: the disk is full, or the folder gone.
+        """
         if not self.main:
             return
         print(text, flush=True)
-        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        path = self.path / "log.txt"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; free some space and go on with --resume"
+            ) from error
 
     def write_options(self, options: dict[str, Any], repository: Path) -> None:
         """Record the command, every option and what the run depends on."""
@@ -114,10 +158,6 @@ class RunFolder:
             return
         record = {"command": sys.argv, "options": options, "environment": environment(repository)}
         write_json(self.path / "options.json", record)
-
-    def read_options(self) -> dict[str, Any]:
-        """Options of the run in this folder."""
-        return read_json(self.path / "options.json")["options"]
 
     def write_records(self, records: list[dict[str, Any]]) -> None:
         """Write `log.jsonl` whole: it never disagrees with the checkpoint."""

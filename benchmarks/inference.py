@@ -44,7 +44,7 @@ from lednet.deploy.speed import count_macs, describe_device, peak_memory_mb, syn
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import write_json
 from lednet.model import LEDNet
-from lednet.precision import autocast
+from lednet.precision import autocast, fast_precisions
 from lednet.training.distributed import choose_device
 from lednet.training.runs import environment
 from lednet.weights import load_network
@@ -117,15 +117,7 @@ def openvino_peer_runner() -> Runner:
 
 def precisions(backend: str, device: torch.device) -> list[str]:
     """Those that the backend and the machine are made for."""
-    if device.type == "cuda":
-        fast = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        return ["fp32", fast]
-    return ["fp32", "bf16"] if has_flag("avx512_bf16") and backend != "onnxruntime" else ["fp32"]
-
-
-def has_flag(flag: str) -> bool:
-    info = Path("/proc/cpuinfo")
-    return info.is_file() and flag in info.read_text()
+    return ["fp32", *(fast_precisions(device) if backend != "onnxruntime" else ())]
 
 
 def make_runners(

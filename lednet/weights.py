@@ -4,6 +4,7 @@ Opens this project's checkpoints, bare state dicts, and the files of the origina
 release (their key names, checkpoint bundle and `module.` prefix).
 """
 
+import io
 import os
 import pickle
 import re
@@ -311,11 +312,10 @@ def save_checkpoint(path: str | os.PathLike, net: nn.Module, meta: dict, **extra
     that the safe loader opens them again.
     """
     state = {key: value.detach().cpu() for key, value in net.state_dict().items()}
+    content = io.BytesIO()  # writing to a file, torch.save does not say why it fails
+    torch.save({"state_dict": state, "meta": meta, **extra}, content)
     with write_atomically(path) as temporary:
-        try:
-            torch.save({"state_dict": state, "meta": meta, **extra}, temporary)
-        except RuntimeError as error:  # torch reports a full disk this way
-            raise OSError(0, str(error).splitlines()[0]) from error
+        temporary.write_bytes(content.getbuffer())
 
 
 def _describe(net: nn.Module) -> str:

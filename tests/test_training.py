@@ -301,7 +301,8 @@ def test_epoch_that_was_interrupted_ends_as_if_it_had_not_been(stop, accumulate)
     second.load_state_dict(state)
     tally = second.new_tally()
     tally.restore(counted, world)
-    found = second.train_one_epoch(loader(min(2 * stop, 7)), "second part", KEYS, tally)
+    assert tally.images == min(2 * stop, 7)
+    found = second.train_one_epoch(loader(tally.images), "second part", KEYS, tally)
 
     for key in ("loss", "miou"):
         assert found[key] == expected[key]

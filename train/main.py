@@ -35,7 +35,13 @@ from lednet.model import VARIANTS, LEDNet, count_parameters
 from lednet.precision import AMP_DTYPES, autocast
 from lednet.training.checkpoints import Checkpoints
 from lednet.training.dashboard import Dashboard
-from lednet.training.distributed import World, join_world, leave_world, synchronize_batch_norm
+from lednet.training.distributed import (
+    World,
+    join_world,
+    leave_world,
+    lost_processes,
+    synchronize_batch_norm,
+)
 from lednet.training.engine import (
     Optimization,
     Trainer,
@@ -418,11 +424,13 @@ def train_stages(args: argparse.Namespace, world: World) -> None:
 
 def main() -> None:
     args = parse_options()
-    world = join_world(args.device)
+    with lost_processes():
+        world = join_world(args.device)
     try:
         with autocast(world.device, args.precision):
             pass  # refuses a precision that the device lacks, before anything is written
-        train_stages(args, world)
+        with lost_processes():
+            train_stages(args, world)
     except Stopped as stopped:
         if world.is_main:
             print(f"{stopped}; go on with --resume", file=sys.stderr)

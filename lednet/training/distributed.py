@@ -1,5 +1,6 @@
 """One process or many: the few calls that know about `torchrun`."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,8 +109,14 @@ def join_world(device_name: str = "auto") -> World:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(rank=dist.get_rank(), size=size, device=device)
+    store, rank, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        # torchrun --max-restarts keeps its store, and in it the addresses of the processes that
+        # are gone. The count tells the starts apart; of many machines, each has its own.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return World(rank, size, device)
 
 
 def synchronize_batch_norm(net: nn.Module, world: World) -> nn.Module:
@@ -121,6 +128,24 @@ def synchronize_batch_norm(net: nn.Module, world: World) -> nn.Module:
     if world.device.type != "cuda":
         raise UserError("--sync-batch-norm needs CUDA GPUs: leave it out")
     return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+
+@contextlib.contextmanager
+def lost_processes() -> Iterator[None]:
+    """One sentence for another process of the world that has gone.
+
+    Raises:
+        UserError: one has.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
+            raise
+        raise UserError(
+            "another process of this run ended or cannot be reached: see what it says, and go on "
+            "with --resume"
+        ) from error
 
 
 def leave_world() -> None:

@@ -28,8 +28,8 @@ from lednet.training.stopping import ignore_stop_signals
 CHECK_EVERY = 20
 """Steps between two looks at the loss on a GPU, which each one makes wait; a CPU has it at once."""
 
-WORKER_FAILURE = "DataLoader worker"
-"""Part of what PyTorch says when a loading process has died."""
+WORKER_FAILURE = "DataLoader worker (pid"
+"""What PyTorch says first when a loading process has died."""
 
 
 class NonFiniteLoss(UserError):
@@ -114,18 +114,30 @@ def make_loaders(
     )
 
 
+def end_loading(loader: DataLoader) -> None:
+    """End the loading processes of `loader`.
+
+    After an error, Python would wait for them for ever: it ends them by SIGTERM, which they
+    ignore.
+    """
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+
+
 class Tally:
     """What this process has counted of an epoch so far.
 
     Attributes:
         step: batches behind it.
+        images: of all processes behind it: where to go on, even with other batches or as
+            many other processes.
         sums: (2,) sums of the loss and of its weights.
         confusion: of the training batches.
         skipped: updates left out because of their loss.
     """
 
     def __init__(self, num_classes: int, device: torch.device):
-        self.step = self.skipped = 0
+        self.step = self.images = self.skipped = 0
         self.sums = torch.zeros(2, device=device)
         self.confusion = ConfusionMatrix(num_classes, device)
 
@@ -133,6 +145,7 @@ class Tally:
         """For a checkpoint: the sums of all processes."""
         return {
             "step": self.step,
+            "images": self.images,
             "skipped": self.skipped,
             "sums": world.sum(self.sums.clone()).cpu(),
             "counts": world.sum(self.confusion.counts.clone()).cpu(),
@@ -140,7 +153,7 @@ class Tally:
 
     def restore(self, state: dict[str, Any], world: World) -> None:
         """Go on from `state`, which rank 0 takes to itself."""
-        self.step, self.skipped = state["step"], state["skipped"]
+        self.step, self.images, self.skipped = state["step"], state["images"], state["skipped"]
         if world.is_main:
             self.sums.copy_(state["sums"])
             self.confusion.counts.copy_(state["counts"])
@@ -321,12 +334,13 @@ class Trainer:
                 if not self.optimization.skip_bad_steps and (
                     len(unchecked) == check_every or step + 1 == last
                 ):
-                    self._require_finite(unchecked, loader, title)
+                    self._require_finite(unchecked, loader, title, first)
                     unchecked.clear()
                 if self.train_iou:
                     predicted = logits.argmax(1)
                     tally.confusion.update(predicted, resize_target(target, logits.shape[-2:]))
                 tally.step = step + 1
+                tally.images += len(images) * self.world.size
                 images_seen += len(images)
                 if update:
                     if self._update(group, pixels):
@@ -366,15 +380,21 @@ class Trainer:
             buffer.copy_(kept)
 
     def _require_finite(
-        self, losses: list[tuple[int, Tensor]], loader: DataLoader, title: str
+        self, losses: list[tuple[int, Tensor]], loader: DataLoader, title: str, first: int
     ) -> None:
+        """Look at the losses of the last steps, `first` being the loader's first; where one
+        process stops, all do."""
         values = torch.stack([loss for _, loss in losses]).tolist()
-        for (step, _), loss in zip(losses, values, strict=True):
-            if not math.isfinite(loss):
-                raise NonFiniteLoss(
-                    f"the loss is {loss} in step {step + 1} of {title}, of "
-                    f"{', '.join(batch_names(loader, step))}"
-                )
+        bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
+        if not self.world.largest(len(bad)):
+            return
+        if not bad:
+            raise NonFiniteLoss(f"the loss of another process is not finite in {title}")
+        step = losses[bad[0]][0]
+        raise NonFiniteLoss(
+            f"the loss is {values[bad[0]]} in step {step + 1} of {title}, of "
+            f"{', '.join(batch_names(loader, step - first))}"
+        )
 
     def evaluate(
         self, loader: DataLoader, title: str, between: Callable[[], None] = lambda: None
@@ -436,9 +456,11 @@ def _mean(sums: Tensor) -> float:
     return loss_sum / max(weight_sum, 1e-12)
 
 
-def batch_names(loader: DataLoader, step: int) -> list[str]:
-    """File names of the images of a training batch, `step` being counted from 0 in the epoch."""
-    chosen = loader.sampler.order()[step * loader.batch_size : (step + 1) * loader.batch_size]
+def batch_names(loader: DataLoader, number: int) -> list[str]:
+    """File names of the images of a training batch, the loader's first being number 0."""
+    sampler = loader.sampler
+    begin = sampler.start + number * loader.batch_size
+    chosen = sampler.order()[begin : begin + loader.batch_size]
     return [loader.dataset.pairs[index].image.name for index in chosen]
 
 
@@ -453,8 +475,9 @@ def worker_failures() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if WORKER_FAILURE not in str(error):
+    except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
+        # The others come when it had a batch ready, which nobody hands over any more.
+        if isinstance(error, RuntimeError) and not str(error).startswith(WORKER_FAILURE):
             raise
         raise UserError(
             "a loading process died (killed, or out of memory): go on with --resume, perhaps "

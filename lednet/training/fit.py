@@ -13,7 +13,7 @@ from lednet.evaluation.report import plot_curves
 from lednet.model import LEDNet
 from lednet.training.checkpoints import Checkpoints
 from lednet.training.dashboard import Dashboard
-from lednet.training.engine import NonFiniteLoss, Tally, Trainer
+from lednet.training.engine import NonFiniteLoss, Tally, Trainer, end_loading
 from lednet.training.runs import BEST, STAGES, RunFolder
 from lednet.training.stopping import SAVE, Keeper, Stopped
 from lednet.weights import save_checkpoint
@@ -97,6 +97,9 @@ class Fit:
                 f"{error}; {last}: go on with --resume and a lower --lr, --skip-bad-steps or "
                 "--precision fp32"
             ) from error
+        finally:
+            end_loading(self.train_loader)
+            end_loading(self.val_loader)
         if self.main:
             title = f"{self.run.path.name}: LEDNet {self.net.variant}, {self.meta['dataset']}"
             plot_curves(self.progress.records, self.run.path / "curves.png", f"{title} classes")
@@ -109,7 +112,7 @@ class Fit:
             tally.restore(progress.tally, world)
             progress.tally = None
         loader.sampler.epoch = epoch
-        loader.sampler.start = min(tally.step * loader.batch_size, loader.sampler.share)
+        loader.sampler.start = min(tally.images // world.size, loader.sampler.share)
         title = f"{stage} {epoch}/{trainer.num_epochs}"
         lr = trainer.start_epoch(epoch)
         keys = (self.seed, STAGES.index(stage), epoch)

@@ -4,7 +4,7 @@
 
 Each fault strikes a small run of its own (32 steps, 32x64 pixels, two stages); the run is then
 resumed, and its weights, optimizer and log are compared with those of a run that was left alone.
-About five minutes on two cores. Linux; some faults need the right to mount (root).
+Seven minutes on two shared virtual cores. Linux; some faults need the right to mount (root).
 """
 
 import argparse
@@ -126,7 +126,7 @@ MORE = (
     Fault("SIGINT in validation", stop(signal.SIGINT, False, LAST), 130, BY_INT,
           struck=in_validation),
     Fault("an image is cut in half", cut_image, 2, r"error: \S+\.png is damaged .*copy it again"),
-    Fault("the same two, with --skip-bad-steps --skip-damaged", cut_image, 0, "",
+    Fault("a NaN loss and a cut image, with --skip-bad-steps --skip-damaged", cut_image, 0, "",
           script=(SABOTAGE, "nan", 2), flags=("--skip-bad-steps", "--skip-damaged")),
     Fault("the run's folder cannot be made", block_folder, 2, r"error: cannot write to .*"),
     Fault("torchrun: a process is killed (--max-restarts=1)", kill_process, 0, LOST,

@@ -44,7 +44,8 @@ from lednet.files import write_json
 from lednet.model import LEDNet
 from lednet.precision import fast_precisions
 from lednet.training.distributed import World, choose_device
-from lednet.training.engine import Optimization, Trainer, make_loaders, seed_everything
+from lednet.training.engine import Optimization, Trainer, seed_everything
+from lednet.training.loading import make_loaders
 from lednet.training.loss import WeightedCrossEntropy
 from lednet.training.runs import environment
 

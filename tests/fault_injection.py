@@ -277,9 +277,11 @@ def stop_everywhere(run: Run) -> None:
 
 
 def start_another(run: Run) -> Ended:
-    """In the same folder; the first is watched for two more steps, and killed."""
+    """In the same folder; the first, which waits meanwhile, must then make two more steps."""
     run.wait_for_steps()
+    os.kill(run.process.pid, signal.SIGSTOP)
     ended = Run(run.site, "--resume").finish()
+    os.kill(run.process.pid, signal.SIGCONT)
     run.first = run.site.step()
     kill(run, 2)
     return ended

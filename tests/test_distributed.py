@@ -25,8 +25,9 @@ from lednet.model import LEDNet
 from lednet.training import engine
 from lednet.training.checkpoints import Checkpoints
 from lednet.training.distributed import ShuffledSampler, World
-from lednet.training.engine import Optimization, Tally, Trainer, make_loaders
+from lednet.training.engine import Optimization, Tally, Trainer
 from lednet.training.fit import PROGRESS_KEYS, Fit, Progress
+from lednet.training.loading import make_loaders
 from lednet.training.loss import WeightedCrossEntropy
 from lednet.training.runs import RunFolder
 from lednet.training.stopping import SAVE, Keeper, Stopped, StopRequest

@@ -42,14 +42,9 @@ from lednet.training.distributed import (
     lost_processes,
     synchronize_batch_norm,
 )
-from lednet.training.engine import (
-    Optimization,
-    Trainer,
-    make_loaders,
-    seed_everything,
-    worker_failures,
-)
+from lednet.training.engine import Optimization, Trainer, seed_everything
 from lednet.training.fit import PROGRESS_KEYS, Fit, Progress
+from lednet.training.loading import make_loaders, worker_failures
 from lednet.training.loss import (
     RELEASED_WEIGHTS,
     WEIGHT_OFFSETS,

@@ -14,23 +14,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lednet.data.datasets import SegmentationDataset
 from lednet.data.transforms import Augmentation
 from lednet.errors import UserError
 from lednet.evaluation.evaluate import evaluate
 from lednet.evaluation.metrics import ConfusionMatrix, none_if_nan
 from lednet.precision import autocast
-from lednet.training.distributed import EachOnceSampler, ShuffledSampler, World
+from lednet.training.distributed import World
+from lednet.training.loading import batch_names
 from lednet.training.loss import WeightedCrossEntropy, resize_target
 from lednet.training.schedule import set_poly_lr
-from lednet.training.stopping import ignore_stop_signals
 
 CHECK_EVERY = 20
 """Steps between two looks at the loss on a GPU, which each one makes wait; a CPU has it at once."""
-
-WORKER_FAILURE = "DataLoader worker (pid"
-"""What PyTorch says first when a loading process has died."""
-
 
 class NonFiniteLoss(UserError):
     """The loss is infinite or no number; says in which step, and of which images."""
@@ -85,43 +80,6 @@ def step_generator(*keys: int) -> torch.Generator:
     the same whether or not the steps before it were run.
     """
     return torch.Generator().manual_seed(_mix(keys))
-
-
-def make_loaders(
-    train: SegmentationDataset,
-    val: SegmentationDataset,
-    world: World,
-    batch_size: int,
-    workers: int,
-    seed: int,
-) -> tuple[DataLoader, DataLoader]:
-    """Loaders of this process's share of both data sets; no image is left out.
-
-    Args:
-        batch_size: images a step in each process.
-        workers: loading processes for each loader; 0 loads in the training process.
-    """
-    common = {
-        "batch_size": batch_size,
-        "num_workers": workers,
-        "pin_memory": world.device.type == "cuda",
-        "persistent_workers": workers > 0,
-        "worker_init_fn": ignore_stop_signals,
-    }
-    return (
-        DataLoader(train, sampler=ShuffledSampler(len(train), world, seed), **common),
-        DataLoader(val, sampler=EachOnceSampler(len(val), world), **common),
-    )
-
-
-def end_loading(loader: DataLoader) -> None:
-    """End the loading processes of `loader`.
-
-    After an error, Python would wait for them for ever: it ends them by SIGTERM, which they
-    ignore.
-    """
-    if loader._iterator is not None:
-        loader._iterator._shutdown_workers()
 
 
 class Tally:
@@ -454,32 +412,3 @@ class Trainer:
 def _mean(sums: Tensor) -> float:
     loss_sum, weight_sum = sums.tolist()
     return loss_sum / max(weight_sum, 1e-12)
-
-
-def batch_names(loader: DataLoader, number: int) -> list[str]:
-    """File names of the images of a training batch, the loader's first being number 0."""
-    sampler = loader.sampler
-    begin = sampler.start + number * loader.batch_size
-    chosen = sampler.order()[begin : begin + loader.batch_size]
-    return [loader.dataset.pairs[index].image.name for index in chosen]
-
-
-@contextlib.contextmanager
-def worker_failures() -> Iterator[None]:
-    """One sentence for a loading process that died.
-
-    PyTorch raises its error from a signal handler: anywhere, while there are such processes.
-
-    Raises:
-        UserError: one died.
-    """
-    try:
-        yield
-    except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
-        # The others come when it had a batch ready, which nobody hands over any more.
-        if isinstance(error, RuntimeError) and not str(error).startswith(WORKER_FAILURE):
-            raise
-        raise UserError(
-            "a loading process died (killed, or out of memory): go on with --resume, perhaps "
-            "with fewer --num-workers"
-        ) from error

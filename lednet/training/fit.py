@@ -13,7 +13,8 @@ from lednet.evaluation.report import plot_curves
 from lednet.model import LEDNet
 from lednet.training.checkpoints import Checkpoints
 from lednet.training.dashboard import Dashboard
-from lednet.training.engine import NonFiniteLoss, Tally, Trainer, end_loading
+from lednet.training.engine import NonFiniteLoss, Tally, Trainer
+from lednet.training.loading import end_loading
 from lednet.training.runs import BEST, STAGES, RunFolder
 from lednet.training.stopping import SAVE, Keeper, Stopped
 from lednet.weights import save_checkpoint

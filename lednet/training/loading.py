@@ -1,0 +1,80 @@
+"""Loading processes: what they deliver, how they end, and what is said when one dies."""
+
+import contextlib
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader
+
+from lednet.data.datasets import SegmentationDataset
+from lednet.errors import UserError
+from lednet.training.distributed import EachOnceSampler, ShuffledSampler, World
+from lednet.training.stopping import ignore_stop_signals
+
+WORKER_FAILURE = "DataLoader worker (pid"
+"""What PyTorch says first when a loading process has died."""
+
+
+def make_loaders(
+    train: SegmentationDataset,
+    val: SegmentationDataset,
+    world: World,
+    batch_size: int,
+    workers: int,
+    seed: int,
+) -> tuple[DataLoader, DataLoader]:
+    """Loaders of this process's share of both data sets; no image is left out.
+
+    Args:
+        batch_size: images a step in each process.
+        workers: loading processes for each loader; 0 loads in the training process.
+    """
+    common = {
+        "batch_size": batch_size,
+        "num_workers": workers,
+        "pin_memory": world.device.type == "cuda",
+        "persistent_workers": workers > 0,
+        "worker_init_fn": ignore_stop_signals,
+    }
+    return (
+        DataLoader(train, sampler=ShuffledSampler(len(train), world, seed), **common),
+        DataLoader(val, sampler=EachOnceSampler(len(val), world), **common),
+    )
+
+
+def end_loading(loader: DataLoader) -> None:
+    """End the loading processes of `loader`.
+
+    After an error, Python would wait for them for ever: it ends them by SIGTERM, which they
+    ignore.
+    """
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+
+
+def batch_names(loader: DataLoader, number: int) -> list[str]:
+    """File names of the images of a training batch, the loader's first being number 0."""
+    sampler = loader.sampler
+    begin = sampler.start + number * loader.batch_size
+    chosen = sampler.order()[begin : begin + loader.batch_size]
+    return [loader.dataset.pairs[index].image.name for index in chosen]
+
+
+@contextlib.contextmanager
+def worker_failures() -> Iterator[None]:
+    """One sentence for a loading process that died.
+
+    PyTorch raises its error from a signal handler: anywhere, while there are such processes.
+
+    Raises:
+        UserError: one died.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
+        # The others come when it had a batch ready, which nobody hands over any more.
+        if isinstance(error, RuntimeError) and not str(error).startswith(WORKER_FAILURE):
+            raise
+        raise UserError(
+            "a loading process died (killed, or out of memory): go on with --resume, perhaps "
+            "with fewer --num-workers"
+        ) from error

@@ -27,6 +27,7 @@ from lednet.training.schedule import set_poly_lr
 CHECK_EVERY = 20
 """Steps between two looks at the loss on a GPU, which each one makes wait; a CPU has it at once."""
 
+
 class NonFiniteLoss(UserError):
     """The loss is infinite or no number; says in which step, and of which images."""
 

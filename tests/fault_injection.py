@@ -49,7 +49,8 @@ PATIENCE = 120
 TRIES = 5
 """How often a moment may be missed that only lasts milliseconds."""
 
-SENTENCE = re.compile(r"^(error: |stopped by |interrupted)")
+SENTENCE = re.compile(r"(?:^|\])((error: |stopped by |interrupted).*)")
+"""At the start of a line, or behind a progress bar that the error has left no time to clear."""
 
 
 class Missed(Exception):
@@ -162,7 +163,8 @@ class Run:
             raise Missed(f"no end of\n{self.abandon().text}") from error
         self.output.seek(0)
         text = self.output.read()
-        sentences = [line for line in re.split("[\r\n]+", text) if SENTENCE.match(line)]
+        lines = map(SENTENCE.search, re.split("[\r\n]+", text))
+        sentences = [line[1] for line in lines if line]
         return Ended(status, " / ".join(sentences), text)
 
     def abandon(self) -> Ended:

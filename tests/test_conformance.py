@@ -17,9 +17,9 @@ VARIANTS = ("d20", "d128")
 def test_answers_are_those_of_the_golden_file(variant):
     golden, now = np.load(GOLDEN / f"{variant}.npz"), answers(variant)
     assert golden["logits"].std() > 0.05  # the file itself must say something
-    np.testing.assert_allclose(now["logits"], golden["logits"], atol=1e-4)
-    np.testing.assert_allclose(now["encoder_logits"], golden["encoder_logits"], atol=1e-4)
-    np.testing.assert_allclose(now["loss"], golden["loss"], atol=1e-5)
+    for key in ("logits", "encoder_logits", "loss"):
+        rounding = 1e-5 * np.abs(golden[key]).max()  # CPUs add up in other orders
+        np.testing.assert_allclose(now[key], golden[key], rtol=0, atol=rounding)
     np.testing.assert_allclose(now["grad_norms"], golden["grad_norms"], rtol=1e-3, atol=1e-7)
 
 

@@ -9,7 +9,7 @@ argmax. The others are `Predictor`'s backends, its int8 file where nncf is insta
 weights, for its speed alone). Every round runs each of them once, so that they share the
 machine's good and bad moments: compare ratios. With real weights and --images the
 agreement of the labels means something; without, the images are random blocks. About
-fifteen minutes on two cores.
+half an hour on two cores.
 """
 
 import argparse

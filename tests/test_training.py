@@ -91,6 +91,20 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert len({tuple(order(*key)) for key in ((1, 1), (1, 2), (2, 1))}) == 3
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2), (1, 4), (4, 1)])
+def test_another_number_of_processes_goes_on_with_what_is_left(before, after):
+    """As a run does that was stopped two batches of 3 into its epoch."""
+    images = 2 * 3 * before
+    worlds = [World(rank, before, CPU) for rank in range(before)]
+    done = {i for w in worlds for i in ShuffledSampler(29, w, seed=1).order()[: 2 * 3]}
+    left = set()
+    for rank in range(after):
+        sampler = ShuffledSampler(29, World(rank, after, CPU), seed=1)
+        sampler.start = images // after
+        left |= set(sampler)
+    assert done | left == set(range(29)) and len(done & left) < 2 * after
+
+
 def test_absent_gpu_is_refused():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

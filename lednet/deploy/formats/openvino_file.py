@@ -25,8 +25,7 @@ compute in bfloat16 on some CPUs."""
 def to_openvino(module: BytesToLogits, shape: Shape, dynamic: bool = False) -> Any:
     """The `openvino.Model` of a graph.
 
-    It is read from ONNX: OpenVINO's direct conversion from PyTorch answered 6 % (float32)
-    to 14 % (bfloat16) slower.
+    It is read from ONNX, as the file that ONNX Runtime gets: one way for both.
 
     Args:
         module: on the CPU.

@@ -34,6 +34,7 @@ from fault_injection import (
     NO_CHECKPOINT,
     SABOTAGE,
     STEPS,
+    TEMPORARY,
     TORCHRUN,
     Fault,
     Missed,
@@ -110,11 +111,12 @@ def random_kills(count: int, seed: int) -> Iterator[Fault]:
         if number % 4 == 3:
             steps = rng.randrange(1, 2 * EPOCHS * STEPS - 4)
             strike = functools.partial(kill_in_writing, number=steps)
-            yield Fault(IN_WRITING, strike, KILLED, struck=left_a_temporary)
+            yield Fault(IN_WRITING, strike, KILLED, leaves=TEMPORARY, struck=left_a_temporary)
         else:
             steps = rng.randrange(2 * EPOCHS * STEPS - 4)
             seconds = rng.uniform(0, 0.3 if steps else 4)
-            yield Fault(KILLS, functools.partial(kill, number=steps, seconds=seconds), KILLED)
+            strike = functools.partial(kill, number=steps, seconds=seconds)
+            yield Fault(KILLS, strike, KILLED, leaves=TEMPORARY)
 
 
 READ_ONLY = r"error: cannot write \S+: Read-only file system; .*"
@@ -136,7 +138,7 @@ MORE = (
 )  # fmt: skip
 MOUNTED = (
     Fault("disk full (a small tmpfs)", fill_disk, 2, NO_CHECKPOINT),
-    Fault("the run's folder becomes read-only", make_read_only, 2, READ_ONLY),
+    Fault("the run's folder becomes read-only", make_read_only, 2, READ_ONLY, leaves=TEMPORARY),
 )
 
 
@@ -147,7 +149,7 @@ def try_fault(folder: Path, data: Path, references: dict, fault: Fault) -> dict:
     flags = ("--save-steps", 2)
     row = {"fault": fault.name, "status": None, "said": "", "problems": [], "compared": False}
     try:
-        outcome = suffer(site, fault, *flags)
+        outcome = suffer(site, fault, *flags, anew=True)
         row |= {"status": outcome.ended.status, "said": outcome.ended.sentence}
         row["problems"] += outcome.problems
         if "--skip-damaged" not in fault.flags:  # what is left out is missed in the weights
@@ -174,15 +176,18 @@ def table(rows: list[dict]) -> str:
              "|---|---|---|---|"]  # fmt: skip
     for name in dict.fromkeys(row["fault"] for row in rows):
         group = [row for row in rows if row["fault"] == name]
-        states = ", ".join(dict.fromkeys(str(row["status"]) for row in group))
+        struck = [row for row in group if row["status"] is not None]
+        states = list(dict.fromkeys(str(row["status"]) for row in struck))
+        if len(struck) < len(group):
+            states.append(f"{len(group) - len(struck)} missed")
         said = max((row["said"] for row in group), key=len).replace("|", "/")
         good = sum(not row["problems"] for row in group)
         answer = "yes" if good == len(group) else "**no**"
         if len(group) > 1:
             answer += f", {good} of {len(group)}"
-        if not group[0]["compared"] and good:
+        if good and not any(row["compared"] for row in group):
             answer = "goes on without them, and counts them"
-        lines.append(f"| {name} | {states} | {said and f'`{said}`'} | {answer} |")
+        lines.append(f"| {name} | {', '.join(states)} | {said and f'`{said}`'} | {answer} |")
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -392,6 +393,7 @@ class Fault:
         script: what is started, with its own arguments.
         launcher: what starts it; `TORCHRUN` for two processes.
         flags: more of train/main.py's.
+        leaves: pattern of the files that may stay behind and not be whole.
         struck: whether the moment was met.
         check: of what is left; must be true.
     """
@@ -403,6 +405,7 @@ class Fault:
     script: tuple[object, ...] = ("train/main.py",)
     launcher: tuple[str, ...] = ()
     flags: tuple[object, ...] = ()
+    leaves: str = ""
     struck: Callable[[Site], bool] = lambda site: True
     check: Callable[[Site, Ended], bool] = lambda site, ended: True
 
@@ -415,14 +418,18 @@ class Outcome:
     problems: list[str]
 
 
-def suffer(site: Site, fault: Fault, *flags: object) -> Outcome:
+def suffer(site: Site, fault: Fault, *flags: object, anew: bool = False) -> Outcome:
     """Start the run at `site`, or go on with it, and let `fault` strike.
+
+    Args:
+        anew: after a missed moment start the run from nothing again. One that goes on may
+            no longer have before it the step at which the fault is to strike.
 
     Raises:
         Missed: it did not.
     """
+    flags = ("--resume", "auto", *flags, *fault.flags)
     for _ in range(TRIES):
-        flags = ("--resume", "auto", *flags, *fault.flags)
         run = Run(site, *flags, script=fault.script, launcher=fault.launcher)
         expected, site.next_says = site.next_says, ""
         with run.mending:
@@ -430,6 +437,8 @@ def suffer(site: Site, fault: Fault, *flags: object) -> Outcome:
             ended = run.finish()
         if fault.struck(site):
             break
+        if anew:
+            shutil.rmtree(site.folder)
     else:
         raise Missed(f"{fault.name}: missed {TRIES} times")
     problems = []
@@ -442,8 +451,8 @@ def suffer(site: Site, fault: Fault, *flags: object) -> Outcome:
         problems.append(f"it said {judged.sentence!r}")
     if judged.status in (0, 2, 130, 143) and "Traceback" in judged.text:
         problems.append("a traceback")
-    if ended.status != KILLED:  # what is left of a killed one, the next one removes
-        problems += [f"{name} is not whole" for name in half_written(site.folder)]
+    torn = (name for name in half_written(site.folder) if not re.fullmatch(fault.leaves, name))
+    problems += [f"{name} is not whole" for name in torn]
     if not fault.check(site, judged):
         problems.append("what it left is not as it should be")
     return Outcome(judged, problems)
@@ -471,6 +480,9 @@ def left_a_temporary(site: Site) -> bool:
     return any(site.folder.glob(".checkpoint_*"))
 
 
+TEMPORARY = r"\..+"
+"""Names of files that a process had no time or no right to remove; the next one does."""
+
 TERM, INT, KILLED = signal.SIGTERM, signal.SIGINT, -signal.SIGKILL
 BY_TERM, BY_INT = (f"stopped by {name}; go on with --resume" for name in ("SIGTERM", "SIGINT"))
 NO_CHECKPOINT = r"error: cannot write \S+/checkpoint_\d+\.pth: .*; free some space or choose .*"
@@ -485,7 +497,7 @@ SABOTAGE = "tests/sabotage.py"
 
 FAULTS = (
     Fault("SIGKILL while a checkpoint is written", kill_in_writing, KILLED,
-          struck=left_a_temporary),
+          leaves=TEMPORARY, struck=left_a_temporary),
     Fault("SIGINT in an epoch, to the whole group", stop(INT, True, MIDDLE), 130, BY_INT,
           struck=in_the_middle),
     Fault("SIGTERM in validation, to the whole group", stop(TERM, True, LAST), 143, BY_TERM,
@@ -501,7 +513,8 @@ FAULTS = (
           flags=("--lr", 1e39, "--save-steps", 1), check=finite_checkpoint),
     Fault("an error that nobody foresaw", nothing, 1, script=(SABOTAGE, "bug", 2)),
     Fault("a second run in the same folder", start_another, 2,
-          "error: another process is training in .*: wait for its end, or choose .*"),
+          "error: another process is training in .*: wait for its end, or choose .*",
+          leaves=TEMPORARY),
     Fault("the newest checkpoint is cut in half", cut_checkpoint, KILLED,
-          check=lock_is_free),
+          leaves=rf"{TEMPORARY}|checkpoint_\d+\.pth", check=lock_is_free),
 )  # fmt: skip

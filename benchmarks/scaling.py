@@ -18,10 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import read_json, write_text
+from lednet.files import read_json, write_between_marks
 from lednet.model import LEDNet, count_parameters
 
-MARKS = ("<!-- benchmarks/scaling.py writes from here -->", "<!-- to here -->")
 FIRST_BUCKET = 2**20
 """Bytes of DDP's first bucket of gradients; the next, of up to 25 MiB, takes all the rest."""
 BYTES = 4
@@ -187,19 +186,6 @@ def page(record: dict[str, Any]) -> str:
     return "\n\n".join("\n".join(part).rstrip() for part in parts) + "\n"
 
 
-def write_between_marks(path: Path, text: str) -> None:
-    """
-    Raises:
-        UserError: the page does not hold both marks, in order.
-    """
-    content = path.read_text(encoding="utf-8") if path.is_file() else ""
-    start, end = map(content.find, MARKS)
-    if not 0 <= start < end:
-        raise UserError(f"{path} has no line `{MARKS[0]}` with `{MARKS[1]}` below: add them")
-    before = content[: start + len(MARKS[0])]
-    write_text(path, f"{before}\n\n{text}\n{content[end:]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -216,7 +202,7 @@ def main() -> None:
         raise UserError(f"no file {args.json}: run benchmarks/training.py --json first")
     text = page(read_json(args.json))
     if args.write:
-        write_between_marks(args.write, text)
+        write_between_marks(args.write, "benchmarks/scaling.py", text)
     else:
         print(text)
 

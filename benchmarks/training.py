@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lednet.data.cache import CachedDataset, build_cache
 from lednet.data.datasets import DATASETS, SegmentationDataset, open_dataset
-from lednet.data.transforms import Augmentation, resize_transform
+from lednet.data.transforms import Augmentation
 from lednet.deploy.speed import describe_device, peak_memory_mb, synchronize
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import write_json
@@ -48,6 +48,7 @@ from lednet.training.engine import Optimization, Trainer, seed_everything
 from lednet.training.loading import make_loaders
 from lednet.training.loss import WeightedCrossEntropy
 from lednet.training.runs import environment
+from lednet.training.tasks import Segmentation
 
 PLAIN, FAST = "plain", "fast"
 LOADER_BATCHES = 8
@@ -191,14 +192,14 @@ class Bench:
         size = (args.height, args.width)
         files = open_dataset(args.dataset, args.datadir, "train")
         step = -(-len(files) // args.max_images)
-        files = SegmentationDataset(files.pairs[::step], files.scheme, resize_transform(size))
+        files = SegmentationDataset(files.pairs[::step], files.scheme, size)
         self.scheme, self.image_size = files.scheme, files.read(0)[0].shape[:2]
         start = time.perf_counter()
         if not cache.is_dir():
-            build_cache(cache, {"train": files}, size, max(args.num_workers))
+            build_cache(cache, {"train": files}, max(args.num_workers))
         self.cache_seconds = time.perf_counter() - start
         self.cache_bytes = sum(path.stat().st_size for path in cache.rglob("*.npy"))
-        self.data = {PLAIN: files, FAST: CachedDataset(cache / "train", files, size, "")}
+        self.data = {PLAIN: files, FAST: CachedDataset(cache / "train", files, "")}
 
     def loader(self, path: str, batches: int, workers: int) -> DataLoader:
         data = Repeated(self.data[path], batches * self.args.batch_size)
@@ -210,10 +211,8 @@ class Bench:
         net = LEDNet(self.scheme.num_outputs).to(self.device)
         net.encoder_head.requires_grad_(False)
         criterion = WeightedCrossEntropy([1.0] * self.scheme.num_classes, self.scheme.num_outputs)
-        optimization = Optimization(**way.options)
-        return Trainer(
-            net, criterion, Augmentation(), self.scheme.num_classes, 1, self.world, optimization
-        )
+        task = Segmentation(criterion, Augmentation(), self.scheme.classes)
+        return Trainer(net, task, 1, self.world, Optimization(**way.options))
 
     def race(self, competitors: dict[str, Callable[[], list[float]]]) -> list[dict[str, Any]]:
         return race(competitors, self.args.rounds, self.args.batch_size)

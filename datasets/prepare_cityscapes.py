@@ -4,9 +4,10 @@
     python train/main.py --datadir /data/cityscapes --cache datasets/cache/cityscapes-512x1024
 
 Takes every data set that train/main.py takes, with the same flags, and prints the command
-that trains on it. Cityscapes fine is 7.3 GB and some minutes. An interrupted build goes on
-when the command is given again; a finished one is brought up to date, by the shards whose
-files have changed. --verify changes nothing and reads every byte.
+that trains on it. Cityscapes fine is 7.3 GB and some minutes, coarse or both 48 GB more in the
+same folder. An interrupted build goes on when the command is given again; a finished one is
+brought up to date, by the shards whose files have changed. --verify changes nothing and reads
+every byte.
 """
 
 import argparse
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lednet.data.cache import CachedDataset, build_cache, command_line
-from lednet.data.datasets import DATASETS, open_training_data
+from lednet.data.datasets import DATASETS, TRAINING_PARTS, cache_split, open_training_data
 from lednet.errors import UserError, exit_on_user_error
 
 
@@ -29,8 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     parser.add_argument("--dataset", choices=DATASETS, default="cityscapes")
     parser.add_argument("--datadir", type=Path, help="data set's folder (datasets/<dataset>)")
-    parser.add_argument("--annotations", choices=("fine", "coarse"), default="fine",
-                        help="Cityscapes: coarse is train_extra, with fine val")
+    parser.add_argument("--annotations", choices=TRAINING_PARTS, default="fine",
+                        help="Cityscapes: coarse is train_extra and train, both is train, finely "
+                        "annotated, and train_extra, coarsely; each with fine val")
     parser.add_argument("--labels", choices=("auto", "labelIds", "labelTrainIds"), default="auto",
                         help="what Cityscapes label files hold (told by their names)")
     parser.add_argument("--classes", type=Path, help="class file of own data (classes.yaml)")
@@ -56,7 +58,7 @@ def main() -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is too small: give {least} or more")
-    train, val, size = open_training_data(
+    train, val = open_training_data(
         args.dataset,
         args.datadir or ROOT / "datasets" / args.dataset,
         args.height,
@@ -66,19 +68,19 @@ def main() -> None:
         class_file=args.classes,
         val_every=args.val_every,
     )
-    kind = args.dataset + "-coarse" * (args.annotations == "coarse")
+    height, width = train.size
     if args.cache is None:
-        args.cache = ROOT / "datasets" / "cache" / f"{kind}-{size[0]}x{size[1]}"
-    splits = {"train": train, "val": val}
+        args.cache = ROOT / "datasets" / "cache" / f"{args.dataset}-{height}x{width}"
+    splits = {cache_split(args.annotations): train, "val": val}
     if not args.verify:
-        build_cache(args.cache, splits, size, args.workers, args.rebuild)
+        build_cache(args.cache, splits, args.workers, args.rebuild)
     options, defaults = vars(args), vars(build_parser().parse_args([]))
     command = command_line(Path(__file__).resolve(), options, defaults)
     for name, source in splits.items():
-        cached = CachedDataset(args.cache / name, source, size, command)
+        cached = CachedDataset(args.cache / name, source, command)
         if args.verify:
             cached.verify()
-    print(f"{args.cache}: {len(train)} and {len(val)} pairs, {size[0]}x{size[1]}; train with")
+    print(f"{args.cache}: {len(train)} and {len(val)} pairs, {height}x{width}; train with")
     print(command_line(ROOT / "train/main.py", options, defaults))
 
 

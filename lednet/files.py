@@ -61,6 +61,23 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def write_between_marks(path: str | os.PathLike, script: str, text: str) -> None:
+    """Replace what `script` has written into the page at `path` by `text`.
+
+    Raises:
+        UserError: the page does not hold both marks, in order.
+    """
+    marks = f"<!-- {script} writes from here -->", "<!-- to here -->"
+    path = Path(path)
+    content = path.read_text(encoding="utf-8") if path.is_file() else ""
+    start = content.find(marks[0])
+    end = content.find(marks[1], max(start, 0))
+    if not 0 <= start < end:
+        raise UserError(f"{path} has no line `{marks[0]}` with `{marks[1]}` below: add them")
+    before = content[: start + len(marks[0])]
+    write_text(path, f"{before}\n\n{text.strip()}\n\n{content[end:]}")
+
+
 def plain_values(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as JSON can hold them: paths become text."""
     return {key: str(v) if isinstance(v, Path) else v for key, v in options.items()}

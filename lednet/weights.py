@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lednet.data.labels import LabelScheme
 from lednet.errors import UserError
 from lednet.files import write_atomically
-from lednet.model import LEDNet
+from lednet.model import EncoderClassifier, LEDNet
 
 BEST_WEIGHTS = "best.pth"
 """In a run's folder, the weights of the best validation score."""
@@ -53,6 +53,7 @@ _REFERENCE_NAMES: tuple[tuple[str, Any], ...] = (
     (r"^decoder\.apn\.down3\.1\.conv\.", "decoder.last."),
     (r"^decoder\.apn\.(down\d)\.conv\.", r"decoder.\1."),
     (r"^decoder\.apn\.conv(\d)\.conv\.", r"decoder.lateral\1."),
+    (r"^classifier\.linear\.", "classifier."),
 )
 
 
@@ -206,7 +207,7 @@ def load_weights(net: nn.Module, path: str | os.PathLike, part: str = "") -> Key
     """Load the weights at `path` into `net`, strictly.
 
     Args:
-        net: a `LEDNet`, or a part of one under the same key names.
+        net: a `LEDNet`, a part of one under the same key names, or an `EncoderClassifier`.
         part: "" for all of it, or "encoder." to take the encoder alone, for instance
             out of ImageNet pretraining.
 
@@ -321,4 +322,6 @@ def save_checkpoint(path: str | os.PathLike, net: nn.Module, meta: dict, **extra
 def _describe(net: nn.Module) -> str:
     if isinstance(net, LEDNet):
         return f"LEDNet {net.variant} with {net.num_classes} outputs"
+    if isinstance(net, EncoderClassifier):
+        return f"the classifier with {net.num_classes} classes"
     return type(net).__name__

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from lednet.data.datasets import DATASETS, DEFAULT_SIZES, SegmentationDataset, open_dataset
-from lednet.data.transforms import resize_transform
 from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor
 from lednet.errors import UserError, exit_on_user_error
@@ -79,7 +78,7 @@ def score(
     args: argparse.Namespace, predictor: Predictor, data: SegmentationDataset
 ) -> ConfusionMatrix:
     if args.at == "network":
-        data.transform = resize_transform(predictor.size)
+        data.size = predictor.size
     loader = DataLoader(data, args.batch_size, num_workers=args.num_workers, collate_fn=collate)
     with tqdm(total=len(data), desc=f"{args.subset}", unit="image", dynamic_ncols=True) as bar:
 

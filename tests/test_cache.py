@@ -19,34 +19,38 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from lednet import UserError
-from lednet.data import cache
+from lednet.data import cache, datasets
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.datasets import SegmentationDataset, open_training_data, pixel_shares
+from lednet.data.datasets import SegmentationDataset, open_dataset, open_training_data
 from lednet.data.labels import LabelScheme
-from lednet.data.transforms import resize_transform
+from lednet.files import write_text
 from lednet.weights import read_checkpoint
 
 SIZE = (36, 44)
 COMMAND = "python build"
 
 
-def open_cached(folder: Path, source: SegmentationDataset, size=SIZE) -> CachedDataset:
-    return CachedDataset(folder / "train", source, size, COMMAND)
+def open_source(root: Path, split: str = "train", size=SIZE, **options) -> SegmentationDataset:
+    source = open_dataset(options.pop("name", "camvid"), root, split, **options)
+    source.size = size
+    return source
 
 
-def plain(source: SegmentationDataset, size=SIZE) -> SegmentationDataset:
-    return SegmentationDataset(source.pairs, source.scheme, resize_transform(size))
+def open_cached(folder: Path, source: SegmentationDataset) -> CachedDataset:
+    return CachedDataset(folder / "train", source, COMMAND)
 
 
-def assert_same_pairs(cached: SegmentationDataset, source: SegmentationDataset, size=SIZE):
+def assert_same_pairs(cached: CachedDataset, source: SegmentationDataset) -> None:
     assert len(cached) == len(source) and cached.pairs == source.pairs
     for ours, theirs in zip(
         map(cached.__getitem__, range(len(cached))),
-        map(plain(source, size).__getitem__, range(len(source))),
+        map(source.__getitem__, range(len(source))),
         strict=True,
     ):
         for a, b in zip(ours, theirs, strict=True):
             assert a.dtype == b.dtype == torch.uint8 and torch.equal(a, b)
+            assert a.shape[-2:] == source.size
+    assert np.array_equal(cached.class_counts(), source.class_counts())
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -60,13 +64,13 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def source(own_camvid) -> SegmentationDataset:
     """Five pairs of 64x48, which a test may damage."""
-    return open_training_data("camvid", own_camvid)[0]
+    return open_source(own_camvid)
 
 
 @pytest.fixture
 def built(source, tmp_path) -> Path:
     """Their cache, in shards of two, two and one."""
-    build_cache(tmp_path / "cache", {"train": source}, SIZE, shard_pairs=2)
+    build_cache(tmp_path / "cache", {"train": source}, shard_pairs=2)
     return tmp_path / "cache"
 
 
@@ -89,36 +93,42 @@ def decoded(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", ["cityscapes", "coarse", "camvid", "folders"])
-def test_pairs_and_shares_are_those_of_the_files(name, workers, request, tmp_path):
-    options: dict = {"cityscapes": {}, "camvid": {}, "folders": {"val_every": 3}}.get(
-        name, {"annotations": "coarse"}
-    )
+def test_pairs_and_counts_are_those_of_the_files(name, workers, request, tmp_path):
+    options, split = {
+        "cityscapes": ({}, "train"),
+        "coarse": ({"annotations": "coarse"}, "train_extra"),
+        "camvid": ({}, "train"),
+        "folders": ({"val_every": 3}, "train"),
+    }[name]
     data = "cityscapes" if name == "coarse" else name
     root = request.getfixturevalue(
         {"cityscapes": "toy_cityscapes", "folders": "own_data"}.get(data, data)
     )
-    train, val, _ = open_training_data(data, root, **options)
-    splits = {"train": train, "val": val}
-    build_cache(tmp_path, splits, SIZE, workers, shard_pairs=2)
+    val_options = {} if name == "coarse" else options
+    splits = {
+        "train": open_source(root, split, name=data, **options),
+        "val": open_source(root, "val", name=data, **val_options),
+    }
+    build_cache(tmp_path, splits, workers, shard_pairs=2)
     for split, source in splits.items():
-        cached = CachedDataset(tmp_path / split, source, SIZE, COMMAND)
+        cached = CachedDataset(tmp_path / split, source, COMMAND)
         assert_same_pairs(cached, source)
-        assert np.array_equal(pixel_shares(cached), pixel_shares(source))
         assert cached.scheme == source.scheme
         shards = [np.load(path) for path in sorted((tmp_path / split).glob("*.npy"))]
         assert sum(len(shard) for shard in shards) == len(source)
 
 
 def test_real_images_come_back_bit_for_bit(real_data, tmp_path):
-    _, val, size = open_training_data("cityscapes", real_data / "data/cityscapes_sample")
-    build_cache(tmp_path, {"train": val}, size)
-    assert_same_pairs(open_cached(tmp_path, val, size), val, size)
+    root = real_data / "data/cityscapes_sample"
+    val = open_source(root, "val", (512, 1024), name="cityscapes")
+    build_cache(tmp_path, {"train": val})
+    assert_same_pairs(open_cached(tmp_path, val), val)
 
 
 def test_sizes_of_their_own_are_kept_where_none_is_given(camvid, own_data):
-    assert open_training_data("camvid", camvid)[2] == (360, 480)
-    assert open_training_data("camvid", camvid, height=100)[2] == (100, 480)
-    assert open_training_data("folders", own_data, val_every=3)[2] == (32, 48)
+    assert open_training_data("camvid", camvid)[0].size == (360, 480)
+    assert open_training_data("camvid", camvid, height=100)[1].size == (100, 480)
+    assert open_training_data("folders", own_data, val_every=3)[1].size == (32, 48)
 
 
 def test_loaders_and_pickles_take_it(built, source):
@@ -128,7 +138,7 @@ def test_loaders_and_pickles_take_it(built, source):
         cached[index]
     assert len(pickle.dumps(cached)) == unread
     assert_same_pairs(pickle.loads(pickle.dumps(cached)), source)
-    loaders = [DataLoader(data, batch_size=3, num_workers=2) for data in (cached, plain(source))]
+    loaders = [DataLoader(data, batch_size=3, num_workers=2) for data in (cached, source)]
     for ours, theirs in zip(*loaders, strict=True):
         assert all(map(torch.equal, ours, theirs))
 
@@ -144,18 +154,18 @@ def test_indices_behave_and_what_is_given_may_be_written_to(built, source):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 def test_memory_does_not_grow_with_the_number_of_pairs(camvid, tmp_path):
-    pair = open_training_data("camvid", camvid)[0].pairs[0]
-    source = SegmentationDataset([pair] * 150, open_training_data("camvid", camvid)[0].scheme)
+    one = open_source(camvid, size=(300, 400))
+    source = SegmentationDataset(one.pairs[:1] * 150, one.scheme, one.size)  # 72 MB in all
+    one.pairs = one.pairs[:1]
 
     def own_memory() -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
-    size = (300, 400)  # 72 MB in all
-    build_cache(tmp_path, {"train": SegmentationDataset([pair], source.scheme)}, size)
+    build_cache(tmp_path, {"train": one})
     before = own_memory()
-    build_cache(tmp_path / "more", {"train": source}, size)
-    cached = open_cached(tmp_path / "more", source, size)
+    build_cache(tmp_path / "more", {"train": source})
+    cached = open_cached(tmp_path / "more", source)
     for index in range(len(cached)):
         cached[index]
     assert own_memory() - before < 20e6
@@ -184,7 +194,7 @@ def build_and_die(folder: Path, source: SegmentationDataset, moment: str, count:
         return read(self, index)
 
     os.replace, SegmentationDataset.read = watched_replace, watched_read
-    build_cache(folder, {"train": source}, SIZE, shard_pairs=2)
+    build_cache(folder, {"train": source}, shard_pairs=2)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -193,11 +203,11 @@ def build_and_die(folder: Path, source: SegmentationDataset, moment: str, count:
     [
         ("before the move", 1, 5),  # of the first manifest
         ("before the move", 2, 5),  # of the first shard
-        ("after the move", 2, 5),  # it is not in the manifest yet
+        ("after the move", 2, 5),  # its JSON file is not there yet
         ("before the move", 3, 5),
         ("after the move", 3, 3),
         ("while decoding", 4, 3),  # in the middle of the second shard
-        ("before the move", 7, 1),  # of the last manifest
+        ("before the move", 7, 1),  # of the last JSON file
     ],
 )
 def test_killed_build_goes_on(built, source, tmp_path, decoded, moment, count, left):
@@ -210,7 +220,7 @@ def test_killed_build_goes_on(built, source, tmp_path, decoded, moment, count, l
     with pytest.raises(UserError, match=f"(no cache in|unfinished).*`{COMMAND}`"):
         open_cached(folder, source)
     assert not decoded
-    build_cache(folder, {"train": source}, SIZE, shard_pairs=2)
+    build_cache(folder, {"train": source}, shard_pairs=2)
     assert len(decoded) == left
     assert content(folder) == content(built)
 
@@ -218,12 +228,12 @@ def test_killed_build_goes_on(built, source, tmp_path, decoded, moment, count, l
 def test_finished_cache_is_left_as_it_is(built, source, decoded):
     before = content(built)
     times = {path: path.stat().st_mtime_ns for path in built.rglob("*.npy")}
-    build_cache(built, {"train": source}, SIZE, shard_pairs=2)
+    build_cache(built, {"train": source}, shard_pairs=2)
     assert content(built) == before and not decoded
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*.npy")} == times
 
 
-@pytest.mark.parametrize("damage", ["removed", "truncated", "one bit"])
+@pytest.mark.parametrize("damage", ["removed", "truncated", "one bit", "one fact"])
 def test_damaged_shard_is_named_and_built_anew_alone(built, source, decoded, damage):
     before, path = content(built), built / "train/000001.npy"
     whole = path.read_bytes()
@@ -232,15 +242,20 @@ def test_damaged_shard_is_named_and_built_anew_alone(built, source, decoded, dam
     elif damage == "truncated":
         path.write_bytes(whole[:-10])
     else:
-        path.write_bytes(whole[:-10] + bytes([whole[-10] ^ 4]) + whole[-9:])
+        if damage == "one bit":
+            path.write_bytes(whole[:-10] + bytes([whole[-10] ^ 4]) + whole[-9:])
+        else:
+            entry = json.loads(path.with_suffix(".json").read_text())
+            entry["facts"][1][0] += 1
+            path.with_suffix(".json").write_text(json.dumps(entry))
         cached = open_cached(built, source)
         with pytest.raises(UserError, match=rf"000001\.npy is damaged: bring .*`{COMMAND}`"):
             cached.verify()
-    if damage != "one bit":
+    if not damage.startswith("one"):
         with pytest.raises(UserError, match=r"000001\.npy has \d+ of its \d+ bytes: bring"):
             open_cached(built, source)
     decoded.clear()
-    build_cache(built, {"train": source}, SIZE, shard_pairs=2)
+    build_cache(built, {"train": source}, shard_pairs=2)
     assert decoded == ["train_002", "train_003"] and content(built) == before
     open_cached(built, source).verify()
 
@@ -274,57 +289,66 @@ def test_changed_file_is_named_and_its_shard_built_anew(
     change(own_camvid / name)
     with pytest.raises(UserError, match=f"{name} has changed since .*`{COMMAND}`"):
         open_cached(built, source)
-    build_cache(built, {"train": source}, SIZE, shard_pairs=2)
+    build_cache(built, {"train": source}, shard_pairs=2)
     assert decoded == ["train_002", "train_003"]
-    cached = open_cached(built, source)
-    assert_same_pairs(cached, source)
-    assert np.array_equal(pixel_shares(cached), pixel_shares(source))
+    assert_same_pairs(open_cached(built, source), source)
 
 
 def test_removed_and_added_pairs_are_named(built, own_camvid):
     for folder in ("train", "trainannot"):
         (own_camvid / folder / "train_001.png").unlink()
-    fewer = open_training_data("camvid", own_camvid)[0]
+    fewer = open_source(own_camvid)
     with pytest.raises(UserError, match=r"train/train_001\.png is gone since"):
         open_cached(built, fewer)
     for folder in ("train", "trainannot"):
         file = own_camvid / folder / "train_000.png"
         shutil.copy2(file, file.with_name("train_0005.png"))
-    other = open_training_data("camvid", own_camvid)[0]
+    other = open_source(own_camvid)
     with pytest.raises(UserError, match=r"train/train_0005\.png is new since"):
         open_cached(built, other)
-    build_cache(built, {"train": fewer}, SIZE, shard_pairs=2)
+    build_cache(built, {"train": fewer}, shard_pairs=2)
     assert_same_pairs(open_cached(built, fewer), fewer)
     assert len(list(built.rglob("*.npy"))) == 2
-    back = SegmentationDataset(fewer.pairs[::-1], fewer.scheme)
+    back = SegmentationDataset(fewer.pairs[::-1], fewer.scheme, SIZE)
     with pytest.raises(UserError, match="the order of the files has changed"):
         open_cached(built, back)
 
 
 def test_data_may_move(built, source, own_camvid):
     moved = own_camvid.rename(own_camvid.with_name("elsewhere"))
-    source = open_training_data("camvid", moved)[0]
+    source = open_source(moved)
     assert_same_pairs(open_cached(built, source), source)
 
 
-def assert_other(built: Path, source: SegmentationDataset, words: str, size=SIZE) -> None:
+def assert_other(built: Path, source: SegmentationDataset, words: str) -> None:
     before = content(built)
     with pytest.raises(UserError, match=f"differs in its {words}.*`{COMMAND} --rebuild`"):
-        open_cached(built, source, size)
+        open_cached(built, source)
     with pytest.raises(UserError, match=f"differs in its {words}.*or add --rebuild"):
-        build_cache(built, {"train": source}, size, shard_pairs=2)
+        build_cache(built, {"train": source}, shard_pairs=2)
     assert content(built) == before
-    build_cache(built, {"train": source}, size, rebuild=True, shard_pairs=2)
-    assert_same_pairs(open_cached(built, source, size), source, size)
+    build_cache(built, {"train": source}, rebuild=True, shard_pairs=2)
+    assert_same_pairs(open_cached(built, source), source)
 
 
 def test_other_size_is_refused(built, source):
-    assert_other(built, source, r"size \(\[36, 44\], not \[24, 40\]\)", (24, 40))
+    source.size = (24, 40)
+    assert_other(built, source, r"size \(\[36, 44\], not \[24, 40\]\)")
 
 
 def test_other_version_is_refused(built, source, monkeypatch):
     monkeypatch.setattr(cache, "VERSION", 99)
-    assert_other(built, source, r"version \(\d+, not 99\)")
+    assert_other(built, source, r"version \(2, not 99\)")
+
+
+def test_cache_of_version_1_is_refused(built, source):
+    """It had the entries of all shards in its manifest."""
+    for path in (built / "train").glob("0*.json"):
+        path.unlink()
+    manifest = json.loads((built / "train/manifest.json").read_text())
+    old = {**manifest, "version": 1, "total": 3, "shards": {"000000.npy": {"counts": [0] * 12}}}
+    (built / "train/manifest.json").write_text(json.dumps(old))
+    assert_other(built, source, r"version \(1, not 2\)")
 
 
 @pytest.mark.parametrize(
@@ -336,19 +360,55 @@ def test_another_class_file_is_refused(own_data, tmp_path, what, classes, ids):
         file_ids = {7: ids[0], 3: ids[1], 9: ids[2]}
         return LabelScheme("own", tuple(classes), ((0, 0, 0),) * 3, file_ids)
 
-    pairs = open_training_data("folders", own_data, val_every=3)[0].pairs
-    first = SegmentationDataset(pairs, scheme("abc", (0, 1, 2)))
-    build_cache(tmp_path / "cache", {"train": first}, SIZE, shard_pairs=2)
-    assert_other(tmp_path / "cache", SegmentationDataset(pairs, scheme(classes, ids)), what)
+    pairs = open_source(own_data, name="folders", val_every=3).pairs
+    first = SegmentationDataset(pairs, scheme("abc", (0, 1, 2)), SIZE)
+    build_cache(tmp_path / "cache", {"train": first}, shard_pairs=2)
+    assert_other(tmp_path / "cache", SegmentationDataset(pairs, scheme(classes, ids), SIZE), what)
+
+
+def test_old_shards_never_pass_for_those_of_a_rebuild_that_was_stopped(built, source, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def write_and_die(path, text):
+        write_text(path, text)
+        raise Killed
+
+    scheme = source.scheme
+    other = LabelScheme(scheme.name, scheme.classes[::-1], scheme.colors, scheme.file_ids)
+    source = SegmentationDataset(source.pairs, other, SIZE)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "write_text", write_and_die)
+        with pytest.raises(Killed):
+            build_cache(built, {"train": source}, rebuild=True, shard_pairs=2)
+    with pytest.raises(UserError, match="unfinished"):
+        open_cached(built, source)
 
 
 def test_libraries_that_read_otherwise_are_noticed(built, source, monkeypatch):
     def nearest(size):
         return v2.Compose([v2.Resize(size, v2.InterpolationMode.NEAREST), v2.ToPureTensor()])
 
-    monkeypatch.setattr(cache, "resize_transform", nearest)
+    monkeypatch.setattr(datasets, "resize_transform", nearest)
     with pytest.raises(UserError, match=r"train_000\.png is now read otherwise .* --rebuild`"):
         open_cached(built, source)
+
+
+def test_file_that_changes_while_it_is_read_is_noticed(source, own_camvid, tmp_path, monkeypatch):
+    """The stamp is of the file before: at worst it is decoded once more."""
+    read, path = SegmentationDataset.read, own_camvid / "train/train_003.png"
+
+    def watched(self, index):
+        sample = read(self, index)
+        if self.pairs[index].image == path:
+            touch(path)
+        return sample
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationDataset, "read", watched)
+        build_cache(tmp_path / "cache", {"train": source}, shard_pairs=2)
+    with pytest.raises(UserError, match=r"train/train_003\.png has changed since"):
+        open_cached(tmp_path / "cache", source)
 
 
 # failing
@@ -359,7 +419,7 @@ def test_folder_with_other_things_is_left_alone(source, tmp_path):
     np.save(tmp_path / "mine/train/000000.npy", np.zeros(3))
     for rebuild in (False, True):
         with pytest.raises(UserError, match="holds something else"):
-            build_cache(tmp_path / "mine", {"train": source}, SIZE, rebuild=rebuild)
+            build_cache(tmp_path / "mine", {"train": source}, rebuild=rebuild)
     assert len(content(tmp_path / "mine")) == 1
 
 
@@ -367,10 +427,10 @@ def test_too_small_a_disk_is_refused_before_any_work(source, tmp_path, monkeypat
     usage = shutil.disk_usage(tmp_path)._replace(free=5 * 4 * SIZE[0] * SIZE[1] - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"the cache needs .* GB, and the disk of .*free some"):
-        build_cache(tmp_path / "cache", {"train": source}, SIZE)
+        build_cache(tmp_path / "cache", {"train": source})
     assert not decoded and not list(tmp_path.rglob("*.npy"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=usage.free + 1))
-    build_cache(tmp_path / "cache", {"train": source}, SIZE)
+    build_cache(tmp_path / "cache", {"train": source})
 
 
 def test_disk_that_fills_up_leaves_whole_shards_to_go_on_from(
@@ -401,11 +461,13 @@ def test_disk_that_fills_up_leaves_whole_shards_to_go_on_from(
     folder = tmp_path / "cache2"
     monkeypatch.setattr(cache, "open", fill_up, raising=False)
     with pytest.raises(UserError, match=r"cannot write .*000001\.npy: No space left on device; "):
-        build_cache(folder, {"train": source}, SIZE, shard_pairs=2)
-    assert content(folder).keys() == {"train/manifest.json", "train/000000.npy"}
+        build_cache(folder, {"train": source}, shard_pairs=2)
+    assert content(folder).keys() == {
+        "train/manifest.json", "train/000000.json", "train/000000.npy",
+    }  # fmt: skip
     monkeypatch.delattr(cache, "open")
     decoded.clear()
-    build_cache(folder, {"train": source}, SIZE, shard_pairs=2)
+    build_cache(folder, {"train": source}, shard_pairs=2)
     assert len(decoded) == 3 and content(folder) == content(built)
 
 
@@ -414,9 +476,9 @@ def test_damaged_image_stops_the_build_and_is_named(source, own_camvid, tmp_path
     path = own_camvid / "train/train_003.png"
     path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(UserError, match=r"^\S+train_003\.png is damaged"):
-        build_cache(tmp_path / "cache", {"train": source}, SIZE, workers, shard_pairs=2)
+        build_cache(tmp_path / "cache", {"train": source}, workers, shard_pairs=2)
     assert sorted(p.name for p in (tmp_path / "cache/train").iterdir()) == [
-        "000000.npy", "manifest.json",
+        "000000.json", "000000.npy", "manifest.json",
     ]  # fmt: skip
 
 

@@ -10,8 +10,10 @@ import torch
 
 from lednet import LEDNet
 from lednet.data.datasets import open_dataset
-from lednet.data.transforms import Augmentation, resize_transform
+from lednet.data.transforms import Augmentation
 from lednet.training.dashboard import Dashboard
+from lednet.training.loss import WeightedCrossEntropy
+from lednet.training.tasks import Segmentation
 
 visdom = pytest.importorskip("visdom")
 
@@ -60,13 +62,17 @@ class Loader:
 @pytest.fixture
 def data(camvid):
     data = open_dataset("camvid", camvid, "val")
-    data.transform = resize_transform((48, 64))
+    data.size = (48, 64)
     return data
+
+
+def task(data) -> Segmentation:
+    return Segmentation(WeightedCrossEntropy([1.0] * 11, 12), Augmentation(), data.scheme.classes)
 
 
 def test_curves_and_pictures_arrive(server, data):
     port, _ = server
-    dashboard = Dashboard("run", data.scheme, Augmentation(), port=port)
+    dashboard = Dashboard("run", task(data), data.scheme, port=port)
     net = LEDNet(12).train()
     for epoch in (1, 2, 3):
         dashboard.show({**RECORD, "epoch": epoch}, net, Loader(data))
@@ -84,7 +90,7 @@ def test_curves_and_pictures_arrive(server, data):
 
 
 def test_absent_server_costs_one_warning(data, capsys):
-    dashboard = Dashboard("run", data.scheme, Augmentation(), port=free_port())
+    dashboard = Dashboard("run", task(data), data.scheme, port=free_port())
     dashboard.show({**RECORD, "epoch": 1}, torch.nn.Identity(), Loader(data))
     output = capsys.readouterr()
     assert output.err.count("\n") == 1 and "no visdom server answers" in output.err
@@ -92,7 +98,7 @@ def test_absent_server_costs_one_warning(data, capsys):
 
 def test_server_that_dies_costs_one_warning(server, data, capsys):
     port, process = server
-    dashboard = Dashboard("run", data.scheme, Augmentation(), port=port)
+    dashboard = Dashboard("run", task(data), data.scheme, port=port)
     net = LEDNet(12)
     dashboard.show({**RECORD, "epoch": 1}, net, Loader(data))
     process.kill()

@@ -1,6 +1,8 @@
 import itertools
 import json
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,18 @@ from torchvision.transforms import v2
 
 from lednet import UserError
 from lednet.data import transforms
-from lednet.data.datasets import open_dataset, pixel_shares, read_class_file, read_label
+from lednet.data.cache import CachedDataset
+from lednet.data.datasets import (
+    TRAINING_PARTS,
+    SegmentationDataset,
+    SkippingDataset,
+    cache_split,
+    open_dataset,
+    open_training_data,
+    pixel_shares,
+    read_class_file,
+    read_label,
+)
 from lednet.data.labels import (
     CITYSCAPES_LABELS,
     IGNORE_INDEX,
@@ -128,6 +141,165 @@ def test_hold_out_parts_the_images(own_camvid):
     assert names == [["0", "2", "4"], ["1", "3"]]
 
 
+# annotations
+
+
+@pytest.fixture
+def own_cityscapes(toy_cityscapes, tmp_path) -> Path:
+    """The toy tree, which a test may damage."""
+    return shutil.copytree(toy_cityscapes, tmp_path / "cityscapes")
+
+
+def folders(data: SegmentationDataset) -> Counter:
+    """Pairs by the two folders, kind and split, that their files lie in."""
+    for image, label in data.pairs:
+        assert image.name.split("_leftImg8bit")[0] == label.name.split("_gt")[0]
+    return Counter(tuple("/".join(p.parts[-4:-2]) for p in pair) for pair in data.pairs)
+
+
+TRAIN, EXTRA, VAL = "leftImg8bit/train", "leftImg8bit/train_extra", "leftImg8bit/val"
+
+
+@pytest.mark.parametrize(
+    ("annotations", "expected"),
+    [
+        ("fine", {(TRAIN, "gtFine/train"): 6}),
+        ("coarse", {(EXTRA, "gtCoarse/train_extra"): 2, (TRAIN, "gtCoarse/train"): 6}),
+        ("both", {(TRAIN, "gtFine/train"): 6, (EXTRA, "gtCoarse/train_extra"): 2}),
+    ],
+)
+def test_annotations_say_what_is_trained_on_and_fine_val_validates(
+    toy_cityscapes, annotations, expected
+):
+    train, val = open_training_data("cityscapes", toy_cityscapes, 24, 40, annotations=annotations)
+    assert folders(train) == expected and folders(val) == {(VAL, "gtFine/val"): 3}
+    assert len({pair.image for pair in train.pairs}) == len(train)
+    for data in (train, val):
+        assert [plane.shape[-2:] for plane in data[len(data) - 1]] == [(24, 40)] * 2
+
+
+@pytest.mark.parametrize("split", ["train", "val", "train_extra"])
+def test_coarse_annotations_of_one_split_are_of_that_split_alone(toy_cityscapes, split):
+    data = open_dataset("cityscapes", toy_cityscapes, split, annotations="coarse")
+    count = {"train": 6, "val": 3, "train_extra": 2}[split]
+    assert folders(data) == {(f"leftImg8bit/{split}", f"gtCoarse/{split}"): count}
+
+
+@pytest.mark.parametrize("annotations", TRAINING_PARTS)
+def test_frames_held_out_are_trained_on_in_no_annotation(own_cityscapes, annotations):
+    for kind in ("leftImg8bit", "gtFine", "gtCoarse"):
+        shutil.rmtree(own_cityscapes / kind / "val")
+    options = {"annotations": annotations, "val_every": 3}
+    train, val = open_training_data("cityscapes", own_cityscapes, **options)
+    assert folders(val) == {(TRAIN, "gtFine/train"): 2}
+    assert len(train) == (4 if annotations == "fine" else 6)
+    assert not {pair.image for pair in train.pairs} & {pair.image for pair in val.pairs}
+
+
+def add_train_ids(folder: Path, keep: bool) -> None:
+    """Write labelTrainIds beside the labelIds, or in their place."""
+    scheme = cityscapes_scheme()
+    for path in list(folder.rglob("*_labelIds.png")):
+        name = path.name.replace("labelIds", "labelTrainIds")
+        Image.fromarray(read_label(path, scheme)).save(path.with_name(name))
+        if not keep:
+            path.unlink()
+
+
+def test_parts_of_different_kinds_of_labels_are_refused(own_cityscapes):
+    def opened(annotations: str, labels: str = "auto") -> SegmentationDataset:
+        options = {"annotations": annotations, "labels": labels}
+        return open_training_data("cityscapes", own_cityscapes, 64, 128, **options)[0]
+
+    expected = {name: [label for _, label in opened(name)] for name in TRAINING_PARTS}
+    add_train_ids(own_cityscapes / "gtCoarse/train_extra", keep=False)
+    for annotations, parts in (
+        ("coarse", "gtCoarse/train_extra and gtCoarse/train"),
+        ("both", "gtFine/train and gtCoarse/train_extra"),
+    ):
+        with pytest.raises(UserError, match=rf"of {parts} in {own_cityscapes}, .*--labels"):
+            opened(annotations)
+    assert len(opened("fine")) == 6
+    with pytest.raises(UserError, match="have no label"):
+        opened("both", "labelIds")
+
+    for folder in ("gtFine", "gtCoarse/train"):
+        add_train_ids(own_cityscapes / folder, keep=True)
+    for annotations, labels in expected.items():
+        data = opened(annotations, "labelTrainIds")
+        assert all(pair.label.name.endswith("labelTrainIds.png") for pair in data.pairs)
+        assert len(data) == len(labels)
+        assert all(torch.equal(data[i][1], label) for i, label in enumerate(labels))
+
+
+@pytest.mark.parametrize("name", ["camvid", "folders"])
+def test_other_data_sets_have_no_coarse_annotations(camvid, own_data, name):
+    root = {"camvid": camvid, "folders": own_data}[name]
+    for annotations in ("coarse", "both"):
+        with pytest.raises(UserError, match=f"^{name} has no coarse annotations: choose fine$"):
+            open_training_data(name, root, val_every=3, annotations=annotations)
+    with pytest.raises(UserError, match=f"^{name} has no coarse annotations"):
+        open_dataset(name, root, "train", val_every=3, annotations="coarse")
+    assert open_dataset(name, root, "train", val_every=3, annotations="fine")
+
+
+@pytest.mark.parametrize(
+    ("folder", "annotations", "archive"),
+    [
+        ("gtCoarse/train", "coarse", "gtCoarse"),
+        ("gtCoarse/train_extra", "coarse", "gtCoarse"),
+        ("gtCoarse/train_extra", "both", "gtCoarse"),
+        ("leftImg8bit/train_extra", "both", "leftImg8bit_trainextra"),
+        ("leftImg8bit/train", "coarse", "leftImg8bit_trainvaltest"),
+        ("gtFine/train", "both", "gtFine_trainvaltest"),
+        ("gtFine/val", "coarse", "gtFine_trainvaltest"),
+    ],
+)
+def test_folder_that_is_missing_is_named_with_its_archive(
+    own_cityscapes, folder, annotations, archive
+):
+    gone, root = own_cityscapes / folder, own_cityscapes
+    shutil.rmtree(gone)
+    with pytest.raises(UserError, match=rf"^no folder {gone}: unpack {archive}\.zip into {root},"):
+        open_training_data("cityscapes", own_cityscapes, annotations=annotations)
+
+
+def test_what_is_not_trained_on_need_not_be_there(own_cityscapes):
+    for folder in ("gtCoarse/train", "gtCoarse/val", "leftImg8bit/test", "gtFine/test"):
+        shutil.rmtree(own_cityscapes / folder)
+    assert len(open_training_data("cityscapes", own_cityscapes, annotations="both")[0]) == 8
+    with pytest.raises(UserError, match="choose coarse annotations, train_extra has no others"):
+        open_dataset("cityscapes", own_cityscapes, "train_extra")
+    for folder in ("gtCoarse", "leftImg8bit/train_extra"):
+        shutil.rmtree(own_cityscapes / folder)
+    assert len(open_training_data("cityscapes", own_cityscapes)[0]) == 6
+
+
+def test_one_cache_holds_the_data_of_all_annotations(toy_cityscapes, run_inside, tmp_path):
+    names = {"fine": "train", "coarse": "train_coarse", "both": "train_both"}
+    written = {}
+    for annotations, name in names.items():
+        flags = ("--datadir", toy_cityscapes, "--cache", tmp_path, "--annotations", annotations,
+                 "--height", 24, "--width", 40, "--workers", 0)  # fmt: skip
+        result = run_inside("datasets/prepare_cityscapes.py", *flags)
+        assert result.returncode == 0, result.stderr
+        command = result.stdout.splitlines()[-1]
+        assert (f"--annotations {annotations}" in command) == (annotations != "fine")
+        for path in (tmp_path / name).iterdir():
+            written[path] = (path.read_bytes(), path.stat().st_mtime_ns)
+        folders_there = {path.name for path in tmp_path.iterdir()}
+        assert folders_there == {"val", *(path.parent.name for path in written)}
+        for path, content in written.items():  # what was there is left alone
+            assert (path.read_bytes(), path.stat().st_mtime_ns) == content
+    for annotations, name in names.items():
+        assert cache_split(annotations) == name
+        options = {"annotations": annotations}
+        source, _ = open_training_data("cityscapes", toy_cityscapes, 24, 40, **options)
+        cached = CachedDataset(tmp_path / name, source, "build")
+        for i in range(len(source)):
+            assert all(map(torch.equal, cached[i], source[i]))
+
+
 # files
 
 
@@ -168,11 +340,54 @@ def test_truncated_file_is_named(own_camvid, folder):
         open_dataset("camvid", own_camvid, "train")[3]
 
 
-def test_pixel_shares_count_void_in_the_total(camvid):
-    data = open_dataset("camvid", camvid, "train")
-    shares = pixel_shares(data, workers=2)
-    assert shares.shape == (12,)
-    np.testing.assert_allclose(shares, np.full(12, 1 / 12))
+def write_label(path, rows) -> None:
+    Image.fromarray(np.array(rows, np.uint8)).save(path)
+
+
+def test_class_counts_are_of_each_label_at_its_own_size(own_camvid):
+    data = open_dataset("camvid", own_camvid, "train")
+    data.size = (5, 7)
+    write_label(own_camvid / "trainannot/train_001.png", [[0, 0, 2], [11, 0, 2]])
+    expected = np.full((5, 12), 48 * 64 / 12, dtype=int)
+    expected[1] = [3, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    counts = data.class_counts(workers=2)
+    assert counts.dtype == np.int64 and np.array_equal(counts, expected)
+
+
+def test_pixel_shares_count_void_in_the_total():
+    shares = pixel_shares(np.array([[1, 0, 1], [5, 0, 1]]))
+    np.testing.assert_allclose(shares, [0.75, 0, 0.25])
+
+
+def test_labels_that_cannot_be_counted_are_left_out_and_marked_where_skipping(own_camvid):
+    data = open_dataset("camvid", own_camvid, "train")
+    (own_camvid / "trainannot/train_001.png").write_bytes(b"torn")
+    write_label(own_camvid / "trainannot/train_003.png", [[77]])
+    with pytest.raises(UserError, match=r"train_001\.png is damaged"):
+        data.class_counts()
+    skipping = SkippingDataset(data)
+    expected = np.full((5, 12), 48 * 64 / 12, dtype=int)
+    expected[[1, 3]] = 0
+    assert np.array_equal(skipping.class_counts(workers=3), expected)
+    assert skipping.damaged.nonzero().flatten().tolist() == [1, 3]
+    for path in (own_camvid / "trainannot").iterdir():
+        path.write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"train_000\.png is damaged"):
+        skipping.class_counts()
+
+
+def test_damaged_label_stops_no_run_that_skips_and_computes_its_weights(
+    run_inside, own_camvid, tmp_path
+):
+    (own_camvid / "trainannot/train_001.png").write_bytes(b"torn")
+    flags = ("--dataset", "camvid", "--datadir", own_camvid, "--height", 40, "--width", 64,
+             "--num-epochs", 1, "--batch-size", 2, "--num-workers", 0, "--device", "cpu",
+             "--class-weights", "computed", "--decoder", "--savedir", tmp_path / "run")  # fmt: skip
+    refused = run_inside("train/main.py", *flags)
+    assert refused.returncode == 2 and "train_001.png is damaged" in refused.stderr
+    result = run_inside("train/main.py", *flags, "--skip-damaged")
+    assert result.returncode == 0, result.stderr
+    assert "damaged and replaced by others: train_001.png" in result.stdout
 
 
 # own data

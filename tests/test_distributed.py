@@ -22,15 +22,16 @@ from torch.utils.data import Dataset
 from lednet.data.pairs import Pair
 from lednet.data.transforms import Augmentation
 from lednet.model import LEDNet
-from lednet.training import engine
 from lednet.training.checkpoints import Checkpoints
 from lednet.training.distributed import ShuffledSampler, World
 from lednet.training.engine import Optimization, Tally, Trainer
-from lednet.training.fit import PROGRESS_KEYS, Fit, Progress
+from lednet.training.fit import Course, Equipment, Progress, train_stages
 from lednet.training.loading import make_loaders
-from lednet.training.loss import WeightedCrossEntropy
+from lednet.training.loss import WeightedCrossEntropy, resize_target
 from lednet.training.runs import RunFolder
+from lednet.training.stages import Stage
 from lednet.training.stopping import SAVE, Keeper, Stopped, StopRequest
+from lednet.training.tasks import Segmentation
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -84,9 +85,8 @@ def small_model() -> nn.Sequential:
 
 
 def make_trainer(world: World, model: nn.Module, **options: Any) -> Trainer:
-    criterion = WeightedCrossEntropy(WEIGHTS, 4)
-    optimization = Optimization(**options)
-    return Trainer(model, criterion, Still(), 3, 2, world, optimization)
+    task = Segmentation(WeightedCrossEntropy(WEIGHTS, 4), Still(), "abc")
+    return Trainer(model, task, 2, world, Optimization(**options))
 
 
 def joint_batches(size: int) -> list[tuple[Tensor, Tensor]]:
@@ -124,7 +124,7 @@ def work(rank: int, size: int, folder: Path) -> None:
 
 def updates(world: World, accumulate: int) -> dict[str, list[Tensor]]:
     """Gradients of every update, and the weights after the last."""
-    trainer = make_trainer(world, small_model(), accumulate=accumulate)
+    trainer = make_trainer(world, small_model(), accumulate=accumulate, lr=LR)
     # Adam would hide a wrong scale.
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), LR)
     gradients: list[Tensor] = []
@@ -144,37 +144,37 @@ def uneven_data(world: World) -> dict[str, Any]:
     loaders = make_loaders(train, val, world, BATCH, workers=0, seed=1)
     trainer = make_trainer(world, small_model(), lr=0.0)
     kept = []
-    evaluate = engine.evaluate
+    scores = trainer.task.scores
 
-    def keeping(*args):
-        kept.append(evaluate(*args))
-        return kept[-1]
+    def keeping(counts: Tensor) -> dict[str, Any]:
+        kept.append(counts.clone())
+        return scores(counts)
 
-    engine.evaluate = keeping
+    trainer.task.scores = keeping
     scored = trainer.evaluate(loaders[1], "val")
-    engine.evaluate = evaluate
+    trainer.task.scores = scores
     _, single = make_loaders(train, Noise(1), world, BATCH, workers=0, seed=1)
     tally = trainer.new_tally()
     trainer.train_one_epoch(loaders[0], "title", (1, 0, 1), tally)
     return {
         "scored": scored,
         "scored on one": trainer.evaluate(single, "one"),  # most have nothing to do
-        "counts": kept[0].confusion.counts,  # `Trainer.evaluate` has summed it in place
+        "counts": kept[0],
         "trained on": train.seen,
         "scored on": val.seen,
-        "training pixels": int(world.sum(tally.confusion.counts.clone()).sum()),
+        "training pixels": int(world.sum(tally.counts.clone()).sum()),
         "steps": tally.step,
     }
 
 
 def restored_tally(world: World) -> dict[str, Any]:
     """An interrupted epoch's counts before it was saved, after, and some steps on."""
-    tally = Tally(3, CPU)
+    tally = Tally(torch.zeros(3, 4, dtype=torch.int64))
     tally.step, tally.images, tally.skipped = 4, 9, 1
     tally.sums += torch.tensor([0.25, 3.0]) * (world.rank + 1)
-    tally.confusion.counts += world.rank + 1
+    tally.counts += world.rank + 1
     saved = tally.state(world)
-    again = Tally(3, CPU)
+    again = Tally(torch.zeros(3, 4, dtype=torch.int64))
     again.restore(copy.deepcopy(saved), world)
     restored = again.state(world)
     again.sums += world.rank
@@ -230,25 +230,21 @@ def stopped_fit(world: World, folder: Path) -> dict[str, Any]:
 
     def fit(name: str, keeper: type[Keeper], resume: bool = False) -> tuple[LEDNet, Progress]:
         run = RunFolder(folder / name / str(world.rank if not resume else 0), resume, world.is_main)
-        checkpoints = Checkpoints(run.path)
         torch.manual_seed(0)
-        net, progress, state = LEDNet(4), Progress("encoder"), None
-        if resume:
-            _, content, _ = checkpoints.load_latest(world.is_main)
-            net.load_state_dict(content["state_dict"])
-            saved, state = content["progress"], content["trainer"]
-            progress = Progress("encoder", content["meta"]["epoch"])
-            for key in PROGRESS_KEYS:
-                setattr(progress, key, saved[key])
-        net.encoder_head.requires_grad_(True)
-        trainer = make_trainer(world, net.encoder_stage(), ema_decay=0.9)
-        if state:
-            trainer.load_state_dict(state)
-        loaders = make_loaders(Noise(COUNT), Noise(COUNT), world, 1, workers=0, seed=1)
-        meta = {"dataset": "noise", "classes": ["a", "b", "c"]}
+        net = LEDNet(4)
+        meta = {"model": "LEDNet", "dataset": "noise", "mean": [0.0] * 3, "std": [1.0] * 3}
+        stage = Stage("encoder", "Encoder", 2, "encoder_best.pth", part="encoder")
         rules = keeper(world, StopRequest())
-        Fit(trainer, net, loaders, progress, run, checkpoints, meta, 1, rules).train()
-        return net, progress
+        course = Course(net, [stage], run, Checkpoints(run.path), meta, 1, rules)
+        state = course.resume() if resume else ()
+
+        def equip(stage: Stage) -> Equipment:
+            trainer = make_trainer(world, net.encoder_stage(), ema_decay=0.9)
+            return Equipment(
+                trainer, *make_loaders(Noise(COUNT), Noise(COUNT), world, 1, workers=0, seed=1)
+            )
+
+        return net, train_stages(course, equip, *state)
 
     whole, progress = fit("whole", Keeper)
     try:
@@ -302,7 +298,7 @@ def groups(size: int, accumulate: int) -> list[tuple[Tensor, Tensor]]:
 def gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Of PyTorch's own weighted mean over a batch."""
     logits = model(images / 255)
-    labels = engine.resize_target(labels.long(), logits.shape[-2:])
+    labels = resize_target(labels.long(), logits.shape[-2:])
     weight = torch.tensor([*WEIGHTS, 0.0])
     loss = F.cross_entropy(logits, labels, weight, ignore_index=255)
     return flat(torch.autograd.grad(loss, list(model.parameters()))).float()
@@ -363,7 +359,7 @@ def test_uneven_training_repeats_the_first_few(together):
         assert process["uneven"]["steps"] == math.ceil(share / BATCH)
         pixels = process["uneven"]["training pixels"]
     labels = torch.stack([Noise(COUNT)[i][1] for i in padded])
-    labels = engine.resize_target(labels, (14, 22))  # what two pixels of convolution leave
+    labels = resize_target(labels, (14, 22))  # what two pixels of convolution leave
     assert pixels == int((labels != 255).sum())
 
 

@@ -7,7 +7,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lednet.model
 from lednet import LEDNet
-from lednet.model import Block, Down, Downsampler, SSnbt, channel_shuffle, count_parameters
+from lednet.model import (
+    Block,
+    Down,
+    Downsampler,
+    EncoderClassifier,
+    SSnbt,
+    channel_shuffle,
+    count_parameters,
+)
 
 
 @pytest.fixture(params=["d20", "d128"])
@@ -158,6 +166,32 @@ def test_export_agrees(net):
         torch.testing.assert_close(exported(x), net(x))
 
 
+def test_classifier_has_the_parameters_of_the_release():
+    assert count_parameters(EncoderClassifier(1000)) == 1_040_436
+    with pytest.raises(ValueError, match="positive"):
+        EncoderClassifier(0)
+
+
+def test_classifier_pools_as_the_release_at_its_size(monkeypatch):
+    monkeypatch.setattr(lednet.model, "ENCODER_STAGES", THREE_DOWN)
+    net = EncoderClassifier(7).eval()
+    pools = torch.nn.MaxPool2d(2, stride=2), torch.nn.AvgPool2d(14, 1)
+    released = torch.nn.Sequential(net.encoder, *pools, torch.nn.Flatten(), net.classifier)
+    x = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), released(x))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 9), (37, 71), (96, 64)])
+def test_classifier_answers_any_size_and_trains_every_parameter(size):
+    torch.manual_seed(0)
+    net = EncoderClassifier(7)
+    logits = net(torch.rand(4, 3, *size))
+    assert logits.shape == (4, 7)
+    F.cross_entropy(logits, torch.arange(4)).backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
 def test_compiled_forward_and_backward_agree(monkeypatch):
     """One block of each kind, at a size whose pyramid shrinks to a single cell."""
@@ -169,6 +203,7 @@ def test_whole_network_is_one_graph():
     check_compiled("aot_eager", (2, 3, 64, 96))
 
 
+THREE_DOWN = (Down(32), Down(64), Down(128))
 SHORT_ENCODER = (Down(32), Block(0.03, 1), Down(128), Block(0.3, 2))
 
 

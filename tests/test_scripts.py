@@ -174,7 +174,7 @@ def test_starting_points_do_what_their_names_say(trained, toy_cityscapes, tmp_pa
 def test_coarse_annotations_train(toy_cityscapes, tmp_path):
     flags = ("--annotations", "coarse", "--num-epochs", 1, "--decoder", "--batch-size", 1)
     result = train(toy_cityscapes, tmp_path / "coarse", *flags)
-    assert "2 training and 3 validation images" in result.stdout
+    assert "8 training and 3 validation images" in result.stdout  # train_extra and train
 
 
 SCRIPTS = (

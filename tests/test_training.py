@@ -16,10 +16,22 @@ from lednet import LEDNet, UserError
 from lednet.data.datasets import SkippingDataset, open_dataset
 from lednet.data.pairs import Pair
 from lednet.data.transforms import Augmentation
-from lednet.training.distributed import EachOnceSampler, ShuffledSampler, World, choose_device
+from lednet.training.distributed import (
+    ClassUniformSampler,
+    EachOnceSampler,
+    ShuffledSampler,
+    World,
+    choose_device,
+)
 from lednet.training import stopping
 from lednet.training.checkpoints import Checkpoints
-from lednet.training.engine import NonFiniteLoss, Optimization, Trainer, step_generator
+from lednet.training.engine import (
+    NonFiniteLoss,
+    Optimization,
+    Pretrained,
+    Trainer,
+    step_generator,
+)
 from lednet.training.loss import (
     RELEASED_WEIGHTS,
     WEIGHT_OFFSETS,
@@ -27,8 +39,9 @@ from lednet.training.loss import (
     class_weights,
     resize_target,
 )
-from lednet.training.schedule import poly_factor
+from lednet.training.schedule import lr_factor
 from lednet.training.stopping import SAVE, Keeper, Stopped, StopRequest
+from lednet.training.tasks import Segmentation
 
 CPU = torch.device("cpu")
 
@@ -64,10 +77,22 @@ def test_targets_shrink_to_the_centre_of_each_cell():
     assert resize_target(torch.full((1, 97, 131), 255), (13, 17)).unique().tolist() == [255]
 
 
-def test_poly_schedule():
-    assert poly_factor(1, 300) == 1.0
-    assert poly_factor(151, 300) == pytest.approx(0.5**0.9)
-    assert poly_factor(300, 300) == pytest.approx((1 / 300) ** 0.9)
+def test_poly_schedule_has_one_value_an_epoch():
+    assert lr_factor("poly", 0, 300) == lr_factor("poly", 0.99, 300) == 1.0
+    assert lr_factor("poly", 150.5, 300) == pytest.approx(0.5**0.9)
+    assert lr_factor("poly", 299, 300) == pytest.approx((1 / 300) ** 0.9)
+
+
+def test_exponential_schedule_is_the_releases_for_imagenet():
+    epochs = [lr_factor("exponential", epoch - 1, 150) for epoch in (1, 15, 16, 17, 150)]
+    assert epochs == pytest.approx([1, 1, 0.95, 0.95**2, 0.95**135])
+
+
+def test_cosine_schedule_moves_with_every_step_behind_its_warm_up():
+    assert lr_factor("cosine", 0, 10) == 1 and lr_factor("cosine", 5, 10) == pytest.approx(0.5)
+    assert lr_factor("cosine", 2.5, 10) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    warm = [lr_factor("cosine", done, 12, warmup=2) for done in (0, 0.5, 1, 2, 7)]
+    assert warm == pytest.approx([0.01, 0.2575, 0.505, 1, 0.5])
 
 
 @pytest.mark.parametrize(("length", "size"), [(10, 1), (10, 3), (2, 3)])
@@ -105,6 +130,102 @@ def test_another_number_of_processes_goes_on_with_what_is_left(before, after):
     assert done | left == set(range(29)) and len(done & left) < 2 * after
 
 
+@pytest.mark.parametrize(
+    ("length", "world", "seed", "epoch", "expected"),
+    [
+        (12, World(0, 1, CPU), 3, 0, [11, 2, 8, 1, 10, 0, 6, 4, 9, 3, 5, 7]),
+        (12, World(0, 1, CPU), 3, 7, [8, 10, 7, 2, 1, 5, 11, 9, 3, 4, 6, 0]),
+        (7, World(1, 3, CPU), 5, 4, [1, 3, 2]),
+    ],
+)
+def test_order_is_the_one_that_earlier_checkpoints_were_saved_in(
+    length, world, seed, epoch, expected
+):
+    sampler = ShuffledSampler(length, world, seed)
+    sampler.epoch = epoch
+    assert sampler.order() == expected
+
+
+def class_uniform(counts: np.ndarray, fraction: float, epoch=1, world=None) -> ClassUniformSampler:
+    sampler = ClassUniformSampler(counts, fraction, world or World(0, 1, CPU), seed=1)
+    sampler.epoch = epoch
+    return sampler
+
+
+def test_each_class_is_drawn_as_often_as_another_and_each_of_its_images():
+    """Class 0 is in every image, class 1 in the first ten, class 3 in the first half."""
+    counts = np.zeros((1000, 5), dtype=np.int64)
+    counts[:, 0], counts[:500, 3], counts[:, 4] = 1_000_000, 30, 7  # void last; class 2 nowhere
+    counts[:10, 1] = 10 ** np.arange(10)  # be it one pixel or many
+    epochs = 60
+    times = np.zeros(1000)
+    for epoch in range(epochs):
+        order = class_uniform(counts, 0.5, epoch).order()
+        assert len(order) == 1000
+        times += np.bincount(order, minlength=1000) / epochs
+    # Of 500 draws, a third for each class; a permutation has each image once in 1000 places.
+    each = [500 / 3 / images for images in (1000, 10, 500)]
+    assert times[:10].sum() == pytest.approx(10 * (sum(each) + 0.5), rel=0.03)  # 174, not 10
+    assert times[:10] == pytest.approx(np.full(10, sum(each) + 0.5), rel=0.15)
+    assert times[10:500].sum() == pytest.approx(490 * (each[0] + each[2] + 0.5), rel=0.03)
+    assert times[500:].sum() == pytest.approx(500 * (each[0] + 0.5), rel=0.03)
+    assert times[500:].all()
+
+
+@pytest.mark.parametrize(("fraction", "drawn"), [(0.02, 1), (0.25, 9), (0.5, 18), (1.0, 37)])
+def test_as_many_places_as_asked_for_are_drawn_by_class_and_the_others_are_left(fraction, drawn):
+    counts = np.zeros((37, 3), dtype=np.int64)
+    counts[:, 2] = 100
+    counts[5, 1] = 1  # so each draw is image 5
+    numbers, places = set(), set()
+    for epoch in range(200):
+        plain = ShuffledSampler(37, World(0, 1, CPU), seed=1)
+        plain.epoch = epoch
+        pairs = list(zip(plain.order(), class_uniform(counts, fraction, epoch), strict=True))
+        changed = {place for place, (before, after) in enumerate(pairs) if before != after}
+        assert all(after == 5 for before, after in pairs if before != after)
+        numbers.add(len(changed))
+        places |= changed
+    # One less where image 5 is drawn for the place that it had.
+    assert numbers == ({36} if fraction == 1 else {drawn - 1, drawn})
+    assert places == set(range(37))
+
+
+def test_classes_that_never_occur_are_not_drawn_and_void_is_no_class():
+    counts = np.zeros((20, 6), dtype=np.int64)
+    counts[:, 5] = 9
+    assert class_uniform(counts, 1).order() == class_uniform(counts, 0.5).order()
+    assert sorted(class_uniform(counts, 1)) == list(range(20))
+    counts[3, 1] = counts[[4, 5, 19], 4] = 2
+    counts[7] = 0  # a label that could not be read
+    drawn = [index for epoch in range(50) for index in class_uniform(counts, 1, epoch)]
+    assert set(drawn) == {3, 4, 5, 19}
+    assert drawn.count(3) == pytest.approx(500, rel=0.15)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 1)])
+def test_class_uniform_order_is_one_for_all_processes_and_goes_on_inside_an_epoch(before, after):
+    counts = np.random.default_rng(0).integers(0, 3, (29, 5))
+
+    def parts(size: int, epoch: int = 1) -> list[ClassUniformSampler]:
+        return [class_uniform(counts, 0.6, epoch, World(rank, size, CPU)) for rank in range(size)]
+
+    def joint(samplers: list[ClassUniformSampler]) -> list[int]:
+        """What they have before them, in the order of the steps."""
+        return list(chain(*zip(*samplers, strict=True)))  # strict: equally many
+
+    (whole,) = [sampler.order() for sampler in parts(1)]
+    assert joint(parts(before))[:29] == joint(parts(after))[:29] == whole
+    assert joint(parts(before))[29:] == whole[: -29 % before]
+    left = parts(after)
+    for sampler in left:
+        sampler.start = 6
+        assert list(sampler) == sampler.order()[6:] and len(sampler) == sampler.share - 6
+    assert joint(left)[: 29 - 6 * after] == whole[6 * after :]
+    assert joint(parts(before)) == joint(parts(before)) != joint(parts(before, epoch=2))
+    assert whole != ClassUniformSampler(counts, 0.6, World(0, 1, CPU), seed=2).order()
+
+
 def test_absent_gpu_is_refused():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -116,13 +237,17 @@ KEYS = (1, 0, 1)
 
 
 def small_trainer(
-    augmentation: Augmentation | None = None, model: nn.Module | None = None, **options
+    augmentation: Augmentation | None = None,
+    model: nn.Module | None = None,
+    pretrained: Pretrained | None = None,
+    **options,
 ) -> Trainer:
     torch.manual_seed(0)
     model = LEDNet(4).encoder_stage() if model is None else model
     criterion = WeightedCrossEntropy([1.0, 5.0, 2.0], 4)
-    world, optimization = World(0, 1, CPU), Optimization(**options)
-    return Trainer(model, criterion, augmentation or Augmentation(), 3, 10, world, optimization)
+    task = Segmentation(criterion, augmentation or Augmentation(), "abc")
+    optimization = Optimization(**options)
+    return Trainer(model, task, 10, World(0, 1, CPU), optimization, pretrained=pretrained)
 
 
 def batches(count: int, size: int = 2) -> list:
@@ -166,7 +291,7 @@ class Poisoned(WeightedCrossEntropy):
 
 def test_not_finite_loss_names_step_and_images():
     trainer, loader = small_trainer(), Loader(batches(3))
-    trainer.criterion = Poisoned(1)
+    trainer.task.loss = Poisoned(1)
     names = ", ".join(f"{i}.png" for i in loader.sampler.order()[2:4])
     with pytest.raises(
         NonFiniteLoss, match=f"the loss is nan in step 2 of encoder 1/1, of {names}$"
@@ -178,12 +303,12 @@ def test_bad_steps_leave_no_trace():
     """Neither in the weights nor in the running statistics, which the step has touched."""
     trainer = small_trainer(skip_bad_steps=True)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    trainer.criterion = Poisoned(0)
+    trainer.task.loss = Poisoned(0)
     result = trainer.train_one_epoch(Loader(batches(1)), "title", KEYS)
     assert result["skipped"] == 1 and result["loss"] == 0
     after = trainer.model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    trainer.criterion = Poisoned(1)
+    trainer.task.loss = Poisoned(1)
     result = trainer.train_one_epoch(Loader(batches(3)), "title", KEYS)
     assert result["skipped"] == 1 and math.isfinite(result["loss"])
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
@@ -196,7 +321,7 @@ def test_bad_gradients_of_a_good_loss_are_a_bad_step():
             return super().forward(logits, target)
 
     trainer = small_trainer(skip_bad_steps=True)
-    trainer.criterion = Steep([1.0] * 3, 4)
+    trainer.task.loss = Steep([1.0] * 3, 4)
     result = trainer.train_one_epoch(Loader(batches(1)), "title", KEYS)
     assert result["skipped"] == 1
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())

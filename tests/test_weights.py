@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lednet import LEDNet, UserError, load_network, load_weights
+from lednet.model import EncoderClassifier
 from lednet.weights import save_checkpoint
 
 TO_REFERENCE = (
@@ -107,18 +108,46 @@ def test_encoder_alone_is_taken_and_the_rest_reported(net, tmp_path):
     assert set(report.skipped) == {k for k in net.state_dict() if not k.startswith("encoder.")}
 
 
-def test_encoder_is_taken_out_of_the_releases_imagenet_classifier(net, tmp_path):
+def test_encoder_goes_from_classifier_to_network_bit_for_bit(tmp_path):
+    torch.manual_seed(2)
+    classifier, net = EncoderClassifier(9), LEDNet(5)
+    save_checkpoint(tmp_path / "w.pth", classifier, {"dataset": "imagenet"})
+    report = load_weights(net, tmp_path / "w.pth", part="encoder.")
+    assert report.skipped == ["classifier.weight", "classifier.bias"]
+    assert_equal(classifier.encoder, net.encoder)
+    x = torch.rand(2, 3, 40, 48)
+    with torch.no_grad():
+        assert torch.equal(classifier.eval().encoder(x), net.eval().encoder(x))
+
+
+def test_the_releases_imagenet_classifier_is_understood(tmp_path):
+    torch.manual_seed(2)
+    classifier = EncoderClassifier(9)
     state = {
         "module.features." + reference_name(key): value
-        for key, value in net.state_dict().items()
+        for key, value in classifier.state_dict().items()
         if key.startswith("encoder.")
     }
-    state["module.classifier.linear.weight"] = torch.zeros(1000, 128)
+    state["module.classifier.linear.weight"] = classifier.classifier.weight
+    state["module.classifier.linear.bias"] = classifier.classifier.bias
     torch.save({"state_dict": state, "arch": "lednet"}, tmp_path / "w.pth")
-    other = LEDNet(5)
-    report = load_weights(other, tmp_path / "w.pth", part="encoder.")
-    assert report.skipped == ["classifier.linear.weight"]
-    assert_equal(net.encoder, other.encoder)
+    net, other = LEDNet(5), EncoderClassifier(9)
+    report = load_weights(net, tmp_path / "w.pth", part="encoder.")
+    assert report.skipped == ["classifier.weight", "classifier.bias"]
+    assert_equal(classifier.encoder, net.encoder)
+    assert not load_weights(other, tmp_path / "w.pth").skipped
+    assert_equal(classifier, other)
+
+
+def test_classifiers_of_other_classes_and_other_networks_are_told_apart(net, tmp_path):
+    save_checkpoint(tmp_path / "w.pth", EncoderClassifier(9), {})
+    with pytest.raises(UserError, match=r"w\.pth does not fit the classifier with 4 classes"):
+        load_weights(EncoderClassifier(4), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="no LEDNet decoder"):
+        load_network(tmp_path / "w.pth")
+    save_checkpoint(tmp_path / "w.pth", net, {})
+    with pytest.raises(UserError, match=r"with 20 classes.*classifier.weight is missing"):
+        load_weights(EncoderClassifier(20), tmp_path / "w.pth")
 
 
 def test_encoder_stage_weights_are_no_full_network(net, tmp_path):

@@ -1,59 +1,67 @@
 """Train LEDNet: the encoder on labels at 1/8 size, then the full network.
 
     python train/main.py --datadir /data/cityscapes
+    python train/main.py --datadir /data/cityscapes --curriculum coarse:100,fine:200
+    python train/main.py --datadir /data/cityscapes --pretrainedEncoder save/imagenet/encoder.pth
     python train/main.py --dataset camvid --datadir /data/camvid --num-epochs 50
     python train/main.py --savedir cityscapes-d20 --resume
     torchrun --nproc-per-node=4 train/main.py --datadir /data/cityscapes
     torchrun --nproc-per-node=4 --max-restarts=3 train/main.py --savedir long --resume auto
 
 The defaults are the paper's recipe: Adam 5e-4, weight decay 1e-4, poly decay 0.9,
-300 epochs, class-weighted cross-entropy, 512x1024. Times and scores to expect are
-in README.md. Everything a run writes lies in its folder below save/.
+300 epochs, class-weighted cross-entropy, 512x1024. The three ways to train, with the
+hours and the disk space that they take: docs/training.md. Scores to expect: README.md.
+Everything a run writes lies in its folder below save/.
 """
 
 import argparse
-import dataclasses
-import os
+import functools
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
+
 from lednet.data.cache import CachedDataset, command_line
 from lednet.data.datasets import (
     DATASETS,
-    SegmentationDataset,
+    TRAINING_PARTS,
     SkippingDataset,
+    cache_split,
     open_training_data,
     pixel_shares,
 )
-from lednet.data.transforms import PRESETS, Augmentation, resize_transform
+from lednet.data.transforms import PRESETS, Augmentation
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import plain_values, write_text
 from lednet.model import VARIANTS, LEDNet, count_parameters
-from lednet.precision import AMP_DTYPES, autocast
-from lednet.training.checkpoints import Checkpoints
 from lednet.training.dashboard import Dashboard
-from lednet.training.distributed import (
-    World,
-    join_world,
-    leave_world,
-    lost_processes,
-    synchronize_batch_norm,
+from lednet.training.distributed import World, synchronize_batch_norm
+from lednet.training.engine import Pretrained, Trainer, seed_everything
+from lednet.training.fit import Course, Equipment, train_stages
+from lednet.training.launch import (
+    add_loading_flags,
+    add_recipe_flags,
+    add_run_flags,
+    launch,
+    open_run,
+    optimization_of,
+    parse_flags,
+    require_range,
 )
-from lednet.training.engine import Optimization, Trainer, seed_everything
-from lednet.training.fit import PROGRESS_KEYS, Fit, Progress
-from lednet.training.loading import make_loaders, worker_failures
+from lednet.training.loading import make_loaders
 from lednet.training.loss import (
     RELEASED_WEIGHTS,
     WEIGHT_OFFSETS,
     WeightedCrossEntropy,
     class_weights,
 )
-from lednet.training.runs import BEST, STAGES, RunFolder, holds_run, read_options
-from lednet.training.stopping import Keeper, Stopped, StopRequest
-from lednet.weights import load_state, load_weights
+from lednet.training.stages import Stage, parse_curriculum, plan_stages
+from lednet.training.stopping import Keeper
+from lednet.training.tasks import Segmentation
+from lednet.weights import load_state, read_checkpoint
 
 NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """The paper trains on raw [0, 1] images."""
@@ -70,9 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--datadir", type=Path, help="data set's folder (datasets/<dataset>)")
     data.add_argument(
         "--annotations",
-        choices=("fine", "coarse"),
+        choices=TRAINING_PARTS,
         default="fine",
-        help="Cityscapes: coarse trains on train_extra, and validates on fine val",
+        help="Cityscapes: coarse trains on train_extra and train, coarsely annotated; both on "
+        "train, finely, and train_extra, coarsely; fine val validates all",
     )
     data.add_argument(
         "--labels",
@@ -103,13 +112,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="read the pairs that datasets/prepare_cityscapes.py has decoded there",
     )
     data.add_argument(
-        "--num-workers", type=int, default=min(4, os.cpu_count() or 1), help="loading processes"
+        "--class-uniform",
+        type=float,
+        metavar="SHARE",
+        help="draw this share of the images (0 to 1) by class, each as often as another",
     )
-    data.add_argument(
-        "--skip-damaged",
-        action="store_true",
-        help="replace training images that cannot be read by others, count and name them",
-    )
+    add_loading_flags(data)
 
     net = parser.add_argument_group("network")
     net.add_argument(
@@ -126,13 +134,35 @@ def build_parser() -> argparse.ArgumentParser:
         "--pretrainedEncoder",
         type=Path,
         dest="pretrained_encoder",
-        help="weights to take the encoder from; skips stage 1",
+        help="weights to take the encoder from, with its normalisation; skips stage 1",
     )
     net.add_argument("--decoder", action="store_true", help="start at stage 2")
+    net.add_argument(
+        "--encoder-lr-factor",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="in stage 2 the encoder's learning rate is X times --lr (1)",
+    )
+    net.add_argument(
+        "--freeze-encoder",
+        type=int,
+        default=0,
+        metavar="N",
+        help="in the first N epochs of stage 2 the encoder stays as it is (0)",
+    )
 
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--num-epochs", type=int, default=300, help="of each stage")
-    recipe.add_argument("--encoder-epochs", type=int, help="of stage 1 (as --num-epochs)")
+    recipe.add_argument("--num-epochs", type=int, default=300, help="of each stage (300)")
+    recipe.add_argument(
+        "--encoder-epochs", type=int, help="of stage 1 (as many as the stage after it)"
+    )
+    recipe.add_argument(
+        "--curriculum",
+        metavar="A:N,B:M",
+        help="Cityscapes: stage 2 on annotations A for N epochs, then on B for M, each with its "
+        "own class weights and schedule, as in coarse:100,fine:200",
+    )
     recipe.add_argument("--batch-size", type=int, default=5, help="images a step, per process")
     recipe.add_argument("--lr", type=float, default=5e-4)
     recipe.add_argument("--weight-decay", type=float, default=1e-4)
@@ -143,84 +173,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto: the released list for Cityscapes fine, else 1/ln(c+share) "
         "of the training labels",
     )
-    recipe.add_argument("--seed", type=int, default=1)
-    recipe.add_argument(
-        "--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make a step"
-    )
-    recipe.add_argument(
-        "--clip-norm", type=float, metavar="X", help="largest norm of the gradients (no limit)"
-    )
     recipe.add_argument(
         "--ema-decay",
         type=float,
         metavar="D",
         help="score and keep a moving average of the weights, 0.999 for instance",
     )
+    add_recipe_flags(recipe)
     recipe.add_argument(
-        "--sync-batch-norm",
-        action="store_true",
-        help="batch norm over the images of all GPUs (untested)",
-    )
-    recipe.add_argument(
-        "--skip-bad-steps",
-        action="store_true",
-        help="leave out a step whose loss is not finite, instead of stopping",
-    )
-
-    speed = parser.add_argument_group("speed")
-    speed.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
-    speed.add_argument(
-        "--channels-last", action="store_true", help="memory layout that suits bf16 and fp16"
-    )
-    speed.add_argument("--compile", action="store_true", help="torch.compile the network")
-
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--savedir",
-        default=None,
-        help="run folder; a bare name lies below save/ (<dataset>-<variant>)",
-    )
-    run.add_argument(
-        "--resume",
-        nargs="?",
-        choices=("always", "auto"),
-        const="always",
-        help="continue the run in --savedir with its options; flags given override. auto: "
-        "where there is none yet, start it (for torchrun --max-restarts and job queues)",
-    )
-    run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    run.add_argument(
-        "--cuda", action="store_const", const="cuda", dest="device", help="same as --device cuda"
-    )
-    run.add_argument(
         "--iouTrain",
         action=switch,
         default=True,
         dest="iou_train",
         help="measure the mIoU of the training batches too",
     )
-    run.add_argument(
-        "--save-minutes",
-        type=float,
-        default=10,
-        metavar="X",
-        help="a checkpoint every X minutes, besides the one after each epoch; 0: none (10)",
-    )
-    run.add_argument(
-        "--save-steps", type=int, default=0, metavar="N", help="and every N steps; 0: none"
-    )
-    run.add_argument(
-        "--keep-checkpoints", type=int, default=2, metavar="N", help="to resume from (2)"
-    )
-    run.add_argument(
-        "--epochs-save",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also keep the weights of every N-th epoch",
-    )
-    run.add_argument("--visualize", action="store_true", help="show the run on a visdom server")
-    run.add_argument("--port", type=int, default=8097, help="of the visdom server")
+    add_run_flags(parser, "<dataset>-<variant>")
     return parser  # fmt: skip
 
 
@@ -231,139 +198,101 @@ def run_path(args: argparse.Namespace) -> Path:
 
 
 def parse_options() -> argparse.Namespace:
-    """Arguments; with --resume the run's own options are the defaults."""
-    parser = build_parser()
-    args = parser.parse_args()
-    if args.resume == "auto" and not holds_run(run_path(args)):
-        args.resume = None
-    if args.resume:
-        saved = read_options(run_path(args))
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults(**{key: value for key, value in saved.items() if key in known})
-        args = parser.parse_args()
-    for name in (
-        "num_epochs",
-        "batch_size",
-        "encoder_epochs",
-        "height",
-        "width",
-        "pyramid_channels",
-        "accumulate",
-        "keep_checkpoints",
-    ):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
-    for name in ("val_every", "num_workers", "epochs_save", "save_minutes", "save_steps"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} is negative: give 0 or more")
+    args = parse_flags(build_parser(), run_path)
+    require_range(args, ("encoder_epochs", "height", "width", "pyramid_channels"), 1)
+    require_range(args, ("val_every", "freeze_encoder", "encoder_lr_factor"), 0)
     if args.pyramid_channels and args.variant != "d128":
         raise UserError("--pyramid-channels goes with --variant d128: give both or neither")
-    if args.clip_norm is not None and args.clip_norm <= 0:
-        raise UserError(f"--clip-norm is {args.clip_norm}: give more than 0")
-    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
-        raise UserError(f"--ema-decay is {args.ema_decay}: give a number between 0 and 1")
     if args.val_every == 1:
         raise UserError("--val-every 1 leaves nothing to train on: give 2 or more")
+    if args.class_uniform is not None and not 0 < args.class_uniform <= 1:
+        raise UserError(f"--class-uniform is {args.class_uniform}: give more than 0, at most 1")
+    if args.curriculum and args.annotations != "fine":
+        raise UserError("--curriculum names the annotations of each part: leave --annotations out")
     return args
 
 
-def open_data(args: argparse.Namespace) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation data at working size; fills in --height and --width."""
-    train, val, size = open_training_data(
-        args.dataset,
-        args.datadir or ROOT / "datasets" / args.dataset,
-        args.height,
-        args.width,
-        annotations=args.annotations,
-        labels=args.labels,
-        class_file=args.classes,
-        val_every=args.val_every,
-    )
-    args.height, args.width = size
-    if args.cache:
-        defaults = vars(build_parser().parse_args([]))
-        command = command_line(ROOT / "datasets/prepare_cityscapes.py", vars(args), defaults)
-        return (
-            CachedDataset(args.cache / "train", train, size, command),
-            CachedDataset(args.cache / "val", val, size, command),
+def stages_of(args: argparse.Namespace) -> list[Stage]:
+    parts = [(args.annotations, args.num_epochs)]
+    if args.curriculum:
+        parts = parse_curriculum(args.curriculum)
+    if args.decoder or args.pretrained_encoder:
+        return plan_stages(parts)
+    return plan_stages(parts, args.encoder_epochs or parts[0][1])
+
+
+class Data:
+    """What a stage trains and validates on, at working size; fills in --height and --width."""
+
+    def __init__(self, args: argparse.Namespace, annotations: str):
+        train, val = open_training_data(
+            args.dataset,
+            args.datadir or ROOT / "datasets" / args.dataset,
+            args.height,
+            args.width,
+            annotations=annotations,
+            labels=args.labels,
+            class_file=args.classes,
+            val_every=args.val_every,
         )
-    train.transform = val.transform = resize_transform(size)
-    return train, val
+        args.height, args.width = train.size
+        self.scheme, self.workers = train.scheme, max(1, args.num_workers)
+        if args.cache:
+            defaults = vars(build_parser().parse_args([]))
+            options = {**vars(args), "annotations": annotations}
+            command = command_line(ROOT / "datasets/prepare_cityscapes.py", options, defaults)
+            train = CachedDataset(args.cache / cache_split(annotations), train, command)
+            val = CachedDataset(args.cache / "val", val, command)
+        self.train = SkippingDataset(train) if args.skip_damaged else train
+        self.val = val
+
+    @functools.cached_property
+    def class_counts(self) -> np.ndarray:
+        """Pixels of each class in each training label, (len, num_classes + 1), read once."""
+        return self.train.class_counts(self.workers)
 
 
-def weights_for(args: argparse.Namespace, train: SegmentationDataset) -> dict[str, list[float]]:
-    """Class weights of each stage."""
-    choice = args.class_weights
+def weights_for(args: argparse.Namespace, stage: Stage, data: Data) -> list[float]:
+    """Class weights of a stage."""
+    choice, num_classes = args.class_weights, data.scheme.num_classes
     if choice == "auto":
-        released = args.dataset == "cityscapes" and args.annotations == "fine"
+        released = args.dataset == "cityscapes" and stage.annotations == "fine"
         choice = "released" if released else "computed"
     if choice == "released":
         if args.dataset != "cityscapes":
             raise UserError("--class-weights released is for Cityscapes: choose computed")
-        return {stage: list(weights) for stage, weights in RELEASED_WEIGHTS.items()}
+        return list(RELEASED_WEIGHTS[stage.part])
     if choice == "none":
-        return dict.fromkeys(STAGES, [1.0] * train.scheme.num_classes)
-    shares = pixel_shares(train, max(1, args.num_workers))[: train.scheme.num_classes]
-    return {stage: class_weights(shares, c).tolist() for stage, c in WEIGHT_OFFSETS.items()}
+        return [1.0] * num_classes
+    shares = pixel_shares(data.class_counts)[:num_classes]
+    return class_weights(shares, WEIGHT_OFFSETS[stage.part]).tolist()
 
 
-def starting_point(
-    args: argparse.Namespace, net: LEDNet, run: RunFolder, checkpoints: Checkpoints
-) -> tuple[Progress, dict | None]:
-    """Load what the flags ask for; returns where to begin, and a trainer's state to restore."""
-    if args.resume:
-        path, checkpoint, complaints = checkpoints.load_latest(run.main)
-        for complaint in complaints:
-            run.say(f"{complaint}; going on from {path.name}")
-        if not {"meta", "trainer", "progress"} <= checkpoint.keys():
-            raise UserError(f"{path} holds weights alone: start a new run with --state {path}")
-        load_state(net, checkpoint["state_dict"], path)
-        meta, state = checkpoint["meta"], checkpoint["progress"]
-        progress = Progress(meta["stage"], meta["epoch"], **{k: state[k] for k in PROGRESS_KEYS})
-        run.write_records(progress.records)
-        step = progress.tally["step"] if progress.tally else 0
-        within = f", {step} batches into the next" if step else ""
-        run.say(f"resuming {progress.stage} after epoch {progress.epoch}{within} ({path.name})")
-        return progress, checkpoint["trainer"]
-    if args.state:
-        run.say(f"--state: {load_weights(net, args.state)}")
-    if args.pretrained_encoder:
-        report = load_weights(net, args.pretrained_encoder, part="encoder.")
-        run.say(f"--pretrainedEncoder: {report}")
-    skip = args.decoder or args.pretrained_encoder
-    return Progress("decoder" if skip else "encoder"), None
+def start_weights(args: argparse.Namespace, course: Course) -> None:
+    """Load what the flags ask for into a new run's network, and take over its normalisation."""
+    for flag, path, part in (
+        ("--state", args.state, ""),
+        ("--pretrainedEncoder", args.pretrained_encoder, "encoder."),
+    ):
+        if path:
+            content = read_checkpoint(path)
+            report = load_state(course.net, content["state_dict"], path, part)
+            meta = content.get("meta", {})
+            course.meta |= {key: meta[key] for key in ("mean", "std") if key in meta}
+            course.folder.say(f"{flag}: {report}")
 
 
-def train_stages(args: argparse.Namespace, world: World) -> None:
+def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
     """Build data and network, then train the stages that are left."""
-    train, val = open_data(args)
-    run = RunFolder(run_path(args), bool(args.resume), world.is_main)
-    checkpoints = Checkpoints(run.path, args.keep_checkpoints)
-    scheme = train.scheme
+    stages = stages_of(args)
+    open_data = functools.lru_cache(maxsize=1)(functools.partial(Data, args))
+    scheme = open_data(stages[0].annotations).scheme
+    folder, checkpoints = open_run(args, run_path(args), world)
     seed_everything(args.seed)
     net = LEDNet(scheme.num_outputs, args.variant, args.pyramid_channels)
-    progress, trainer_state = starting_point(args, net, run, checkpoints)
-    net.to(world.device)
-    if args.sync_batch_norm:
-        net = synchronize_batch_norm(net, world)
-    weights = weights_for(args, train)
-    if args.skip_damaged:
-        train = SkippingDataset(train)
     mean, std = NO_NORMALIZATION
-    augmentation = Augmentation(args.augment, mean, std)
-    run.write_options(plain_values(vars(args)), ROOT)
-    if world.is_main:
-        write_text(run.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
-    run.say(
-        f"{scheme.name}: {len(train)} training and {len(val)} validation images at "
-        f"{args.height}x{args.width}; LEDNet {args.variant}, {count_parameters(net):,} "
-        f"parameters, on {world.size} x {world.device}; {run.path}"
-    )
-    dashboard = None
-    if args.visualize and world.is_main:
-        dashboard = Dashboard(run.path.name, scheme, augmentation, port=args.port)
     meta = {
+        "model": f"LEDNet {args.variant}",
         "dataset": scheme.name,
         "classes": list(scheme.classes),
         "colors": [list(color) for color in scheme.colors],
@@ -371,67 +300,65 @@ def train_stages(args: argparse.Namespace, world: World) -> None:
         "std": list(std),
         "size": [args.height, args.width],
     }
-    epochs = {"encoder": args.encoder_epochs or args.num_epochs, "decoder": args.num_epochs}
-    optimization = Optimization(
-        **{field.name: getattr(args, field.name) for field in dataclasses.fields(Optimization)}
+    course = Course(net, stages, folder, checkpoints, meta, args.seed, keeper)
+    course.keep_every = args.epochs_save
+    state = course.resume() if args.resume else ()
+    if not args.resume:
+        start_weights(args, course)
+    net.to(world.device)
+    if args.sync_batch_norm:
+        net = course.net = synchronize_batch_norm(net, world)
+    augmentation = Augmentation(args.augment, course.meta["mean"], course.meta["std"])
+    folder.write_options(plain_values(vars(args)), ROOT)
+    if world.is_main:
+        write_text(folder.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
+
+    def equip(stage: Stage) -> Equipment:
+        data = open_data(stage.annotations)
+        weights = weights_for(args, stage, data)
+        folder.say(
+            f"{stage.title}: {stage.epochs} epochs of {len(data.train)} training and "
+            f"{len(data.val)} validation images of {scheme.name} at {args.height}x{args.width}"
+        )
+        model, pretrained = net.encoder_stage(), None
+        if stage.part == "decoder":
+            model = net
+            pretrained = Pretrained(net.encoder, args.encoder_lr_factor, args.freeze_encoder)
+        # The head of stage 1 has no part in stage 2.
+        net.encoder_head.requires_grad_(stage.part == "encoder")
+        criterion = WeightedCrossEntropy(weights, scheme.num_outputs)
+        task = Segmentation(criterion, augmentation, scheme.classes)
+        if args.visualize and world.is_main and course.dashboard is None:
+            course.dashboard = Dashboard(folder.path.name, task, scheme, port=args.port)
+        trainer = Trainer(
+            model, task, stage.epochs, world, optimization_of(args), args.iou_train, pretrained
+        )
+        loaders = make_loaders(
+            data.train,
+            data.val,
+            world,
+            args.batch_size,
+            args.num_workers,
+            args.seed,
+            class_counts=data.class_counts if args.class_uniform else None,
+            class_uniform=args.class_uniform or 0.0,
+        )
+        return Equipment(trainer, *loaders)
+
+    folder.say(
+        f"LEDNet {args.variant}, {count_parameters(net):,} parameters, on {world.size} x "
+        f"{world.device}; {folder.path}"
     )
-    request = StopRequest()
-    keeper = Keeper(world, request, args.save_steps, args.save_minutes)
-    with request.watching(), worker_failures():
-        for stage in STAGES[STAGES.index(progress.stage) :]:
-            if stage != progress.stage:
-                progress = Progress(stage, steps=progress.steps, records=progress.records)
-                trainer_state = None
-            # The head of stage 1 has no part in stage 2.
-            net.encoder_head.requires_grad_(stage == "encoder")
-            trainer = Trainer(
-                net.encoder_stage() if stage == "encoder" else net,
-                WeightedCrossEntropy(weights[stage], scheme.num_outputs),
-                augmentation,
-                scheme.num_classes,
-                epochs[stage],
-                world,
-                optimization,
-                args.iou_train,
-            )
-            if trainer_state is not None:
-                trainer.load_state_dict(trainer_state)
-            loaders = make_loaders(train, val, world, args.batch_size, args.num_workers, args.seed)
-            fit = Fit(
-                trainer,
-                net,
-                loaders,
-                progress,
-                run,
-                checkpoints,
-                meta,
-                args.seed,
-                keeper,
-                dashboard,
-                args.epochs_save,
-            )
-            fit.train()
-    run.say(
-        f"done: best val mIoU {progress.best_miou:.3f}; weights {run.path / BEST['decoder']}, "
-        f"curves {run.path / 'curves.png'}"
+    progress = train_stages(course, equip, *state)
+    folder.say(
+        f"done: best val mIoU {progress.best_score:.3f}; weights "
+        f"{folder.path / stages[-1].best_file}, curves {folder.path / 'curves.png'}"
     )
 
 
 def main() -> None:
     args = parse_options()
-    with lost_processes():
-        world = join_world(args.device)
-    try:
-        with autocast(world.device, args.precision):
-            pass  # refuses a precision that the device lacks, before anything is written
-        with lost_processes():
-            train_stages(args, world)
-    except Stopped as stopped:
-        if world.is_main:
-            print(f"{stopped}; go on with --resume", file=sys.stderr)
-        sys.exit(stopped.exit_status)
-    finally:
-        leave_world()
+    launch(args, lambda world, keeper: train(args, world, keeper))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,27 @@
-"""Pairs at working size, decoded once: memory-mapped shards on disk.
+"""Samples at working size, decoded once: memory-mapped shards on disk.
 
 A cache is a folder with one folder for each split:
 
-    train/manifest.json    what the shards hold, of which files, with checksums
-    train/000000.npy       (n, 4, H, W) uint8: red, green, blue and the class index
+    train/manifest.json    what decides on the content, and the number of shards
+    train/000000.npy       (n, C, H, W) uint8, what the `Source` encodes n samples to
+    train/000000.json      the files they are of, their facts, and a checksum
 
-What is read from it is what `SegmentationDataset` gives with `resize_transform`, bit for
-bit. A shard is written beside its name and moved into place, then the manifest with it:
-a build that was stopped, at any moment and in any way, goes on where it was.
+What is read from it is what the source gives, bit for bit. A shard is written beside its name
+and moved into place, then its JSON file with it: a build that was stopped, at any moment and
+in any way, goes on where it was. Opening and building hold one shard's entries at a time:
+ImageNet has 1.3 million.
 """
 
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -26,77 +29,115 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lednet.data.datasets import SegmentationDataset, count_classes
 from lednet.data.labels import LabelScheme
 from lednet.data.pairs import Pair
-from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
 from lednet.files import read_json, write_atomically, write_text
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 SHARD_PAIRS, MOST_SHARDS = 64, 256
 """Pairs in a shard, or more where that would make too many: each is an open file."""
 
-DATA_FLAGS = (
+SEGMENTATION_FLAGS = (
     "dataset", "datadir", "annotations", "labels", "classes", "val_every", "height", "width",
     "cache",
 )  # fmt: skip
+CLASSIFICATION_FLAGS = ("datadir", "cache", "stored_size")
 """Flags, as `argparse` names their values, that training and building have in common."""
 
 Stamp = list[str | int]
-"""Of a pair: image, its bytes and time of change in ns, label, its bytes and time."""
+"""Of a pair: image, its bytes and time of change in ns, then label, its bytes and time."""
 
 
-class CachedDataset(SegmentationDataset):
-    """A split read from its cache, in place of the `SegmentationDataset` it was built of.
+class Source(Protocol):
+    """A data set that can be cached: its samples come from files, each time the same.
 
-    Opening compares the manifest with the data set (names, sizes and times of its files,
-    its classes), the shards' lengths with the manifest, and the first pair with its files
-    read anew: other versions of the libraries may decode or resize otherwise.
+    Attributes:
+        pairs: files of each sample; a slice of it is a sequence too.
+        encoded_shape: (C, H, W) of what `encode` gives.
+    """
+
+    pairs: Sequence[Pair]
+    encoded_shape: tuple[int, int, int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]: ...
+
+    def cache_options(self) -> dict[str, Any]:
+        """What decides on the encoded samples besides the files, as JSON gives it back."""
+        ...
+
+    def encode(self, index: int) -> tuple[Tensor, list[int]]:
+        """A sample as uint8 planes, contiguous, and some integers: its facts."""
+        ...
+
+    def decode(self, planes: Tensor, facts: list[int]) -> tuple[Tensor, ...]:
+        """From what `encode` gave of it, the very sample."""
+        ...
+
+
+class CachedDataset(Dataset):
+    """A split read from its cache, in place of the source it was built of.
+
+    Opening compares the cache with the source (names, sizes and times of its files, its
+    options) and the shards' lengths, and reads the first sample's files anew: other versions
+    of the libraries may decode or resize otherwise.
 
     Args:
         folder: of the split, inside the cache.
         source: the split as it lies on disk.
-        size: (height, width) in pixels.
         command: builds the cache; for messages.
+
+    Attributes:
+        facts: (len, k) int64, those of each sample.
 
     Raises:
         UserError: there is no such cache, or it is not (any more) what `source` gives.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        source: SegmentationDataset,
-        size: tuple[int, int],
-        command: str,
-    ):
-        super().__init__(source.pairs, source.scheme, resize_transform(size))
-        self.folder, self.command = Path(folder), command
+    def __init__(self, folder: str | os.PathLike, source: Source, command: str):
+        self.folder, self.source, self.command = Path(folder), source, command
+        self.pairs = source.pairs
         self._maps: dict[int, np.ndarray] = {}
         if not (self.folder / MANIFEST).is_file():
             raise UserError(f"no cache in {folder}: build it with `{command}`")
-        self.manifest = read_json(self.folder / MANIFEST)
-        if other := _other_option(self.manifest, source.scheme, size):
+        self._manifest = read_json(self.folder / MANIFEST)
+        if other := _other_option(self._manifest, source):
             self._refuse(f"the cache in {folder} differs in its {other}", " --rebuild")
-        shards = self.manifest["shards"]
-        if len(shards) < self.manifest["total"]:
-            self._refuse(f"the cache in {folder} is unfinished")
-        built = [stamp for shard in shards.values() for stamp in shard["stamps"]]
-        if change := _change(built, _stamps(self.pairs)):
-            self._refuse(f"{change} since the cache in {folder} was built")
-        for name, shard in shards.items():
-            path = self.folder / name
+        files, facts = _Files(source.pairs), []
+        for number, entry in enumerate(self._entries()):
+            start = number * self._manifest["shard_pairs"]
+            if entry["stamps"] != files.stamps(start, start + self._manifest["shard_pairs"]):
+                self._refuse_files(files)
+            path = self.folder / _shard_name(number)
             found = path.stat().st_size if path.is_file() else 0
-            if found != shard["bytes"]:
-                self._refuse(f"{path} has {found} of its {shard['bytes']} bytes")
-        if not all(map(torch.equal, self[0], self.prepare(*self.read(0)))):
+            if found != entry["bytes"]:
+                self._refuse(f"{path} has {found} of its {entry['bytes']} bytes")
+            facts.append(np.array(entry["facts"], dtype=np.int64))
+        self.facts = np.concatenate(facts)
+        if len(self.facts) < len(source):
+            self._refuse_files(files)
+        if not all(map(torch.equal, self[0], source[0])):
             image = self.pairs[0].image
             self._refuse(f"{image} is now read otherwise than into {folder}", " --rebuild")
 
     def _refuse(self, reason: str, flag: str = "") -> NoReturn:
         raise UserError(f"{reason}: bring the cache up to date with `{self.command}{flag}`")
+
+    def _refuse_files(self, files: "_Files") -> NoReturn:
+        built = [stamp for entry in self._entries() for stamp in entry["stamps"]]
+        change = _change(built, files.stamps(0, len(self)))
+        self._refuse(f"{change} since the cache in {self.folder} was built")
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        """What the JSON file of each shard holds."""
+        for number in range(self._manifest["shards"]):
+            path = self.folder / _entry_name(number)
+            if not path.is_file():
+                self._refuse(f"the cache in {self.folder} is unfinished")
+            yield read_json(path)
 
     def verify(self) -> None:
         """Read all shards and compare their checksums.
@@ -104,29 +145,48 @@ class CachedDataset(SegmentationDataset):
         Raises:
             UserError: a shard is damaged.
         """
-        for name, shard in tqdm(self.manifest["shards"].items(), "verifying", unit="shard"):
-            if _checksum(self.folder / name) != shard["checksum"]:
-                self._refuse(f"{self.folder / name} is damaged")
+        shards = tqdm(self._entries(), "verifying", self._manifest["shards"], unit="shard")
+        for number, entry in enumerate(shards):
+            path = self.folder / _shard_name(number)
+            if _checksum(path, entry["facts"]) != entry["checksum"]:
+                self._refuse(f"{path} is damaged")
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        number, row = divmod(range(len(self))[index], self.manifest["shard_pairs"])
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        index = range(len(self))[index]
+        number, row = divmod(index, self._manifest["shard_pairs"])
         if number not in self._maps:  # each process maps for itself
             self._maps[number] = np.load(self.folder / _shard_name(number), mmap_mode="r")
         planes = torch.from_numpy(np.array(self._maps[number][row]))
-        return planes[:3], planes[3]
+        return self.source.decode(planes, self.facts[index].tolist())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # pickled, a map would be its whole file
 
-    def count_pixels(self, workers: int = 4) -> np.ndarray:
+    @property
+    def classes(self) -> Sequence[str]:
+        """Of images in folders of classes."""
+        return self.source.classes
+
+    # Of a segmentation, whose facts are the pixels of each class:
+
+    @property
+    def scheme(self) -> LabelScheme:
+        return self.source.scheme
+
+    def count_label(self, index: int) -> np.ndarray:
+        return self.facts[index]
+
+    def class_counts(self, workers: int = 4) -> np.ndarray:
         """As counted in the label files, at their size, when the cache was built."""
-        return np.sum([shard["counts"] for shard in self.manifest["shards"].values()], axis=0)
+        return self.facts
 
 
 def build_cache(
     folder: str | os.PathLike,
-    splits: Mapping[str, SegmentationDataset],
-    size: tuple[int, int],
+    splits: Mapping[str, Source],
     workers: int = 0,
     rebuild: bool = False,
     shard_pairs: int = SHARD_PAIRS,
@@ -136,7 +196,6 @@ def build_cache(
     Args:
         folder: of the cache, made if need be.
         splits: the data of each split, by the name of its folder.
-        size: (height, width) in pixels.
         workers: decoding processes; 0 decodes in this one.
         rebuild: keep nothing of a cache that is there.
 
@@ -146,9 +205,9 @@ def build_cache(
     """
     folder = Path(folder)
     builds = [
-        _Build(folder / name, source, size, rebuild, shard_pairs) for name, source in splits.items()
+        _Build(folder / name, source, rebuild, shard_pairs) for name, source in splits.items()
     ]
-    needed = sum(len(build.missing) for build in builds) * 4 * size[0] * size[1]
+    needed = sum(build.bytes_to_come for build in builds)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
@@ -159,174 +218,174 @@ def build_cache(
         build.run(workers)
 
 
-def command_line(script: Path, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """The command that gives `script` those of `DATA_FLAGS` that are not at their defaults."""
+def command_line(
+    script: Path,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    flags: Sequence[str] = SEGMENTATION_FLAGS,
+) -> str:
+    """The command that gives `script` those of `flags` that are not at their defaults."""
     words = ["python", str(script)]
-    for name in DATA_FLAGS:
+    for name in flags:
         if options[name] != defaults[name]:
             words += [f"--{name.replace('_', '-')}", str(options[name])]
     return shlex.join(words)
 
 
 class _Build:
-    """One split's way to its shards.
+    """One split's way to its shards."""
 
-    Attributes:
-        stamps: what belongs into each shard.
-        manifest: names the shards that are there.
-        missing: indices of the pairs whose shards are not.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        source: SegmentationDataset,
-        size: tuple[int, int],
-        rebuild: bool,
-        shard_pairs: int,
-    ):
-        self.folder, self.source, self.size = folder, source, size
-        step = max(shard_pairs, -(-len(source) // MOST_SHARDS))
-        stamps = _stamps(source.pairs)
-        starts = range(0, len(stamps), step)
-        self.stamps = {_shard_name(i // step): stamps[i : i + step] for i in starts}
+    def __init__(self, folder: Path, source: Source, rebuild: bool, shard_pairs: int):
+        self.folder, self.source, self.files = folder, source, _Files(source.pairs)
+        self.step = max(shard_pairs, math.ceil(len(source) / MOST_SHARDS))
+        count = math.ceil(len(source) / self.step)
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if MANIFEST not in there and not all(name.startswith(".") for name in there):
             raise UserError(f"{folder} holds something else: choose another --cache")
-        kept = {} if rebuild else self._sound_shards()
-        self.manifest = {
-            **_options(source.scheme, size),
-            "shard_pairs": step,
-            "total": len(self.stamps),
-            "shards": kept,
-        }
-        self.missing = [i for i in range(len(stamps)) if _shard_name(i // step) not in kept]
-        self._write_manifest()
-        for name in there - {MANIFEST, *kept}:  # also what a killed build left half-written
+        sound = [] if rebuild or MANIFEST not in there else self._sound_shards(count)
+        self.missing = sorted(set(range(count)) - set(sound))
+        # Before the manifest tells otherwise of them. Also what a killed build left half-written.
+        kept = {MANIFEST, *map(_shard_name, sound), *map(_entry_name, sound)}
+        for name in there - kept:
             if name.endswith((".npy", ".json")):
                 (folder / name).unlink()
+        manifest = {**_options(source), "shard_pairs": self.step, "shards": count}
+        write_text(folder / MANIFEST, json.dumps(manifest) + "\n")
 
-    def _sound_shards(self) -> dict[str, dict[str, Any]]:
-        """Entries of the manifest whose shards are up to date and undamaged."""
-        if not (self.folder / MANIFEST).is_file():
-            return {}
-        manifest = read_json(self.folder / MANIFEST)
-        if other := _other_option(manifest, self.source.scheme, self.size):
+    def _sound_shards(self, count: int) -> list[int]:
+        """Those of the first `count` shards that are there, up to date and undamaged."""
+        if other := _other_option(read_json(self.folder / MANIFEST), self.source):
             raise UserError(
                 f"the cache in {self.folder} differs in its {other}: choose another --cache, "
                 "or add --rebuild to replace it"
             )
-        sound = {}
-        for name, shard in tqdm(manifest["shards"].items(), "checking", unit="shard", leave=False):
-            path, stamps = self.folder / name, self.stamps.get(name)
-            up_to_date = shard["stamps"] == stamps and path.is_file()
-            if up_to_date and _checksum(path) == shard["checksum"]:
-                sound[name] = shard
-        return sound
+        numbers = tqdm(range(count), "checking", unit="shard", leave=False)
+        return list(filter(self._is_sound, numbers))
+
+    def _is_sound(self, number: int) -> bool:
+        path, entry_path = self.folder / _shard_name(number), self.folder / _entry_name(number)
+        if not path.is_file() or not entry_path.is_file():
+            return False
+        entry, indices = read_json(entry_path), self._indices(number)
+        up_to_date = entry["stamps"] == self.files.stamps(indices.start, indices.stop)
+        return up_to_date and entry["checksum"] == _checksum(path, entry["facts"])
+
+    def _indices(self, number: int) -> range:
+        """Of the samples that belong into a shard."""
+        return range(len(self.source))[number * self.step : (number + 1) * self.step]
+
+    @property
+    def bytes_to_come(self) -> int:
+        samples = sum(len(self._indices(number)) for number in self.missing)
+        return samples * math.prod(self.source.encoded_shape)
 
     def run(self, workers: int) -> None:
         """Decode what is missing, in order and in parallel, and write it."""
-        total, kept = len(self.source), len(self.source) - len(self.missing)
+        indices = [index for number in self.missing for index in self._indices(number)]
         loader = DataLoader(
-            _Decoded(self.source, self.size),
+            _Encoded(self.source, self.files),
             batch_size=None,
-            sampler=self.missing,
+            sampler=indices,
             num_workers=workers,
         )
-        with tqdm(total=total, initial=kept, desc=self.folder.name, unit="pair") as bar:
-            pairs = iter(loader) if self.missing else iter(())
-            for name in sorted(self.stamps.keys() - self.manifest["shards"].keys()):
-                self._write_shard(name, pairs, bar)
-                self._write_manifest()
+        total = len(self.source)
+        with tqdm(
+            total=total, initial=total - len(indices), desc=self.folder.name, unit="image"
+        ) as bar:
+            samples = iter(loader) if indices else iter(())
+            for number in self.missing:
+                self._write_shard(number, samples, bar)
 
-    def _write_shard(self, name: str, pairs: Iterator[tuple[Tensor, Tensor]], bar: tqdm) -> None:
-        """Write the next pairs one by one, as numpy.save would all at once."""
-        path, stamps = self.folder / name, self.stamps[name]
-        counts = torch.zeros(self.source.scheme.num_classes + 1, dtype=torch.int64)
-        shape = (len(stamps), 4, *self.size)
+    def _write_shard(
+        self, number: int, samples: Iterator[tuple[Stamp, Tensor, list[int]]], bar: tqdm
+    ) -> None:
+        """Write the next samples one by one, as numpy.save would all at once."""
+        path, length = self.folder / _shard_name(number), len(self._indices(number))
+        stamps, facts = [], []
+        shape = (length, *self.source.encoded_shape)
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with write_atomically(path) as temporary, open(temporary, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for planes, counted in islice(pairs, len(stamps)):
+            for stamp, planes, its_facts in islice(samples, length):
                 file.write(planes.numpy())
-                counts += counted
+                stamps.append(stamp)
+                facts.append(its_facts)
                 bar.update()
-        self.manifest["shards"][name] = {
+        entry = {
             "bytes": path.stat().st_size,
-            "checksum": _checksum(path),
-            "counts": counts.tolist(),
+            "checksum": _checksum(path, facts),
+            "facts": facts,
             "stamps": stamps,
         }
-
-    def _write_manifest(self) -> None:
-        self.manifest["shards"] = dict(sorted(self.manifest["shards"].items()))
-        write_text(self.folder / MANIFEST, json.dumps(self.manifest) + "\n")
+        write_text(self.folder / _entry_name(number), json.dumps(entry) + "\n")
 
 
-class _Decoded(Dataset):
-    """Each pair as its shard holds it, and its pixels of each class at full size."""
+class _Encoded(Dataset):
+    """Each sample as its shard holds it, with its facts and the stamp of its files."""
 
-    def __init__(self, source: SegmentationDataset, size: tuple[int, int]):
-        self.source = SegmentationDataset(source.pairs, source.scheme, resize_transform(size))
+    def __init__(self, source: Source, files: "_Files"):
+        self.source, self.files = source, files
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, label = self.source.read(index)
-        counts = torch.from_numpy(count_classes(label, self.source.scheme))
-        small, small_label = self.source.prepare(image, label)
-        return torch.cat((small, small_label[None])), counts
+    def __getitem__(self, index: int) -> tuple[Stamp, Tensor, list[int]]:
+        stamp = self.files.stamps(index, index + 1)[0]  # a later change shall be noticed
+        return stamp, *self.source.encode(index)
 
 
 def _shard_name(number: int) -> str:
     return f"{number:06d}.npy"
 
 
-def _checksum(path: Path) -> str:
+def _entry_name(number: int) -> str:
+    return f"{number:06d}.json"
+
+
+def _checksum(path: Path, facts: list[list[int]]) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+        digest = hashlib.file_digest(file, "blake2b")
+    digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()[:32]
 
 
-def _options(scheme: LabelScheme, size: tuple[int, int]) -> dict[str, Any]:
-    """What decides on the content of the shards besides the files, as JSON gives it back."""
-    return {
-        "version": VERSION,
-        "size": list(size),
-        "classes": list(scheme.classes),
-        "label values": sorted(map(list, scheme.file_ids.items())),
-    }
+def _options(source: Source) -> dict[str, Any]:
+    return {"version": VERSION, **source.cache_options()}
 
 
-def _other_option(
-    manifest: Mapping[str, Any], scheme: LabelScheme, size: tuple[int, int]
-) -> str | None:
+def _other_option(manifest: Mapping[str, Any], source: Source) -> str | None:
     """The first option in which a manifest differs from what is wanted."""
-    for name, wanted in _options(scheme, size).items():
+    for name, wanted in _options(source).items():
         found = manifest.get(name)
         if found != wanted:
             return name + (f" ({found}, not {wanted})" if name in ("version", "size") else "")
     return None
 
 
-def _stamps(pairs: Sequence[Pair]) -> list[Stamp]:
-    """Tell each pair's files from changed ones; names are relative, so the data may move."""
-    files = [[path for path in pair if path] for pair in pairs]
-    root = os.path.commonpath([path.parent for both in files for path in both])
-    stamps = []
-    for both in files:
+class _Files:
+    """Tells the files of pairs from changed ones; names are relative, so the data may move."""
+
+    def __init__(self, pairs: Sequence[Pair]):
+        self.pairs = pairs
+        folders = {os.path.dirname(path) for pair in pairs for path in pair if path}
+        self.root = Path(os.path.commonpath(folders), "_").as_posix()[:-1]  # ends with a slash
+
+    def stamps(self, start: int, stop: int) -> list[Stamp]:
+        return [self._stamp(pair) for pair in self.pairs[start:stop]]
+
+    def _stamp(self, pair: Pair) -> Stamp:
         stamp: Stamp = []
-        for path in both:
+        for path in filter(None, pair):
             try:
-                status = path.stat()
+                status = os.stat(path)
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror}; restore it") from error
-            stamp += [path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns]
-        stamps.append(stamp)
-    return stamps
+            name = path.as_posix().removeprefix(self.root)  # quick, where there are millions
+            stamp += [name, status.st_size, status.st_mtime_ns]
+        return stamp
 
 
-def _change(old: Sequence[Stamp], new: Sequence[Stamp]) -> str | None:
+def _change(old: Sequence[Stamp], new: Sequence[Stamp]) -> str:
     """What happened to the first file that is not in the same state in both lists."""
     before, after = ({stamp[0]: stamp for stamp in stamps} for stamps in (old, new))
     for name in sorted(before.keys() | after.keys()):
@@ -337,4 +396,4 @@ def _change(old: Sequence[Stamp], new: Sequence[Stamp]) -> str | None:
         for i in (0, 3):
             if before[name][i : i + 3] != after[name][i : i + 3]:
                 return f"{after[name][i]} has changed"
-    return None if list(old) == list(new) else "the order of the files has changed"
+    return "the order of the files has changed"

@@ -1,6 +1,7 @@
 """Data sets: pairs of files and a label scheme behind one `SegmentationDataset`."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
@@ -21,20 +22,37 @@ from lednet.data.pairs import (
     cityscapes_pairs,
     detect_cityscapes_encoding,
     folder_pairs,
+    ground_truth,
     hold_out,
 )
+from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
 
 DATASETS = ("cityscapes", "camvid", "folders")
 DEFAULT_SIZES = {"cityscapes": (512, 1024), "camvid": (360, 480)}
 """(height, width) that the published numbers of each data set refer to."""
 
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
+
+# PIL's, of senseless EXIF for instance: such an image is used as it is. For good: a filter
+# that comes and goes makes Python forget which warnings, of anybody's, it has shown once.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 def open_image(path: Path) -> Image.Image:
     """Open and decode an image file.
 
     Raises:
-        UserError: missing, truncated, or no image.
+        UserError: missing, truncated, no image, or one of more than 178 million pixels.
     """
     try:
         image = Image.open(path)
@@ -43,6 +61,8 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"no file {path}: it was there when the run began; restore it") from error
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
         raise UserError(f"{path} is damaged ({error}): copy it again") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path} is too large ({error}): shrink or remove it") from error
     return image
 
 
@@ -64,7 +84,8 @@ def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
         upright: turn a PIL image as its EXIF orientation says.
 
     Raises:
-        UserError: an array of another kind, or an image of 32-bit values.
+        UserError: an array of another kind, or an image of 32-bit values or a colour mode
+            that PIL cannot convert.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
@@ -75,15 +96,30 @@ def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
         if planes.shape[2] not in (1, 3, 4):
             raise UserError(f"an image has 1, 3 or 4 channels last, not {image.shape}")
         return planes[..., :3].repeat(3 if planes.shape[2] == 1 else 1, axis=2)
-    if upright:
-        image = ImageOps.exif_transpose(image)
+    name = getattr(image, "filename", "") or "the image"
     if image.mode in ("I", "F"):
-        name = getattr(image, "filename", "") or "the image"
         raise UserError(f"{name} has 32-bit values ({image.mode}): save it with 8 or 16 bits")
+    if upright:
+        image = _upright(image)
     if image.mode.startswith("I;16"):  # PIL's own conversion would clip it to white
         grey = np.array(image).astype(np.float32) / 257
         return to_rgb(grey.round().astype(np.uint8))
-    return np.array(image.convert("RGB"))
+    try:
+        return np.array(image.convert("RGB"))
+    except ValueError as error:
+        raise UserError(f"{name} has the colour mode {image.mode}: save it as RGB") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says, if that can be read.
+
+    PIL's own function also writes the EXIF anew, and fails where another entry of it is odd.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a parser of many kinds, on bytes of any kind
+        return image
+    return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
 
 
 def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
@@ -112,21 +148,23 @@ def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
 
 
 class SegmentationDataset(Dataset):
-    """Images with their label maps.
+    """Images with their label maps: (uint8 (3, H, W), uint8 (H, W)).
+
+    With a size, `lednet.data.cache` takes it.
 
     Args:
         pairs: image and label files; a pair without a label gets an all-void one.
         scheme: classes, and what the label files' values mean.
-        transform: takes and returns (`tv_tensors.Image` uint8 (3, H, W),
-            `tv_tensors.Mask` uint8 (H, W)); see `lednet.data.transforms`.
+        size: (height, width) in pixels that images and labels are brought to; None for
+            that of each file.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], scheme: LabelScheme, transform: Callable | None = None
+        self, pairs: Sequence[Pair], scheme: LabelScheme, size: tuple[int, int] | None = None
     ):
         self.pairs = list(pairs)
         self.scheme = scheme
-        self.transform = transform
+        self.size = size
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -146,42 +184,63 @@ class SegmentationDataset(Dataset):
         return image, label
 
     def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bring what `read` returns to tensors, (3, H, W) and (H, W), and transform them."""
+        """Bring what `read` returns to tensors of the working size, (3, H, W) and (H, W)."""
         pixels, classes = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
-        if self.transform is None:
+        if self.size is None:
             return pixels, classes
-        return self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(classes))
+        resize = resize_transform(self.size)
+        return resize(tv_tensors.Image(pixels), tv_tensors.Mask(classes))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.prepare(*self.read(index))
 
-    def count_pixels(self, workers: int = 4) -> np.ndarray:
-        """Pixels of each class in the label files, (num_classes + 1,) int64, void last.
+    def count_label(self, index: int) -> np.ndarray:
+        """Pixels of each class in a label file, (num_classes + 1,) int64, void last."""
+        return count_classes(read_label(self.pairs[index].label, self.scheme), self.scheme)
 
-        Shows a progress bar. The bigger part of the work, decoding, runs in threads.
+    def class_counts(self, workers: int = 4) -> np.ndarray:
+        """Those of all label files, (len, num_classes + 1) int64, at the files' own size.
+
+        Shows a progress bar.
         """
+        return _count_labels(self.count_label, len(self), workers)
 
-        def count(pair: Pair) -> np.ndarray:
-            return count_classes(read_label(pair.label, self.scheme), self.scheme)
+    @property
+    def encoded_shape(self) -> tuple[int, int, int]:
+        """Of a pair in a cache: red, green, blue and the class index."""
+        return (4, *self.size)
 
-        total = np.zeros(self.scheme.num_classes + 1, dtype=np.int64)
-        with ThreadPoolExecutor(workers) as pool:
-            counts = pool.map(count, self.pairs)
-            for counted in tqdm(counts, "class shares", len(self), unit="label", leave=False):
-                total += counted
-        return total
+    def cache_options(self) -> dict[str, Any]:
+        return {
+            "size": list(self.size),
+            "classes": list(self.scheme.classes),
+            "label values": sorted(map(list, self.scheme.file_ids.items())),
+        }
+
+    def encode(self, index: int) -> tuple[torch.Tensor, list[int]]:
+        """A pair for a cache, and the pixels of each class as in `count_label`."""
+        image, label = self.read(index)
+        pixels, classes = self.prepare(image, label)
+        counts = count_classes(label, self.scheme)
+        return torch.cat((pixels, classes[None])), counts.tolist()
+
+    def decode(self, planes: torch.Tensor, facts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return planes[:3], planes[3]
 
 
 class SkippingDataset(Dataset):
-    """Training data in which a pair that cannot be read is replaced by the next that can.
+    """Training data in which a sample that cannot be read is replaced by the next that can.
 
     Attributes:
-        damaged: (len,) bool, pairs that were replaced so far, shared by loading processes.
+        damaged: (len,) bool, samples that were replaced so far or whose label could not be
+            counted, shared by loading processes.
     """
 
-    def __init__(self, data: SegmentationDataset):
+    def __init__(self, data: Dataset):
         self.data = data
-        self.scheme, self.pairs = data.scheme, data.pairs
+        self.pairs = data.pairs
+        if hasattr(data, "scheme"):
+            self.scheme = data.scheme
         self.damaged = torch.zeros(len(data), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -196,6 +255,32 @@ class SkippingDataset(Dataset):
                 self.damaged[other] = True
                 last = error
         raise last
+
+    def count_label(self, index: int) -> np.ndarray:
+        """As of the data, or nothing where the label cannot be read."""
+        try:
+            return self.data.count_label(index)
+        except UserError:
+            self.damaged[index] = True
+            return np.zeros(self.scheme.num_classes + 1, dtype=np.int64)
+
+    def class_counts(self, workers: int = 4) -> np.ndarray:
+        """As `SegmentationDataset.class_counts`, zeros for each label that cannot be read.
+
+        Raises:
+            UserError: none can be.
+        """
+        counts = _count_labels(self.count_label, len(self), workers)
+        if not counts.any():
+            self.data.count_label(0)
+        return counts
+
+
+def _count_labels(count: Callable[[int], np.ndarray], length: int, workers: int) -> np.ndarray:
+    """`count` of each index, (length, ...). The bigger part of it, decoding, runs in threads."""
+    with ThreadPoolExecutor(workers) as pool:
+        counts = pool.map(count, range(length))
+        return np.stack(list(tqdm(counts, "class shares", length, unit="label", leave=False)))
 
 
 def count_classes(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
@@ -273,7 +358,7 @@ def open_dataset(
             with or without a folder for each split inside, and a class file).
         root: the data set's folder.
         split: "train", "val", "test" or, for Cityscapes' coarse images, "train_extra".
-        annotations: "fine" or "coarse" (Cityscapes).
+        annotations: "fine" or, of Cityscapes, "coarse".
         labels: "auto" (by the file names), "labelIds" or "labelTrainIds" (Cityscapes).
         class_file: classes of own data; default `classes.yaml` in `root`.
         val_every: where there is no validation folder, hold out every n-th training
@@ -285,6 +370,8 @@ def open_dataset(
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no folder {root}: give the data set's folder with --datadir")
+    if annotations != "fine" and name != "cityscapes":
+        raise UserError(f"{name} has no {annotations} annotations: choose fine")
     folder = "train" if val_every and split == "val" else split
     if name == "cityscapes":
         if labels == "auto":
@@ -310,6 +397,19 @@ def open_dataset(
     return SegmentationDataset(pairs, scheme)
 
 
+TRAINING_PARTS = {
+    "fine": (("train", "fine"),),
+    "coarse": (("train_extra", "coarse"), ("train", "coarse")),
+    "both": (("train", "fine"), ("train_extra", "coarse")),
+}
+"""What is trained on: splits and the annotations of each; all but "fine" are Cityscapes only."""
+
+
+def cache_split(annotations: str) -> str:
+    """Name of the training data's folder in a cache, which may hold several."""
+    return "train" if annotations == "fine" else f"train_{annotations}"
+
+
 def open_training_data(
     name: str,
     root: str | os.PathLike,
@@ -318,30 +418,42 @@ def open_training_data(
     *,
     annotations: str = "fine",
     **options: Any,
-) -> tuple[SegmentationDataset, SegmentationDataset, tuple[int, int]]:
-    """What training reads: training data, validation data and the working size.
+) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """What training reads: training data and validation data, at working size.
 
     Args:
         height, width: of the working size in pixels; by default that of the published
             numbers, or of own data's first image.
-        annotations: "coarse" trains on Cityscapes' train_extra, validated on fine val.
+        annotations: a key of `TRAINING_PARTS`; those of the validation data are always fine.
         options: `labels`, `class_file` and `val_every` of `open_dataset`, as the rest.
 
     Raises:
-        UserError: see `open_dataset`.
+        UserError: see `open_dataset`; or the parts' labels are of different kinds.
     """
-    split = "train_extra" if annotations == "coarse" else "train"
-    train = open_dataset(name, root, split, annotations=annotations, **options)
+    kinds = TRAINING_PARTS[annotations]
+    parts = [open_dataset(name, root, split, annotations=kind, **options) for split, kind in kinds]
+    scheme = parts[0].scheme
+    if any(part.scheme != scheme for part in parts):
+        folders = " and ".join(f"{ground_truth(kind)}/{split}" for split, kind in kinds)
+        raise UserError(
+            f"of {folders} in {root}, one holds labelIds and the other labelTrainIds: give both "
+            "the same, or name what both hold with --labels"
+        )
+    train = SegmentationDataset([pair for part in parts for pair in part.pairs], scheme)
     val = open_dataset(name, root, "val", **options)
     default = DEFAULT_SIZES.get(name) or train.read(0)[0].shape[:2]
-    return train, val, (height or default[0], width or default[1])
+    train.size = val.size = (height or default[0], width or default[1])
+    return train, val
 
 
-def pixel_shares(dataset: SegmentationDataset, workers: int = 4) -> np.ndarray:
-    """Share of each class of all pixels of the label files, void last.
+def pixel_shares(class_counts: np.ndarray) -> np.ndarray:
+    """Share of each class of all pixels, void last.
+
+    Args:
+        class_counts: (len, num_classes + 1), of `SegmentationDataset.class_counts`.
 
     Returns:
         (num_classes + 1,) float64, sum 1.
     """
-    counts = dataset.count_pixels(workers)
-    return counts / counts.sum()
+    total = class_counts.sum(axis=0)
+    return total / total.sum()

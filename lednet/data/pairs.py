@@ -9,6 +9,13 @@ from lednet.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 CITYSCAPES_ENCODINGS = ("labelIds", "labelTrainIds")
+CITYSCAPES_ARCHIVES = {
+    "leftImg8bit": "leftImg8bit_trainvaltest.zip",
+    "leftImg8bit/train_extra": "leftImg8bit_trainextra.zip",
+    "gtFine": "gtFine_trainvaltest.zip",
+    "gtCoarse": "gtCoarse.zip",
+}
+"""Which download a folder comes from."""
 
 
 class Pair(NamedTuple):
@@ -76,6 +83,21 @@ def _refuse_empty(images: Iterable, folder: Path) -> None:
         raise UserError(f"{folder} holds no images (png or jpg): check the data folder and split")
 
 
+def ground_truth(annotations: str) -> str:
+    """What Cityscapes calls "fine" or "coarse" annotations in folders and file names."""
+    return f"gt{annotations.capitalize()}"
+
+
+def _cityscapes_folder(root: str | os.PathLike, kind: str, split: str) -> Path:
+    """Folder of a split's images ("leftImg8bit") or labels ("gtFine", "gtCoarse")."""
+    folder = f"{kind}/{split}"
+    archive = CITYSCAPES_ARCHIVES.get(folder, CITYSCAPES_ARCHIVES[kind])
+    next_step = f"unpack {archive} into {root}, or name another folder with --datadir"
+    if folder == "gtFine/train_extra":
+        next_step = "choose coarse annotations, train_extra has no others"
+    return _require_folder(Path(root, folder), next_step)
+
+
 def detect_cityscapes_encoding(root: Path, split: str, annotations: str) -> str:
     """Tell from the file names whether a split's labels are labelIds or labelTrainIds.
 
@@ -85,8 +107,8 @@ def detect_cityscapes_encoding(root: Path, split: str, annotations: str) -> str:
     Raises:
         UserError: neither is there.
     """
-    kind = f"gt{annotations.capitalize()}"
-    folder = _require_folder(root / kind / split, f"--datadir must hold {kind}/{split}")
+    kind = ground_truth(annotations)
+    folder = _cityscapes_folder(root, kind, split)
     for encoding in CITYSCAPES_ENCODINGS:
         if any(folder.rglob(f"*_{kind}_{encoding}.png")):
             return encoding
@@ -103,8 +125,8 @@ def cityscapes_labels(
 
     Args and errors as `cityscapes_pairs`; images need not be there.
     """
-    kind = f"gt{annotations.capitalize()}"
-    folder = _require_folder(Path(root) / kind / split, f"--datadir must hold {kind}/{split}")
+    kind = ground_truth(annotations)
+    folder = _cityscapes_folder(root, kind, split)
     ending = f"_{kind}_{encoding}"
     return _by_name(folder.rglob(f"*{ending}.png"), ending, "labels")
 
@@ -126,9 +148,7 @@ def cityscapes_pairs(
             names the first ones and their number.
     """
     root = Path(root)
-    image_folder = _require_folder(
-        root / "leftImg8bit" / split, "--datadir must hold leftImg8bit/" + split
-    )
+    image_folder = _cityscapes_folder(root, "leftImg8bit", split)
     ending = "_leftImg8bit"
     images = _by_name(_images_below(image_folder, ending), ending, "images")
     _refuse_empty(images, image_folder)

@@ -1,7 +1,7 @@
 """Pictures of a run: curves, per-class bars, contact sheets."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -16,7 +16,6 @@ from lednet.deploy.predictor import Predictor
 from lednet.evaluation.draw import colorize, draw_legend
 from lednet.files import write_atomically
 
-_STAGE_TITLES = {"encoder": "Stage 1: encoder", "decoder": "Stage 2: full network"}
 _TRAIN_COLOR, _VAL_COLOR = "#4c78a8", "#f58518"
 
 
@@ -25,20 +24,30 @@ def _save(figure: Figure, path: str | os.PathLike) -> None:
         figure.savefig(temporary, dpi=110)
 
 
-def plot_curves(records: Sequence[dict[str, Any]], path: str | os.PathLike, title: str) -> None:
-    """Draw loss and mIoU over the epochs, a column for each training stage.
+def plot_curves(
+    records: Sequence[dict[str, Any]],
+    path: str | os.PathLike,
+    title: str,
+    stages: Mapping[str, str],
+    score: str = "miou",
+    score_name: str = "mIoU",
+) -> None:
+    """Draw loss and score over the epochs, a column for each training stage.
 
     Args:
         records: the lines of a run's `log.jsonl`.
         path: PNG to write.
+        stages: title of each stage, by its name in the records.
+        score: key of a number in [0, 1], behind "train_" and "val_".
+        score_name: how people call it.
     """
-    stages = [s for s in _STAGE_TITLES if any(r["stage"] == s for r in records)]
+    stages = {name: t for name, t in stages.items() if any(r["stage"] == name for r in records)}
     figure = Figure(figsize=(1 + 5 * len(stages), 7), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2, len(stages), squeeze=False, sharex="col")
-    for column, stage in enumerate(stages):
+    for column, (stage, heading) in enumerate(stages.items()):
         rows = [r for r in records if r["stage"] == stage]
-        for row, quantity in enumerate(("loss", "miou")):
+        for row, (quantity, name) in enumerate((("loss", "cross-entropy"), (score, score_name))):
             axis = axes[row][column]
             for part, color in (("train", _TRAIN_COLOR), ("val", _VAL_COLOR)):
                 points = [(r["epoch"], r[f"{part}_{quantity}"]) for r in rows]
@@ -48,12 +57,13 @@ def plot_curves(records: Sequence[dict[str, Any]], path: str | os.PathLike, titl
             axis.grid(alpha=0.3)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             if column == 0:
-                axis.set_ylabel({"loss": "weighted cross-entropy", "miou": "mIoU"}[quantity])
-        axes[0][column].set_title(_STAGE_TITLES[stage])
+                axis.set_ylabel(name)
+        axes[0][column].set_title(heading)
         axes[0][column].legend()
         axes[1][column].set_ylim(0, 1)
         axes[1][column].set_xlabel("epoch")
-        best = max((r["val_miou"] for r in rows if r["val_miou"] is not None), default=None)
+        values = [r[f"val_{score}"] for r in rows if r[f"val_{score}"] is not None]
+        best = max(values, default=None)
         if best is not None:
             axes[1][column].axhline(best, color=_VAL_COLOR, linestyle=":", linewidth=1)
             axes[1][column].annotate(

@@ -10,22 +10,22 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lednet.data.labels import LabelScheme
-from lednet.data.transforms import Augmentation
 from lednet.deploy.predictor import predict_at
 from lednet.errors import UserError
 from lednet.evaluation.draw import colorize
+from lednet.training.tasks import Task
 
 
 class Dashboard:
-    """Sends loss, mIoU, learning rate and sample pictures to a visdom server.
+    """Sends loss, score, learning rate and, of label maps, pictures to a visdom server.
 
     A server that does not answer, at the start or later, costs one warning and ends
     the display, never the run.
 
     Args:
         name: visdom environment, shown in the page's selector.
-        scheme: class names and colours.
-        augmentation: the trainer's, for the normalisation.
+        task: what is trained for.
+        scheme: class names and colours of label maps; None where there are none to show.
         images: validation images to show.
 
     Raises:
@@ -35,8 +35,8 @@ class Dashboard:
     def __init__(
         self,
         name: str,
-        scheme: LabelScheme,
-        augmentation: Augmentation,
+        task: Task,
+        scheme: LabelScheme | None = None,
         server: str = "http://localhost",
         port: int = 8097,
         images: int = 2,
@@ -48,7 +48,7 @@ class Dashboard:
                 "--visualize needs visdom: install it as README.md says, or leave the flag out"
             ) from error
         logging.getLogger("visdom").setLevel(logging.CRITICAL)  # it would print a traceback
-        self.scheme, self.augmentation, self.images = scheme, augmentation, images
+        self.task, self.scheme, self.images = task, scheme, images
         self.address = f"{server}:{port}"
         self.client = None
         try:
@@ -70,7 +70,8 @@ class Dashboard:
             return
         try:
             self._show_curves(record)
-            self._show_pictures(record["stage"], model, loader)
+            if self.scheme is not None:
+                self._show_pictures(record["stage"], model, loader)
         except Exception as error:  # whatever a network or a server may bring
             self._give_up(error)
 
@@ -83,10 +84,10 @@ class Dashboard:
         )
 
     def _show_curves(self, record: dict[str, Any]) -> None:
-        stage = record["stage"]
+        stage, score = record["stage"], self.task.score
         curves = {
             "loss": ("train_loss", "val_loss"),
-            "mIoU": ("train_miou", "val_miou"),
+            self.task.score_name: (f"train_{score}", f"val_{score}"),
             "learning rate": ("lr",),
         }
         for title, keys in curves.items():
@@ -110,11 +111,10 @@ class Dashboard:
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        self.augmentation.to(device)
         pictures = []
         for index in range(min(self.images, len(loader.dataset))):
             image, target = loader.dataset[index]
-            x, _ = self.augmentation.normalize(image[None].to(device), target[None])
+            x, _ = self.task.normalize(image[None].to(device), target[None])
             prediction = predict_at(model(x).float(), target.shape[-2:])
             pictures.append(image.numpy())
             for label in (target, prediction[0].cpu()):

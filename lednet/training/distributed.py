@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -190,12 +191,48 @@ class ShuffledSampler(Sampler[int]):
     def order(self) -> list[int]:
         """This process's indices in the whole epoch."""
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(self.length, generator=generator).tolist()
+        order = self._joint_order(generator).tolist()
         padded = [order[i % self.length] for i in range(self.share * self.world.size)]
         return padded[self.world.rank :: self.world.size]
+
+    def _joint_order(self, generator: torch.Generator) -> Tensor:
+        """(length,) indices of an epoch, of all processes together."""
+        return torch.randperm(self.length, generator=generator)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order()[self.start :])
 
     def __len__(self) -> int:
         return self.share - self.start
+
+
+class ClassUniformSampler(ShuffledSampler):
+    """A `ShuffledSampler` that draws a fraction of its images by class.
+
+    For each of these, a class is drawn, each as likely as another, and then an image that it
+    occurs in: class-uniform sampling (Zhu et al., CVPR 2019, arXiv 1812.01593) of images
+    instead of crops. The others are those that the permutation has in their places.
+
+    Args:
+        counts: (len, num_classes + 1) pixels of each class in each image, void last.
+        fraction: of the images, above 0 and at most 1.
+    """
+
+    def __init__(self, counts: np.ndarray, fraction: float, world: World, seed: int):
+        super().__init__(len(counts), world, seed)
+        self.drawn = round(fraction * len(counts))
+        # The images of one class after another, those of class c from starts[c] on.
+        classes, self.images = map(torch.from_numpy, np.nonzero(counts[:, :-1].T))
+        lengths = classes.bincount()
+        self.lengths = lengths[lengths > 0]  # a class that never occurs is not drawn
+        self.starts = self.lengths.cumsum(0) - self.lengths
+
+    def _joint_order(self, generator: torch.Generator) -> Tensor:
+        order = super()._joint_order(generator)
+        if not len(self.lengths):
+            return order  # all is void
+        places = torch.randperm(self.length, generator=generator)[: self.drawn]
+        classes = torch.randint(len(self.lengths), (self.drawn,), generator=generator)
+        draws = torch.rand(self.drawn, generator=generator, dtype=torch.float64)
+        order[places] = self.images[self.starts[classes] + (draws * self.lengths[classes]).long()]
+        return order

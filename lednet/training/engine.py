@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lednet.data.transforms import Augmentation
 from lednet.errors import UserError
-from lednet.evaluation.evaluate import evaluate
-from lednet.evaluation.metrics import ConfusionMatrix, none_if_nan
+from lednet.evaluation.metrics import none_if_nan
 from lednet.precision import autocast
 from lednet.training.distributed import World
 from lednet.training.loading import batch_names
-from lednet.training.loss import WeightedCrossEntropy, resize_target
-from lednet.training.schedule import set_poly_lr
+from lednet.training.schedule import lr_factor
+from lednet.training.tasks import Task
 
 CHECK_EVERY = 20
 """Steps between two looks at the loss on a GPU, which each one makes wait; a CPU has it at once."""
@@ -34,9 +33,14 @@ class NonFiniteLoss(UserError):
 
 @dataclass(frozen=True)
 class Optimization:
-    """How the weights move: Adam with the paper's values, and what else may be asked for.
+    """How the weights move: the paper's way for segmentation, and what else may be asked for.
 
     Attributes:
+        optimizer: "adam" (betas 0.9 and 0.999, eps 1e-8) or "sgd" (momentum 0.9).
+        lr: before the schedule.
+        weight_decay: added to the gradient, of every weight.
+        schedule: a key of `lednet.training.schedule.SCHEDULES`.
+        warmup_epochs: in which the learning rate rises, before the schedule.
         precision: a key of `lednet.precision.AMP_DTYPES`.
         accumulate: batches whose gradients make one update, weighted as one large batch;
             batch norm sees them one by one.
@@ -49,8 +53,11 @@ class Optimization:
             every step, which makes a GPU wait.
     """
 
+    optimizer: str = "adam"
     lr: float = 5e-4
     weight_decay: float = 1e-4
+    schedule: str = "poly"
+    warmup_epochs: int = 0
     precision: str = "fp32"
     accumulate: int = 1
     clip_norm: float | None = None
@@ -58,6 +65,22 @@ class Optimization:
     channels_last: bool = False
     compile: bool = False
     skip_bad_steps: bool = False
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A part of a model that has been trained before.
+
+    Attributes:
+        part: the module.
+        lr_factor: its learning rate is so many times that of the rest.
+        frozen_epochs: in which it stays as it is, running statistics included, and without
+            dropout.
+    """
+
+    part: nn.Module
+    lr_factor: float = 1.0
+    frozen_epochs: int = 0
 
 
 def _mix(keys: tuple[int, ...]) -> int:
@@ -91,14 +114,14 @@ class Tally:
         images: of all processes behind it: where to go on, even with other batches or as
             many other processes.
         sums: (2,) sums of the loss and of its weights.
-        confusion: of the training batches.
+        counts: of the training batches, see `Task.count`.
         skipped: updates left out because of their loss.
     """
 
-    def __init__(self, num_classes: int, device: torch.device):
+    def __init__(self, counts: Tensor):
         self.step = self.images = self.skipped = 0
-        self.sums = torch.zeros(2, device=device)
-        self.confusion = ConfusionMatrix(num_classes, device)
+        self.sums = torch.zeros(2, device=counts.device)
+        self.counts = counts
 
     def state(self, world: World) -> dict[str, Any]:
         """For a checkpoint: the sums of all processes."""
@@ -107,7 +130,7 @@ class Tally:
             "images": self.images,
             "skipped": self.skipped,
             "sums": world.sum(self.sums.clone()).cpu(),
-            "counts": world.sum(self.confusion.counts.clone()).cpu(),
+            "counts": world.sum(self.counts.clone()).cpu(),
         }
 
     def restore(self, state: dict[str, Any], world: World) -> None:
@@ -115,36 +138,34 @@ class Tally:
         self.step, self.images, self.skipped = state["step"], state["images"], state["skipped"]
         if world.is_main:
             self.sums.copy_(state["sums"])
-            self.confusion.counts.copy_(state["counts"])
+            self.counts.copy_(state["counts"])
 
 
 class Trainer:
-    """A model with what moves it: loss, Adam, poly schedule, loss scaling.
+    """A model with what moves it: loss, optimizer, schedule, loss scaling.
 
     Args:
-        model: (N, 3, H, W) -> logits (N, C, h, w); already on `world.device`.
-        criterion: see `WeightedCrossEntropy`.
-        augmentation: makes the network's input of the loaders' uint8 batches.
-        num_classes: classes that count in the mIoU.
+        model: images (N, 3, H, W) -> logits (N, C, ...); already on `world.device`.
+        task: what it is trained for.
         num_epochs: length of the schedule.
-        train_iou: measure the mIoU of the training batches as well.
+        count_training: count the training batches as well.
+        pretrained: a part of `model` that is to be treated with care.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        criterion: WeightedCrossEntropy,
-        augmentation: Augmentation,
-        num_classes: int,
+        task: Task,
         num_epochs: int,
         world: World,
         optimization: Optimization,
-        train_iou: bool = True,
+        count_training: bool = True,
+        pretrained: Pretrained | None = None,
     ):
         device = world.device
         self.model, self.world, self.optimization = model, world, optimization
-        self.criterion, self.augmentation = criterion.to(device), augmentation.to(device)
-        self.num_classes, self.num_epochs, self.train_iou = num_classes, num_epochs, train_iou
+        self.task, self.pretrained = task.to(device), pretrained
+        self.num_epochs, self.count_training = num_epochs, count_training
         self.layout = torch.contiguous_format
         if optimization.channels_last:
             self.layout = torch.channels_last
@@ -153,15 +174,42 @@ class Trainer:
         if optimization.ema_decay is not None:
             update = get_ema_multi_avg_fn(optimization.ema_decay)
             self.average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-        self.parallel = world.wrap(model)
-        if optimization.compile:
-            self.parallel = torch.compile(self.parallel)
-        self.optimizer = torch.optim.Adam(
-            model.parameters(), optimization.lr, betas=(0.9, 0.999), eps=1e-8,
-            weight_decay=optimization.weight_decay, fused=device.type in ("cpu", "cuda"),
-        )  # fmt: skip
+        self.epoch = 1
+        self.frozen = False
+        self._freeze(self._frozen_in(self.epoch))
+        self.optimizer = self._make_optimizer()
         fp16 = optimization.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+
+    def _make_optimizer(self) -> Optimizer:
+        """The rest of the model comes first, then what has been trained before."""
+        optimization, pretrained = self.optimization, self.pretrained
+        known = {id(p) for p in pretrained.part.parameters()} if pretrained else set()
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.model.parameters() if id(p) not in known]}
+        ]
+        if pretrained:
+            groups.append({"params": list(pretrained.part.parameters())})
+        options = {
+            "lr": optimization.lr,
+            "weight_decay": optimization.weight_decay,
+            "fused": self.world.device.type in ("cpu", "cuda"),
+        }
+        if optimization.optimizer == "sgd":
+            return SGD(groups, momentum=0.9, **options)
+        return Adam(groups, betas=(0.9, 0.999), eps=1e-8, **options)
+
+    def _frozen_in(self, epoch: int) -> bool:
+        return self.pretrained is not None and epoch <= self.pretrained.frozen_epochs
+
+    def _freeze(self, frozen: bool) -> None:
+        """Freeze or unfreeze the pretrained part; DDP has to be told anew what has gradients."""
+        if self.pretrained is not None:
+            self.pretrained.part.requires_grad_(not frozen)
+        self.frozen = frozen
+        self.parallel = self.world.wrap(self.model)
+        if self.optimization.compile:
+            self.parallel = torch.compile(self.parallel)
 
     @property
     def scored(self) -> nn.Module:
@@ -186,17 +234,36 @@ class Trainer:
                 raise UserError("the run was begun without --ema-decay: resume it without")
             self.average.load_state_dict(state["average"])
 
+    def keep_average(self) -> None:
+        """Go on from the averaged weights, if there are any: those that were scored."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+
     def new_tally(self) -> Tally:
-        return Tally(self.num_classes, self.world.device)
+        return Tally(self.task.new_counts())
 
     def start_epoch(self, epoch: int) -> float:
-        """Set the learning rate of `epoch`, counted from 1; returns it."""
-        set_poly_lr(self.optimizer, self.optimization.lr, epoch, self.num_epochs)
-        return self.optimizer.param_groups[0]["lr"]
+        """Get ready for `epoch`, counted from 1; returns its first learning rate."""
+        self.epoch = epoch
+        if self._frozen_in(epoch) != self.frozen:
+            self._freeze(not self.frozen)
+        return self._set_lr(0.0)
+
+    def _set_lr(self, done: float) -> float:
+        """Set the learning rate of a step, `done` being the part of the epoch behind it."""
+        optimization, behind = self.optimization, self.epoch - 1 + done
+        factor = lr_factor(
+            optimization.schedule, behind, self.num_epochs, optimization.warmup_epochs
+        )
+        lr = optimization.lr * factor
+        factors = [1.0, self.pretrained.lr_factor] if self.pretrained else [1.0]
+        for group, times in zip(self.optimizer.param_groups, factors, strict=True):
+            group["lr"] = lr * times
+        return lr
 
     def _backward(self, images: Tensor, target: Tensor, update: bool) -> tuple[Tensor, Tensor, int]:
-        """Add a batch's gradients; returns logits, (loss sum, weight sum) and the pixels that
-        the loss was divided by."""
+        """Add a batch's gradients; returns logits, (loss sum, weight sum) and the number of
+        answers to an image, by which the loss was divided."""
         images = images.contiguous(memory_format=self.layout)
         together = contextlib.nullcontext()
         if not update and self.world.size > 1:
@@ -204,19 +271,19 @@ class Trainer:
         with together:
             with autocast(self.world.device, self.optimization.precision):
                 logits = self.parallel(images)
-            loss_sum, weight_sum = self.criterion(logits, target)
+            loss_sum, weight_sum = self.task.loss(logits, target)
             # One divisor for every batch and process, so that their gradients add up;
             # `_update` brings the sum to the joint mean.
-            pixels = logits.shape[-2] * logits.shape[-1]
-            self.scaler.scale(loss_sum / pixels).backward()
-        return logits.detach(), torch.stack((loss_sum.detach(), weight_sum)), pixels
+            answers = math.prod(logits.shape[2:])
+            self.scaler.scale(loss_sum / answers).backward()
+        return logits.detach(), torch.stack((loss_sum.detach(), weight_sum)), answers
 
-    def _update(self, sums: Tensor, pixels: int) -> bool:
+    def _update(self, sums: Tensor, answers: int) -> bool:
         """Move the weights by the gradients of all batches since the last time.
 
         Args:
             sums: (loss sum, weight sum) of these batches in this process.
-            pixels: as `_backward` returned it.
+            answers: as `_backward` returned it.
 
         Returns:
             Whether it was done; not where loss or gradients are not finite and that may be
@@ -228,7 +295,7 @@ class Trainer:
         done = not optimization.skip_bad_steps or self._all_finite(joint[0], gradients)
         if done:
             # DDP averages gradients over the processes; the loss is the mean over the weights.
-            factor = self.world.size * pixels / joint[1].clamp(min=1e-12)
+            factor = self.world.size * answers / joint[1].clamp(min=1e-12)
             torch._foreach_mul_(gradients, factor)
             if optimization.clip_norm is not None:
                 self.scaler.unscale_(self.optimizer)
@@ -256,7 +323,7 @@ class Trainer:
         """Train on every batch of `loader` once.
 
         Args:
-            loader: gives images (N, 3, H, W) and labels (N, H, W), both uint8.
+            loader: gives images (N, 3, H, W) uint8 and their targets.
             keys: (seed, stage, epoch). Whatever is random in a step follows from them, its
                 number and the process, so that nothing needs to be stored to go on.
             tally: of the batches that an interrupted epoch has behind it, which `loader`
@@ -264,7 +331,7 @@ class Trainer:
             after_update: called when weights and `tally` are in step.
 
         Returns:
-            `loss` (mean over the epoch), `miou` (None unless asked for),
+            `loss` (mean over the epoch), the task's score (None unless asked for),
             `images_per_second` and, if there were any, `skipped` updates.
 
         Raises:
@@ -274,20 +341,22 @@ class Trainer:
         device, rank = self.world.device, self.world.rank
         tally = tally or self.new_tally()
         first, last = tally.step, tally.step + len(loader)
-        lr = self.optimizer.param_groups[0]["lr"]
         check_every = CHECK_EVERY if device.type == "cuda" else 1
         images_seen, start, unchecked = 0, time.perf_counter(), []
         group = torch.zeros(2, device=device)
         buffers = self._copied_buffers()
         self.model.train()
+        if self.frozen:
+            self.pretrained.part.eval()
         with self._bar(loader, title) as bar:
             for step, batch in enumerate(loader, first):
+                lr = self._set_lr(step / last)
                 seed_everything(*keys, step, rank, 1)  # for dropout
-                images, target = self.augmentation(
+                images, target = self.task.augment(
                     *self._received(batch), step_generator(*keys, step, rank)
                 )
                 update = (step + 1) % self.optimization.accumulate == 0 or step + 1 == last
-                logits, sums, pixels = self._backward(images, target, update)
+                logits, sums, answers = self._backward(images, target, update)
                 group += sums
                 unchecked.append((step, sums[0]))
                 if not self.optimization.skip_bad_steps and (
@@ -295,14 +364,13 @@ class Trainer:
                 ):
                     self._require_finite(unchecked, loader, title, first)
                     unchecked.clear()
-                if self.train_iou:
-                    predicted = logits.argmax(1)
-                    tally.confusion.update(predicted, resize_target(target, logits.shape[-2:]))
+                if self.count_training:
+                    self.task.count(tally.counts, logits, target, exact=False)
                 tally.step = step + 1
                 tally.images += len(images) * self.world.size
                 images_seen += len(images)
                 if update:
-                    if self._update(group, pixels):
+                    if self._update(group, answers):
                         tally.sums += group
                         buffers = self._copied_buffers()
                     else:
@@ -319,11 +387,11 @@ class Trainer:
         if self.average is not None:
             self.world.share_buffers(self.average)
         state = tally.state(self.world)
-        confusion = ConfusionMatrix(self.num_classes)
-        confusion.counts += state["counts"]
+        score = self.task.score
+        scores = self.task.scores(state["counts"]) if self.count_training else {score: None}
         return {
             "loss": _mean(state["sums"]),
-            "miou": none_if_nan(confusion.mean_iou()) if self.train_iou else None,
+            score: scores[score],
             "images_per_second": images_seen * self.world.size / seconds,
             **({"skipped": tally.skipped} if tally.skipped else {}),
         }
@@ -355,43 +423,39 @@ class Trainer:
             f"{', '.join(batch_names(loader, step - first))}"
         )
 
+    @torch.inference_mode()
     def evaluate(
         self, loader: DataLoader, title: str, between: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
-        """Score every image of `loader`, in uint8 as for training, at the labels' size.
+        """Score the model, in evaluation mode, on every image of `loader`.
 
         Args:
+            loader: as for training.
             between: called after each batch.
 
         Returns:
-            `loss`, `miou` and `class_iou` (a list; None where absent), over all processes.
+            `loss` and the task's scores, over all processes.
         """
+        model, task = self.scored, self.task
+        was_training = model.training
+        model.eval()
+        counts, sums = task.new_counts(), torch.zeros(2, device=self.world.device)
         with self._bar(loader, title) as bar:
-            result = evaluate(
-                self.scored,
-                self._counted(loader, bar, between),
-                self.num_classes,
-                self.world.device,
-                self.optimization.precision,
-                self.criterion,
-            )
-        sums = self.world.sum(torch.stack((result.loss_sum, result.loss_weight)))
-        self.world.sum(result.confusion.counts)
-        confusion = result.confusion
+            for batch in loader:
+                images, target = task.normalize(*self._received(batch))
+                with autocast(self.world.device, self.optimization.precision):
+                    logits = model(images.contiguous(memory_format=self.layout))
+                logits = logits.float()
+                sums += torch.stack(task.loss(logits, target))
+                task.count(counts, logits, target, exact=True)
+                between()
+                bar.update(len(images) * self.world.size)
+        model.train(was_training)
+        sums = self.world.sum(sums)
         return {
             "loss": none_if_nan((sums[0] / sums[1]).item()),
-            "miou": none_if_nan(confusion.mean_iou()),
-            "class_iou": [none_if_nan(iou) for iou in confusion.class_iou().tolist()],
+            **task.scores(self.world.sum(counts)),
         }
-
-    def _counted(
-        self, loader: Iterable, bar: tqdm, between: Callable[[], None]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in loader:
-            images, labels = self.augmentation.normalize(*self._received(batch))
-            yield images.contiguous(memory_format=self.layout), labels
-            between()
-            bar.update(len(batch[0]) * self.world.size)
 
     def _received(self, batch: Iterable[Tensor]) -> Iterator[Tensor]:
         """The batch on this process's device; bytes, so that it is soon there."""

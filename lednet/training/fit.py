@@ -1,23 +1,28 @@
-"""A stage of training from its first step, or any later one, to its last."""
+"""A run from its first step, or any later one, to its last."""
 
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lednet.data.datasets import SkippingDataset
 from lednet.errors import UserError
 from lednet.evaluation.report import plot_curves
-from lednet.model import LEDNet
 from lednet.training.checkpoints import Checkpoints
 from lednet.training.dashboard import Dashboard
 from lednet.training.engine import NonFiniteLoss, Tally, Trainer
 from lednet.training.loading import end_loading
-from lednet.training.runs import BEST, STAGES, RunFolder
+from lednet.training.runs import RunFolder
+from lednet.training.stages import Stage
 from lednet.training.stopping import SAVE, Keeper, Stopped
-from lednet.weights import save_checkpoint
+from lednet.weights import load_state, save_checkpoint
 
 
 @dataclass
@@ -25,18 +30,18 @@ class Progress:
     """What a run has behind it.
 
     Attributes:
-        stage: "encoder" or "decoder".
+        stage: name of the current one.
         epoch: finished epochs of that stage.
-        steps: updates of the weights, of both stages.
-        best_miou: best validation mIoU of that stage; -1 before the first.
-        records: the lines of `log.jsonl` so far, of both stages.
+        steps: updates of the weights, of all stages.
+        best_score: best validation score of that stage; -1 before the first.
+        records: the lines of `log.jsonl` so far, of all stages.
         tally: of the epoch that was interrupted, as `Tally.state` gave it; or None.
     """
 
     stage: str
     epoch: int = 0
     steps: int = 0
-    best_miou: float = -1.0
+    best_score: float = -1.0
     records: list[dict[str, Any]] = field(default_factory=list)
     tally: dict[str, Any] | None = None
 
@@ -45,54 +50,127 @@ class Progress:
         return {key: getattr(self, key) for key in PROGRESS_KEYS}
 
 
-PROGRESS_KEYS = ("steps", "best_miou", "records", "tally")
+PROGRESS_KEYS = ("steps", "best_score", "records", "tally")
 
 
-class Fit:
-    """A stage under way.
+@dataclass
+class Course:
+    """What all stages of a run have in common.
 
-    Args:
-        net: the whole network, of which `trainer.model` may be a part.
-        loaders: training and validation.
-        progress: brought forward, step by step.
-        run: written to by the main process only.
+    Attributes:
+        net: the whole network, of which each stage trains a part.
+        folder: written to by the main process only.
         meta: about data and classes, stored with the weights.
+        seed: of everything random.
         keeper: says when to save and when to stop.
         keep_every: keep the weights of every n-th epoch as well; 0 keeps none.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        net: LEDNet,
-        loaders: tuple[DataLoader, DataLoader],
-        progress: Progress,
-        run: RunFolder,
-        checkpoints: Checkpoints,
-        meta: dict[str, Any],
-        seed: int,
-        keeper: Keeper,
-        dashboard: Dashboard | None = None,
-        keep_every: int = 0,
-    ):
-        self.trainer, self.net, self.progress, self.run = trainer, net, progress, run
-        self.train_loader, self.val_loader = loaders
-        self.checkpoints, self.meta, self.seed, self.keeper = checkpoints, meta, seed, keeper
-        self.dashboard, self.keep_every = dashboard, keep_every
-        self.main = trainer.world.is_main
+    net: nn.Module
+    stages: Sequence[Stage]
+    folder: RunFolder
+    checkpoints: Checkpoints
+    meta: dict[str, Any]
+    seed: int
+    keeper: Keeper
+    dashboard: Dashboard | None = None
+    keep_every: int = 0
 
-    def train(self) -> None:
-        """Train the rest of the stage; after each epoch score, save and log.
+    def resume(self) -> tuple[Progress, dict[str, Any]]:
+        """Load the newest sound checkpoint into `net`; returns where to go on, and the trainer's
+        state.
 
         Raises:
-            Stopped: a signal came; the step was finished and all is saved.
-            UserError: the loss is not finite, or data cannot be read.
+            UserError: there is none, it holds weights alone, or it is in a stage that the
+                run no longer has.
         """
+        path, content, complaints = self.checkpoints.load_latest(self.folder.main)
+        for complaint in complaints:
+            self.folder.say(f"{complaint}; going on from {path.name}")
+        if not {"meta", "trainer", "progress"} <= content.keys():
+            raise UserError(f"{path} holds weights alone: start a new run with --state {path}")
+        meta, state = content["meta"], content["progress"]
+        if not {*PROGRESS_KEYS} <= state.keys():
+            raise UserError(
+                f"{path} was written by another version: resume with that, or start a new run "
+                f"with --state {path}"
+            )
+        if meta["stage"] not in [stage.name for stage in self.stages]:
+            raise UserError(
+                f"{path} is in stage {meta['stage']}, which these options leave out: resume with "
+                "the run's own"
+            )
+        load_state(self.net, content["state_dict"], path)
+        self.meta |= {key: meta[key] for key in ("mean", "std")}
+        progress = Progress(meta["stage"], meta["epoch"], **{k: state[k] for k in PROGRESS_KEYS})
+        self.folder.write_records(progress.records)
+        step = progress.tally["step"] if progress.tally else 0
+        within = f", {step} batches into the next" if step else ""
+        self.folder.say(
+            f"resuming {progress.stage} after epoch {progress.epoch}{within} ({path.name})"
+        )
+        return progress, content["trainer"]
+
+
+class Equipment(NamedTuple):
+    """What a stage is trained with; loaders of training and of validation data."""
+
+    trainer: Trainer
+    train_loader: DataLoader
+    val_loader: DataLoader
+
+
+def train_stages(
+    course: Course,
+    equip: Callable[[Stage], Equipment],
+    progress: Progress | None = None,
+    trainer_state: dict[str, Any] | None = None,
+) -> Progress:
+    """Train the stages that are left.
+
+    Args:
+        equip: called when a stage begins, or is gone on with.
+        progress, trainer_state: as `Course.resume` returned them; None begins with the first
+            stage.
+
+    Returns:
+        What is behind the run at its end.
+
+    Raises:
+        Stopped: a signal came; the step was finished and all is saved.
+        UserError: the loss is not finite, or data cannot be read.
+    """
+    names = [stage.name for stage in course.stages]
+    progress = progress or Progress(names[0])
+    with course.keeper.request.watching():
+        for stage in course.stages[names.index(progress.stage) :]:
+            if stage.name != progress.stage:
+                progress = Progress(stage.name, steps=progress.steps, records=progress.records)
+                trainer_state = None
+            equipment = equip(stage)
+            if trainer_state is not None:
+                equipment.trainer.load_state_dict(trainer_state)
+            _Fit(course, stage, equipment, progress).train()
+    return progress
+
+
+class _Fit:
+    """A stage under way; brings `progress` forward, step by step."""
+
+    def __init__(self, course: Course, stage: Stage, equipment: Equipment, progress: Progress):
+        self.course, self.stage, self.progress = course, stage, progress
+        self.trainer, self.train_loader, self.val_loader = equipment
+        self.run, self.keeper = course.folder, course.keeper
+        self.number = [stage.name for stage in course.stages].index(stage.name)
+        self.main = self.trainer.world.is_main
+
+    def train(self) -> None:
+        """Train the rest of the stage; after each epoch score, save and log."""
         try:
-            for epoch in range(self.progress.epoch + 1, self.trainer.num_epochs + 1):
+            for epoch in range(self.progress.epoch + 1, self.stage.epochs + 1):
                 self._epoch(epoch)
         except NonFiniteLoss as error:
-            saved = self.checkpoints.paths()
+            saved = self.course.checkpoints.paths()
             last = f"{saved[0]} is sound" if saved else "there is no checkpoint yet"
             raise UserError(
                 f"{error}; {last}: go on with --resume and a lower --lr, --skip-bad-steps or "
@@ -101,22 +179,30 @@ class Fit:
         finally:
             end_loading(self.train_loader)
             end_loading(self.val_loader)
+        self.trainer.keep_average()
         if self.main:
-            title = f"{self.run.path.name}: LEDNet {self.net.variant}, {self.meta['dataset']}"
-            plot_curves(self.progress.records, self.run.path / "curves.png", f"{title} classes")
+            task = self.trainer.task
+            plot_curves(
+                self.progress.records,
+                self.run.path / "curves.png",
+                f"{self.run.path.name}: {self.course.meta['model']}, {self.course.meta['dataset']}",
+                {stage.name: stage.title for stage in self.course.stages},
+                task.score,
+                task.score_name,
+            )
 
     def _epoch(self, epoch: int) -> None:
         trainer, progress, loader = self.trainer, self.progress, self.train_loader
-        stage, world = progress.stage, trainer.world
+        task, world = trainer.task, trainer.world
         tally = trainer.new_tally()
         if progress.tally is not None:
             tally.restore(progress.tally, world)
             progress.tally = None
         loader.sampler.epoch = epoch
         loader.sampler.start = min(tally.images // world.size, loader.sampler.share)
-        title = f"{stage} {epoch}/{trainer.num_epochs}"
+        title = f"{self.stage.name} {epoch}/{self.stage.epochs}"
         lr = trainer.start_epoch(epoch)
-        keys = (self.seed, STAGES.index(stage), epoch)
+        keys = (self.course.seed, self.number, epoch)
 
         def after_update() -> None:
             progress.steps += 1
@@ -128,32 +214,32 @@ class Fit:
             if world.size == 1:  # of many, some have fewer batches: they stop at the end
                 self._obey(tally, self.keeper.stop())
 
+        start = time.perf_counter()
         scored = trainer.evaluate(self.val_loader, f"{title} val", between)
+        validation_seconds = time.perf_counter() - start
         record = {
-            "stage": stage,
+            "stage": self.stage.name,
             "epoch": epoch,
             "lr": lr,
-            "train_loss": trained["loss"],
-            "train_miou": trained["miou"],
-            "val_loss": scored["loss"],
-            "val_miou": scored["miou"],
-            "val_class_iou": dict(zip(self.meta["classes"], scored["class_iou"], strict=True)),
+            **{f"train_{key}": trained[key] for key in ("loss", task.score)},
+            **{f"val_{key}": value for key, value in scored.items()},
             "images_per_second": trained["images_per_second"],
             **{key: trained[key] for key in ("skipped",) if key in trained},
             **self._damaged(),
         }
         progress.records.append(record)
         progress.epoch = epoch
-        miou = -1.0 if scored["miou"] is None else scored["miou"]
-        improved = miou > progress.best_miou
-        progress.best_miou = max(miou, progress.best_miou)
+        score = scored[task.score]
+        improved = score is not None and score > progress.best_score
+        if improved:
+            progress.best_score = score
         if self.main:
             self._require_finite()
             self._save_weights(improved)
             self._save(None)
-            self.run.say(_line(record, trainer.num_epochs, improved))
-            if self.dashboard is not None:
-                self.dashboard.show(record, trainer.scored, self.val_loader)
+            self.run.say(self._line(record, improved, validation_seconds))
+            if self.course.dashboard is not None:
+                self.course.dashboard.show(record, trainer.scored, self.val_loader)
         if number := self.keeper.stop():
             raise Stopped(number)
 
@@ -176,7 +262,7 @@ class Fit:
         Raises:
             NonFiniteLoss: it has.
         """
-        if not all(value.isfinite().all() for value in self.net.state_dict().values()):
+        if not all(value.isfinite().all() for value in self.course.net.state_dict().values()):
             raise NonFiniteLoss(f"the weights are not finite after {self.progress.steps} steps")
 
     def _damaged(self) -> dict[str, int]:
@@ -192,19 +278,22 @@ class Fit:
         return {"damaged": len(names)}
 
     def _save_weights(self, improved: bool) -> None:
-        stage, epoch, meta = self.progress.stage, self.progress.epoch, self._meta()
+        stage, epoch, meta, folder = self.stage, self.progress.epoch, self._meta(), self.run.path
+        scored = self.trainer.scored
         if improved:
-            save_checkpoint(self.run.path / BEST[stage], self.trainer.scored, meta)
-        if self.keep_every and epoch % self.keep_every == 0:
-            path = self.run.path / f"{stage}_epoch{epoch:03d}.pth"
-            save_checkpoint(path, self.trainer.scored, meta)
+            save_checkpoint(folder / stage.best_file, scored, meta)
+            if stage.encoder_file:
+                encoder = nn.ModuleDict({"encoder": scored.encoder})
+                save_checkpoint(folder / stage.encoder_file, encoder, meta)
+        if self.course.keep_every and epoch % self.course.keep_every == 0:
+            save_checkpoint(folder / f"{stage.name}_epoch{epoch:03d}.pth", scored, meta)
 
     def _save(self, tally: dict[str, Any] | None) -> Path:
         """Write a checkpoint, and the log that belongs to it."""
         self.progress.tally = tally
-        path = self.checkpoints.save(
+        path = self.course.checkpoints.save(
             self.progress.steps,
-            self.net,
+            self.course.net,
             self._meta(),
             trainer=self.trainer.state_dict(),
             progress=self.progress.state(),
@@ -214,24 +303,31 @@ class Fit:
         return path
 
     def _meta(self) -> dict[str, Any]:
-        records = self.progress.records
+        records, score = self.progress.records, self.trainer.task.score
         return {
-            **self.meta,
-            "stage": self.progress.stage,
+            **self.course.meta,
+            "stage": self.stage.name,
             "epoch": self.progress.epoch,
-            "miou": records[-1]["val_miou"] if records else None,
+            score: records[-1][f"val_{score}"] if records else None,
         }
 
+    def _line(self, record: dict[str, Any], improved: bool, validation_seconds: float) -> str:
+        """What is printed of an epoch."""
+        score, epoch, epochs = self.trainer.task.score, record["epoch"], self.stage.epochs
+        left, rate = "", record["images_per_second"]
+        if epoch < epochs and rate:  # resumed behind its last step, an epoch has no rate
+            seconds = len(self.train_loader.dataset) / rate + validation_seconds
+            left = f"  {timedelta(seconds=math.ceil(seconds * (epochs - epoch)))} left"
+        return (
+            f"{record['stage']} {epoch:3d}/{epochs}  lr {record['lr']:.2e}  "
+            f"loss {_show(record['train_loss'])} val {_show(record['val_loss'])}  "
+            f"{self.trainer.task.score_name} {_show(record[f'train_{score}'])} "
+            f"val {_show(record[f'val_{score}'])}  "
+            f"{rate:.1f} images/s{left}"
+            + (f"  {record['skipped']} steps skipped" if "skipped" in record else "")
+            + ("  best" if improved else "")
+        )
 
-def _line(record: dict[str, Any], num_epochs: int, improved: bool) -> str:
-    def show(value: float | None) -> str:
-        return "  -  " if value is None else f"{value:.3f}"
 
-    return (
-        f"{record['stage']} {record['epoch']:3d}/{num_epochs}  lr {record['lr']:.2e}  "
-        f"loss {show(record['train_loss'])} val {show(record['val_loss'])}  "
-        f"mIoU {show(record['train_miou'])} val {show(record['val_miou'])}  "
-        f"{record['images_per_second']:.1f} images/s"
-        + (f"  {record['skipped']} steps skipped" if "skipped" in record else "")
-        + ("  best" if improved else "")
-    )
+def _show(value: float | None) -> str:
+    return "  -  " if value is None else f"{value:.3f}"

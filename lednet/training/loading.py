@@ -3,11 +3,16 @@
 import contextlib
 from collections.abc import Iterator
 
-from torch.utils.data import DataLoader
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
 
-from lednet.data.datasets import SegmentationDataset
 from lednet.errors import UserError
-from lednet.training.distributed import EachOnceSampler, ShuffledSampler, World
+from lednet.training.distributed import (
+    ClassUniformSampler,
+    EachOnceSampler,
+    ShuffledSampler,
+    World,
+)
 from lednet.training.stopping import ignore_stop_signals
 
 WORKER_FAILURE = "DataLoader worker (pid"
@@ -15,19 +20,26 @@ WORKER_FAILURE = "DataLoader worker (pid"
 
 
 def make_loaders(
-    train: SegmentationDataset,
-    val: SegmentationDataset,
+    train: Dataset,
+    val: Dataset,
     world: World,
     batch_size: int,
     workers: int,
     seed: int,
+    class_counts: np.ndarray | None = None,
+    class_uniform: float = 0.0,
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of this process's share of both data sets; no image is left out.
 
     Args:
         batch_size: images a step in each process.
         workers: loading processes for each loader; 0 loads in the training process.
+        class_counts, class_uniform: see `ClassUniformSampler`; None and 0 take every training
+            image once an epoch.
     """
+    sampler = ShuffledSampler(len(train), world, seed)
+    if class_counts is not None:
+        sampler = ClassUniformSampler(class_counts, class_uniform, world, seed)
     common = {
         "batch_size": batch_size,
         "num_workers": workers,
@@ -36,7 +48,7 @@ def make_loaders(
         "worker_init_fn": ignore_stop_signals,
     }
     return (
-        DataLoader(train, sampler=ShuffledSampler(len(train), world, seed), **common),
+        DataLoader(train, sampler=sampler, **common),
         DataLoader(val, sampler=EachOnceSampler(len(val), world), **common),
     )
 

@@ -16,14 +16,10 @@ import torchvision
 import lednet
 from lednet.errors import UserError
 from lednet.files import read_json, remove_leftovers, write_json, write_text
-from lednet.weights import BEST_WEIGHTS
 
 fcntl = None
 with contextlib.suppress(ImportError):  # not on Windows
     import fcntl
-
-STAGES = ("encoder", "decoder")
-BEST = {"encoder": "encoder_best.pth", "decoder": BEST_WEIGHTS}
 
 
 def environment(repository: Path) -> dict[str, Any]:
@@ -85,8 +81,8 @@ class RunFolder:
     | `log.txt` | what was printed |
     | `model.txt` | the network, layer by layer |
     | `checkpoint_<steps>.pth` | to resume from; the last few |
-    | `encoder_best.pth`, `best.pth` | weights of the best validation mIoU |
-    | `curves.png` | loss and mIoU |
+    | `best.pth`, `encoder_best.pth` ... | weights of the best validation score of each stage |
+    | `curves.png` | loss and score |
 
     Args:
         path: the folder, made if need be.

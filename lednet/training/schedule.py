@@ -1,16 +1,42 @@
-"""Learning-rate schedule, one value an epoch."""
+"""Learning-rate schedules: a factor that depends on how far training has come, and on nothing else.
 
-from torch.optim import Optimizer
+Resuming is exact because of it.
+"""
+
+import math
 
 POLY_POWER = 0.9
+CONSTANT_EPOCHS, DECAY = 15, 0.95
+"""The release's for ImageNet: constant in the first 15 epochs, then times 0.95 an epoch."""
+WARMUP_START = 0.01
 
 
-def poly_factor(epoch: int, num_epochs: int) -> float:
-    """(1 - (epoch - 1) / num_epochs) ** 0.9, the paper's decay; `epoch` counts from 1."""
-    return (1 - (epoch - 1) / num_epochs) ** POLY_POWER
+def poly(done: float, num_epochs: int) -> float:
+    """(1 - epochs done / num_epochs) ** 0.9, one value an epoch: the paper's for segmentation."""
+    return (1 - math.floor(done) / num_epochs) ** POLY_POWER
 
 
-def set_poly_lr(optimizer: Optimizer, lr: float, epoch: int, num_epochs: int) -> None:
-    """Set every learning rate for `epoch`; it depends on nothing else, so resuming is exact."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * poly_factor(epoch, num_epochs)
+def exponential(done: float, num_epochs: int) -> float:
+    """1 for `CONSTANT_EPOCHS`, then `DECAY` times the value of the epoch before."""
+    return DECAY ** max(0, math.floor(done) + 1 - CONSTANT_EPOCHS)
+
+
+def cosine(done: float, num_epochs: int) -> float:
+    """Half a cosine from 1 to 0, a value a step (arXiv 1608.03983, without restarts)."""
+    return (1 + math.cos(math.pi * done / num_epochs)) / 2
+
+
+SCHEDULES = {"poly": poly, "exponential": exponential, "cosine": cosine}
+
+
+def lr_factor(schedule: str, done: float, num_epochs: int, warmup: int = 0) -> float:
+    """What the learning rate is multiplied by.
+
+    Args:
+        schedule: a key of `SCHEDULES`.
+        done: epochs behind this step, 0 <= done < num_epochs, with the part of the current one.
+        warmup: epochs in which it rises from near 0, a value a step; the schedule follows.
+    """
+    if done < warmup:
+        return WARMUP_START + (1 - WARMUP_START) * done / warmup
+    return SCHEDULES[schedule](done - warmup, num_epochs - warmup)

@@ -1,0 +1,151 @@
+"""Images in one folder for each class, ImageNet's layout: `train/<class>/<name>.jpg`."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from lednet.data.datasets import open_image, to_rgb
+from lednet.data.pairs import Pair, list_examples
+from lednet.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+class ImageFolderDataset(Dataset):
+    """Pictures and their classes: (uint8 (3, size, size), int64 (3,)).
+
+    A picture as a whole is brought to a square, whatever its proportions, so that
+    `lednet.data.cache` takes it; crops are cut from it later, a batch at a time. The numbers
+    are its class index and, for crops of the original's proportions, the width and height of
+    the original, upright.
+
+    Args:
+        folder: of the split; holds a folder for each class.
+        size: height and width of the square in pixels.
+        classes: those of the training split, which must be the same; by default the names
+            of the folders, sorted.
+
+    Attributes:
+        classes: names; a class's index here is its training target.
+        pairs: image files without labels, by class and name.
+
+    Raises:
+        UserError: no such folder, no classes in it or others than `classes`, or a class
+            without images.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, size: int = 256, classes: Sequence[str] | None = None
+    ):
+        folder = Path(folder)
+        found = _class_names(folder)
+        if classes is not None:
+            _require_same(folder, found, classes)
+        self.size = size
+        self.classes = tuple(found if classes is None else classes)
+        names = [_image_names(folder / name) for name in self.classes]
+        empty = [name for name, images in zip(self.classes, names, strict=True) if not images]
+        if empty:
+            raise UserError(
+                f"{len(empty)} of the {len(found)} class folders in {folder} hold no images "
+                f"({list_examples(empty)}): add some ({', '.join(SUFFIXES)}) or remove them"
+            )
+        self.pairs = ImageFiles(folder, self.classes, names)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.decode(*self.encode(index))
+
+    @property
+    def encoded_shape(self) -> tuple[int, int, int]:
+        return (3, self.size, self.size)
+
+    def cache_options(self) -> dict[str, Any]:
+        return {"size": [self.size, self.size], "classes": list(self.classes)}
+
+    def encode(self, index: int) -> tuple[Tensor, list[int]]:
+        image = to_rgb(open_image(self.pairs[index].image))
+        height, width = image.shape[:2]
+        pixels = torch.from_numpy(image).permute(2, 0, 1)
+        square = v2.functional.resize(pixels, [self.size, self.size], antialias=True)
+        return square.contiguous(), [int(self.pairs.targets[index]), width, height]
+
+    def decode(self, planes: Tensor, facts: list[int]) -> tuple[Tensor, Tensor]:
+        return planes, torch.tensor(facts)
+
+
+class ImageFiles(Sequence[Pair]):
+    """Image files as pairs without labels, made when they are asked for.
+
+    A list of them would take a gigabyte for ImageNet, and soon in each loading process too,
+    where Python's counting of references copies what they share.
+
+    Args:
+        folder: holds the folders of the classes.
+        classes: their names.
+        names: of the files in each.
+
+    Attributes:
+        targets: (len,) int64, the class index of each.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[str], names: Sequence[Sequence[str]]):
+        self.folder, self.classes = folder, classes
+        self.targets = np.repeat(np.arange(len(classes)), [len(files) for files in names])
+        self._names = np.array([os.fsencode(name) for files in names for name in files])
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        name = os.fsdecode(self._names[index])
+        return Pair(self.folder.joinpath(self.classes[self.targets[index]], name), None)
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is not hidden. Asks for no more than the listing: there may be millions of files."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(
+            f"no folder {folder} to read ({error.strerror}): give with --datadir the one above"
+        ) from error
+
+
+def _class_names(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+    if not names:
+        raise UserError(
+            f"{folder} holds no folders: there must be one of images for each class, see "
+            "datasets/README.md"
+        )
+    return names
+
+
+def _require_same(folder: Path, found: Sequence[str], classes: Sequence[str]) -> None:
+    if other := sorted(set(found) ^ set(classes)):
+        verb = "has" if other[0] in found else "lacks"
+        raise UserError(
+            f"{folder} {verb} the class {other[0]}, unlike the training images: both must "
+            "have the same class folders"
+        )
+
+
+def _image_names(folder: Path) -> list[str]:
+    return sorted(
+        entry.name
+        for entry in _entries(folder)
+        if entry.name.lower().endswith(SUFFIXES) and entry.is_file()
+    )

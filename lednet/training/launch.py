@@ -1,0 +1,181 @@
+"""What both training scripts do around the training itself: flags, processes, signals."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lednet.errors import UserError
+from lednet.precision import AMP_DTYPES, autocast
+from lednet.training.checkpoints import Checkpoints
+from lednet.training.distributed import World, join_world, leave_world, lost_processes
+from lednet.training.engine import Optimization
+from lednet.training.loading import worker_failures
+from lednet.training.runs import RunFolder, holds_run, read_options
+from lednet.training.stopping import Keeper, Stopped, StopRequest
+
+POSITIVE = ("num_epochs", "batch_size", "accumulate", "keep_checkpoints")
+NOT_NEGATIVE = ("num_workers", "epochs_save", "save_minutes", "save_steps", "warmup_epochs")
+
+
+def add_loading_flags(data: argparse._ArgumentGroup) -> None:
+    data.add_argument(
+        "--num-workers", type=int, default=min(4, os.cpu_count() or 1), help="loading processes"
+    )
+    data.add_argument(
+        "--skip-damaged",
+        action="store_true",
+        help="replace training images that cannot be read by others, count and name them",
+    )
+
+
+def add_recipe_flags(recipe: argparse._ArgumentGroup) -> None:
+    """Flags of `Optimization` that have the same meaning for every recipe."""
+    recipe.add_argument("--seed", type=int, default=1)
+    recipe.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make a step"
+    )
+    recipe.add_argument(
+        "--clip-norm", type=float, metavar="X", help="largest norm of the gradients (no limit)"
+    )
+    recipe.add_argument(
+        "--sync-batch-norm",
+        action="store_true",
+        help="batch norm over the images of all GPUs (untested)",
+    )
+    recipe.add_argument(
+        "--skip-bad-steps",
+        action="store_true",
+        help="leave out a step whose loss is not finite, instead of stopping",
+    )
+
+
+def add_run_flags(parser: argparse.ArgumentParser, savedir: str) -> None:
+    """How fast, where, and what is kept.
+
+    Args:
+        savedir: the folder's default name, for the help.
+    """
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
+    speed.add_argument(
+        "--channels-last", action="store_true", help="memory layout that suits bf16 and fp16"
+    )
+    speed.add_argument("--compile", action="store_true", help="torch.compile the network")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--savedir", help=f"run folder; a bare name lies below save/ ({savedir})")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        choices=("always", "auto"),
+        const="always",
+        help="continue the run in --savedir with its options; flags given override. auto: "
+        "where there is none yet, start it (for torchrun --max-restarts and job queues)",
+    )
+    run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    run.add_argument(
+        "--cuda", action="store_const", const="cuda", dest="device", help="same as --device cuda"
+    )
+    run.add_argument(
+        "--save-minutes",
+        type=float,
+        default=10,
+        metavar="X",
+        help="a checkpoint every X minutes, besides the one after each epoch; 0: none (10)",
+    )
+    run.add_argument(
+        "--save-steps", type=int, default=0, metavar="N", help="and every N steps; 0: none"
+    )
+    run.add_argument(
+        "--keep-checkpoints", type=int, default=2, metavar="N", help="to resume from (2)"
+    )
+    run.add_argument(
+        "--epochs-save",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also keep the weights of every N-th epoch",
+    )
+    run.add_argument("--visualize", action="store_true", help="show the run on a visdom server")
+    run.add_argument("--port", type=int, default=8097, help="of the visdom server")
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, run_path: Callable[[argparse.Namespace], Path]
+) -> argparse.Namespace:
+    """Arguments; with --resume the run's own options are the defaults.
+
+    Args:
+        run_path: the run's folder.
+
+    Raises:
+        UserError: a number is out of its range, or there is nothing to resume.
+    """
+    args = parser.parse_args()
+    if args.resume == "auto" and not holds_run(run_path(args)):
+        args.resume = None
+    if args.resume:
+        saved = read_options(run_path(args))
+        known = {action.dest for action in parser._actions}
+        parser.set_defaults(**{key: value for key, value in saved.items() if key in known})
+        args = parser.parse_args()
+    require_range(args, POSITIVE, 1)
+    require_range(args, NOT_NEGATIVE, 0)
+    if args.clip_norm is not None and args.clip_norm <= 0:
+        raise UserError(f"--clip-norm is {args.clip_norm}: give more than 0")
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        raise UserError(f"--ema-decay is {args.ema_decay}: give a number between 0 and 1")
+    return args
+
+
+def require_range(args: argparse.Namespace, names: Sequence[str], least: int) -> None:
+    """
+    Raises:
+        UserError: one of the values called `names` is given and below `least`.
+    """
+    for name in names:
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: give {least} or more")
+
+
+def optimization_of(args: argparse.Namespace, **options: Any) -> Optimization:
+    """`Optimization` from the flags of the same names; `options` are those without flags."""
+    names = (field.name for field in dataclasses.fields(Optimization))
+    return Optimization(**{name: vars(args)[name] for name in names if name in args} | options)
+
+
+def open_run(args: argparse.Namespace, path: Path, world: World) -> tuple[RunFolder, Checkpoints]:
+    return (
+        RunFolder(path, bool(args.resume), world.is_main),
+        Checkpoints(path, args.keep_checkpoints),
+    )
+
+
+def launch(args: argparse.Namespace, train: Callable[[World, Keeper], None]) -> None:
+    """Take this process's place, and train so that signals find a moment to stop at.
+
+    Exits with 143 or 130 after SIGTERM or SIGINT.
+
+    Raises:
+        UserError: the device or its precision is not there, another process of the run, or
+            one that loads, has gone; and whatever `train` raises.
+    """
+    with lost_processes():
+        world = join_world(args.device)
+    try:
+        with autocast(world.device, args.precision):
+            pass  # refuses a precision that the device lacks, before anything is written
+        keeper = Keeper(world, StopRequest(), args.save_steps, args.save_minutes)
+        with lost_processes(), worker_failures():
+            train(world, keeper)
+    except Stopped as stopped:
+        if world.is_main:
+            print(f"{stopped}; go on with --resume", file=sys.stderr)
+        sys.exit(stopped.exit_status)
+    finally:
+        leave_world()

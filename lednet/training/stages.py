@@ -1,0 +1,89 @@
+"""The stages of a run, one after the other in the same network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lednet.data.datasets import TRAINING_PARTS
+from lednet.errors import UserError
+from lednet.weights import BEST_WEIGHTS
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage.
+
+    Attributes:
+        name: in logs and checkpoints; of one run, no two have the same.
+        title: in pictures.
+        epochs: how many.
+        best_file: file of its best weights, in the run's folder.
+        encoder_file: file of the encoder alone out of them; none if empty.
+        part: "encoder" (with its 1x1 head) or "decoder" (the full network) in segmentation.
+        annotations: of its training data, a key of `TRAINING_PARTS`.
+    """
+
+    name: str
+    title: str
+    epochs: int
+    best_file: str = BEST_WEIGHTS
+    encoder_file: str = ""
+    part: str = "decoder"
+    annotations: str = "fine"
+
+
+def parse_curriculum(text: str) -> list[tuple[str, int]]:
+    """Annotations and epochs of each part of a curriculum such as "coarse:100,fine:200".
+
+    Raises:
+        UserError: it has another form.
+    """
+    parts = []
+    for word in text.split(","):
+        annotations, _, epochs = word.strip().partition(":")
+        if annotations not in TRAINING_PARTS or not epochs.isdecimal() or int(epochs) < 1:
+            raise UserError(
+                f"--curriculum {text!r}: write annotations ({', '.join(TRAINING_PARTS)}) and "
+                "epochs, as in coarse:100,fine:200"
+            )
+        parts.append((annotations, int(epochs)))
+    return parts
+
+
+def plan_stages(parts: Sequence[tuple[str, int]], encoder_epochs: int | None = None) -> list[Stage]:
+    """The encoder on the first part's data, then the full network on each part's.
+
+    Args:
+        parts: annotations and epochs, see `parse_curriculum`; one without a curriculum.
+        encoder_epochs: of the first stage; None leaves it out.
+
+    Returns:
+        Stages; the last one's best weights are the run's.
+    """
+    stages = []
+    if encoder_epochs is not None:
+        stages.append(
+            Stage(
+                "encoder",
+                "Stage 1: encoder",
+                encoder_epochs,
+                "encoder_best.pth",
+                part="encoder",
+                annotations=parts[0][0],
+            )
+        )
+    if len(parts) == 1:
+        annotations, epochs = parts[0]
+        full = Stage("decoder", "Stage 2: full network", epochs, annotations=annotations)
+        return [*stages, full]
+    for number, (annotations, epochs) in enumerate(parts, 1):
+        last = number == len(parts)
+        stages.append(
+            Stage(
+                name=f"{annotations}-{number}",
+                title=f"Full network, {number}: {annotations}",
+                epochs=epochs,
+                best_file=BEST_WEIGHTS if last else f"{annotations}-{number}_best.pth",
+                annotations=annotations,
+            )
+        )
+    return stages

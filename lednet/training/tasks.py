@@ -1,0 +1,168 @@
+"""What a model is trained for: how batches become inputs, what is lost, what is counted.
+
+The engine knows of no other difference between segmentation and classification.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lednet.data.crops import ImageAugmentation
+from lednet.data.transforms import Augmentation
+from lednet.deploy.predictor import predict_at
+from lednet.evaluation.metrics import ConfusionMatrix, none_if_nan
+from lednet.training.loss import WeightedCrossEntropy, resize_target
+
+
+class Task(Protocol):
+    """A module, on the device of the batches.
+
+    Attributes:
+        score: key of what `scores` returns that decides which epoch was best; more is better.
+        score_name: how people call it.
+    """
+
+    score: str
+    score_name: str
+
+    def augment(
+        self, images: Tensor, target: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """A training batch: what the loader gave, uint8, to the network's input and its target."""
+
+    def normalize(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """A validation batch, without random changes."""
+
+    def loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the losses, and sum of the weights that it is to be divided by."""
+
+    def new_counts(self) -> Tensor:
+        """Integers of a shape that the other methods know, all 0."""
+
+    def count(self, counts: Tensor, logits: Tensor, target: Tensor, exact: bool) -> None:
+        """Add a batch to `counts`.
+
+        Args:
+            exact: as results are published; otherwise, for training batches, the cheap way.
+        """
+
+    def scores(self, counts: Tensor) -> dict[str, Any]:
+        """What the counts come to, ready for JSON, a single number under `score`."""
+
+
+class Segmentation(nn.Module):
+    """A class for each pixel.
+
+    Args:
+        criterion: see `WeightedCrossEntropy`.
+        augmentation: of images (N, 3, H, W) and labels (N, H, W), both uint8.
+        classes: names of those that count.
+    """
+
+    score, score_name = "miou", "mIoU"
+
+    def __init__(
+        self, criterion: WeightedCrossEntropy, augmentation: Augmentation, classes: Sequence[str]
+    ):
+        super().__init__()
+        self.loss, self.augment = criterion, augmentation
+        self.classes = classes
+
+    def normalize(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return self.augment.normalize(images, target)
+
+    def _confusion(self, counts: Tensor) -> ConfusionMatrix:
+        confusion = ConfusionMatrix(len(self.classes), counts.device)
+        confusion.counts = counts
+        return confusion
+
+    def new_counts(self) -> Tensor:
+        return ConfusionMatrix(len(self.classes), self.loss.weight.device).counts
+
+    def count(self, counts: Tensor, logits: Tensor, target: Tensor, exact: bool) -> None:
+        """At the targets' size, or for stage 1's training batches at that of its logits."""
+        if exact:
+            predicted = predict_at(logits, target.shape[-2:])
+        else:
+            predicted, target = logits.argmax(1), resize_target(target, logits.shape[-2:])
+        self._confusion(counts).update(predicted, target)
+
+    def scores(self, counts: Tensor) -> dict[str, Any]:
+        """`miou`, and `class_iou` by name; None where absent."""
+        confusion = self._confusion(counts)
+        ious = [none_if_nan(iou) for iou in confusion.class_iou().tolist()]
+        return {
+            "miou": none_if_nan(confusion.mean_iou()),
+            "class_iou": dict(zip(self.classes, ious, strict=True)),
+        }
+
+
+class Classification(nn.Module):
+    """A class for each image.
+
+    Args:
+        augmentation: of images (N, 3, S, S) uint8 and targets (N, 3); may return soft labels.
+        classes: names.
+        label_smoothing: share of each training target that is spread over all classes.
+    """
+
+    score, score_name = "top1", "top-1"
+
+    def __init__(
+        self, augmentation: ImageAugmentation, classes: Sequence[str], label_smoothing: float = 0.0
+    ):
+        super().__init__()
+        self.augmentation, self.classes = augmentation, classes
+        self.label_smoothing = label_smoothing
+
+    def augment(
+        self, images: Tensor, target: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        images, labels = self.augmentation(images, target, generator)
+        if self.label_smoothing:
+            if labels.ndim == 1:
+                labels = F.one_hot(labels, len(self.classes)).float()
+            labels = torch.lerp(
+                labels, torch.full_like(labels, 1 / len(self.classes)), self.label_smoothing
+            )
+        return images, labels
+
+    def normalize(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return self.augmentation.normalize(images, target)
+
+    def loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            logits: (N, C).
+            target: (N,) int64, or (N, C) float shares.
+
+        Returns:
+            Sum of the cross-entropies, and N.
+        """
+        total = F.cross_entropy(logits.float(), target, reduction="sum")
+        return total, total.new_tensor(float(len(logits)))
+
+    def new_counts(self) -> Tensor:
+        """(3,): images whose class is the first guess, among the first five, and all."""
+        return torch.zeros(3, dtype=torch.int64, device=self.augmentation.mean.device)
+
+    def count(self, counts: Tensor, logits: Tensor, target: Tensor, exact: bool) -> None:
+        """Soft targets count as their greatest."""
+        if target.ndim == 2:
+            target = target.argmax(1)
+        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = guesses == target[:, None]
+        counts += torch.stack(
+            (hits[:, 0].sum(), hits.sum(), torch.tensor(len(hits), device=hits.device))
+        )
+
+    def scores(self, counts: Tensor) -> dict[str, Any]:
+        """`top1` and `top5`, shares of the images in [0, 1]; None of none."""
+        first, five, total = counts.tolist()
+        return {
+            "top1": first / total if total else None,
+            "top5": five / total if total else None,
+        }

@@ -1,0 +1,279 @@
+"""Pretrain LEDNet's encoder as a classifier, on ImageNet or any folders of classes.
+
+    python imagenet/lednet_imagenet.py --datadir /data/imagenet
+    python imagenet/lednet_imagenet.py --datadir /data/imagenet --recipe modern --precision bf16
+    python imagenet/lednet_imagenet.py --savedir imagenet --resume
+    python imagenet/lednet_imagenet.py --datadir /data/imagenet --evaluate save/imagenet/best.pth
+    torchrun --nproc-per-node=4 imagenet/lednet_imagenet.py --datadir /data/imagenet --batch-size 64
+
+The data lie in train/<class>/* and val/<class>/*. The run's folder below save/ ends up with
+encoder.pth, the best epoch's encoder with its normalisation, for
+
+    python train/main.py --datadir /data/cityscapes --pretrainedEncoder save/imagenet/encoder.pth
+
+The default is the paper's recipe: SGD 0.1 with momentum 0.9 and weight decay 1e-4, batch 256,
+150 epochs, constant for 15, then times 0.95 an epoch; random crops of 224x224, flipped. "modern":
+cosine after a warm-up, label smoothing, mixup, colour jitter, a moving average of the weights.
+Hours to expect on ImageNet: docs/training.md. 2,000 small images take minutes on two cores.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lednet.data.cache import CLASSIFICATION_FLAGS, CachedDataset, command_line
+from lednet.data.crops import IMAGENET_MEAN, IMAGENET_STD, ImageAugmentation
+from lednet.data.datasets import SkippingDataset
+from lednet.data.imagefolder import ImageFolderDataset
+from lednet.data.transforms import PRESETS
+from lednet.errors import UserError, exit_on_user_error
+from lednet.files import plain_values, write_text
+from lednet.model import EncoderClassifier, count_parameters
+from lednet.training.dashboard import Dashboard
+from lednet.training.distributed import World, synchronize_batch_norm
+from lednet.training.engine import Trainer, seed_everything
+from lednet.training.fit import Course, Equipment, train_stages
+from lednet.training.launch import (
+    add_loading_flags,
+    add_recipe_flags,
+    add_run_flags,
+    launch,
+    open_run,
+    optimization_of,
+    parse_flags,
+    require_range,
+)
+from lednet.training.loading import end_loading, make_loaders
+from lednet.training.runs import environment
+from lednet.training.schedule import SCHEDULES
+from lednet.training.stages import Stage
+from lednet.training.stopping import Keeper
+from lednet.training.tasks import Classification
+from lednet.weights import load_state, load_weights, read_checkpoint
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "lr": 0.1,
+        "weight_decay": 1e-4,
+        "schedule": "exponential",
+        "warmup_epochs": 0,
+        "augment": "paper",
+        "label_smoothing": 0.0,
+        "mixup": 0.0,
+        "ema_decay": None,
+    },
+    "modern": {
+        "lr": 0.2,
+        "weight_decay": 5e-5,
+        "schedule": "cosine",
+        "warmup_epochs": 5,
+        "augment": "modern",
+        "label_smoothing": 0.1,
+        "mixup": 0.2,
+        "ema_decay": 0.999,
+    },
+}
+ENCODER_FILE = "encoder.pth"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--datadir",
+        type=Path,
+        default=ROOT / "datasets/imagenet",
+        help="folder with train/ and val/ (datasets/imagenet)",
+    )
+    data.add_argument(
+        "--stored-size",
+        type=int,
+        default=256,
+        metavar="S",
+        help="pictures are brought to SxS pixels, of which the crops are then cut (256)",
+    )
+    data.add_argument(
+        "--crop-size", type=int, default=224, metavar="S", help="of the network's input (224)"
+    )
+    data.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="read the pictures that datasets/prepare_imagenet.py has decoded there",
+    )
+    add_loading_flags(data)
+
+    recipe = parser.add_argument_group("recipe", "what is not given comes from --recipe")
+    recipe.add_argument("--recipe", choices=RECIPES, default="paper")
+    recipe.add_argument("--num-epochs", type=int, default=150)
+    recipe.add_argument("--batch-size", type=int, default=256, help="images a step, per process")
+    recipe.add_argument("--lr", type=float, help="of SGD with momentum 0.9")
+    recipe.add_argument("--weight-decay", type=float)
+    recipe.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate")
+    recipe.add_argument("--warmup-epochs", type=int, help="before it")
+    recipe.add_argument("--augment", choices=PRESETS, help="paper: crop, flip; modern: colour too")
+    recipe.add_argument("--label-smoothing", type=float, metavar="X", help="0 to below 1")
+    recipe.add_argument("--mixup", type=float, metavar="A", help="of Beta(A, A); 0: none")
+    recipe.add_argument(
+        "--ema-decay", type=float, metavar="D", help="moving average of the weights; 0: none"
+    )
+    add_recipe_flags(recipe)
+
+    net = parser.add_argument_group("network")
+    net.add_argument("--state", type=Path, help="weights of a classifier to start from")
+    net.add_argument(
+        "--evaluate", type=Path, metavar="FILE", help="score these weights on val, train nothing"
+    )
+    add_run_flags(parser, "imagenet")
+    return parser
+
+
+def run_path(args: argparse.Namespace) -> Path:
+    """A bare --savedir lies below save/, anything with a slash where it says."""
+    name = args.savedir or "imagenet"
+    return ROOT / "save" / name if Path(name).name == name else Path(name)
+
+
+def parse_options() -> argparse.Namespace:
+    """Arguments, those of the recipe filled in."""
+    args = parse_flags(build_parser(), run_path)
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.ema_decay = args.ema_decay or None
+    require_range(args, ("stored_size", "crop_size"), 1)
+    require_range(args, ("mixup", "lr", "weight_decay"), 0)
+    if not 0 <= args.label_smoothing < 1:
+        raise UserError(f"--label-smoothing is {args.label_smoothing}: give 0 to below 1")
+    if args.warmup_epochs >= args.num_epochs:
+        raise UserError(
+            f"--warmup-epochs {args.warmup_epochs} leaves nothing of --num-epochs "
+            f"{args.num_epochs}: give fewer"
+        )
+    return args
+
+
+def open_data(
+    args: argparse.Namespace, split: str, classes: Sequence[str] | None = None
+) -> ImageFolderDataset | CachedDataset:
+    """A split; `classes` are those that it must have."""
+    data = ImageFolderDataset(args.datadir / split, args.stored_size, classes)
+    if args.cache:
+        options, defaults = vars(args), vars(build_parser().parse_args([]))
+        script = ROOT / "datasets/prepare_imagenet.py"
+        command = command_line(script, options, defaults, CLASSIFICATION_FLAGS)
+        data = CachedDataset(args.cache / split, data, command)
+    return data
+
+
+def evaluate(args: argparse.Namespace, world: World) -> None:
+    """Print the scores of --evaluate."""
+    val = open_data(args, "val")
+    net = EncoderClassifier(len(val.classes))
+    content = read_checkpoint(args.evaluate)
+    known = content.get("meta", {}).get("classes")
+    if known is not None and tuple(known) != tuple(val.classes):
+        raise UserError(
+            f"{args.evaluate} tells other classes apart than {args.datadir} has: score it on the "
+            "data that it was trained on"
+        )
+    report = load_state(net, content["state_dict"], args.evaluate)
+    if world.is_main:
+        print(report)
+    augmentation = ImageAugmentation(args.crop_size, num_classes=len(val.classes))
+    task = Classification(augmentation, val.classes)
+    trainer = Trainer(net.to(world.device), task, 1, world, optimization_of(args, ema_decay=None))
+    _, loader = make_loaders(val, val, world, args.batch_size, args.num_workers, args.seed)
+    try:
+        scores = trainer.evaluate(loader, "val")
+    finally:
+        end_loading(loader)
+    if world.is_main:
+        print(
+            f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}  "
+            f"of {len(val)} images at {args.crop_size}x{args.crop_size}"
+        )
+
+
+def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
+    train_data = open_data(args, "train")
+    classes = train_data.classes
+    val_data = open_data(args, "val", classes)
+    stage = Stage(
+        "classifier", f"Classifier: {len(classes)} classes", args.num_epochs,
+        encoder_file=ENCODER_FILE,
+    )  # fmt: skip
+    folder, checkpoints = open_run(args, run_path(args), world)
+    seed_everything(args.seed)
+    net = EncoderClassifier(len(classes))
+    size = args.crop_size
+    meta = {
+        "model": "LEDNet's encoder",
+        "dataset": args.datadir.name,
+        "classes": list(classes),
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "size": [size, size],
+        "provenance": {
+            "command": shlex.join(["python", *sys.argv]),
+            "images": len(train_data),
+            **{key: str(value) for key, value in environment(ROOT).items()},
+        },
+    }
+    course = Course(net, [stage], folder, checkpoints, meta, args.seed, keeper)
+    course.keep_every = args.epochs_save
+    state = course.resume() if args.resume else ()
+    if not args.resume and args.state:
+        folder.say(f"--state: {load_weights(net, args.state)}")
+    net.to(world.device)
+    if args.sync_batch_norm:
+        net = course.net = synchronize_batch_norm(net, world)
+    folder.write_options(plain_values(vars(args)), ROOT)
+    if world.is_main:
+        write_text(folder.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
+    augmentation = ImageAugmentation(size, args.augment, len(classes), mixup=args.mixup)
+    task = Classification(augmentation, classes, args.label_smoothing)
+    if args.visualize and world.is_main:
+        course.dashboard = Dashboard(folder.path.name, task, port=args.port)
+
+    def equip(stage: Stage) -> Equipment:
+        data = SkippingDataset(train_data) if args.skip_damaged else train_data
+        optimization = optimization_of(args, optimizer="sgd")
+        loaders = make_loaders(data, val_data, world, args.batch_size, args.num_workers, args.seed)
+        return Equipment(Trainer(net, task, stage.epochs, world, optimization), *loaders)
+
+    folder.say(
+        f"{len(classes)} classes, {len(train_data)} training and {len(val_data)} validation "
+        f"images at {size}x{size}; {count_parameters(net):,} parameters, on {world.size} x "
+        f"{world.device}; {folder.path}"
+    )
+    progress = train_stages(course, equip, *state)
+    folder.say(
+        f"done: best val top-1 {progress.best_score:.3f}; encoder {folder.path / ENCODER_FILE}, "
+        f"curves {folder.path / 'curves.png'}"
+    )
+
+
+def main() -> None:
+    args = parse_options()
+
+    def run(world: World, keeper: Keeper) -> None:
+        if args.evaluate:
+            evaluate(args, world)
+        else:
+            train(args, world, keeper)
+
+    launch(args, run)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

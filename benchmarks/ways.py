@@ -56,7 +56,7 @@ EXPERIMENTS = {
         "CamVid at 180x240",
         (
             "imagenet/lednet_imagenet.py --datadir {pictures} --recipe modern --stored-size 72 "
-            "--crop-size 64 --batch-size 64 --num-epochs 60 --lr 0.1 "
+            "--crop-size 64 --batch-size 64 --num-epochs 60 --lr 0.05 --mixup 0 "
             f"{FAST} --savedir {{runs}}/pictures --resume auto",
         ),
         {

@@ -366,14 +366,12 @@ def test_gradients_are_clipped():
 
 
 def test_average_follows_the_weights():
-    trainer = small_trainer(ema_decay=0.75, lr=0.01)
+    trainer = small_trainer(ema_decay=0.28, lr=0.01)
     expected = None
-    for _ in range(4):
+    for decay in (0, 2 / 11, 3 / 12, 0.28, 0.28):  # rising to it as (1 + n) / (10 + n)
         trainer.train_one_epoch(Loader(batches(1)), "title", KEYS)
         now = {k: v.clone() for k, v in trainer.model.state_dict().items() if v.is_floating_point()}
-        if expected is None:
-            expected = now
-        expected = {key: 0.75 * expected[key] + 0.25 * now[key] for key in now}
+        expected = {key: decay * (expected or now)[key] + (1 - decay) * now[key] for key in now}
     found = trainer.scored.state_dict()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)

@@ -46,7 +46,8 @@ class Optimization:
             batch norm sees them one by one.
         clip_norm: largest norm of all gradients together; None leaves them.
         ema_decay: of an exponential moving average of the weights, which is then what is
-            scored and kept as best; None for no such average.
+            scored and kept as best; None for no such average. In update n it is at most
+            (1 + n) / (10 + n).
         channels_last: memory layout of weights and images.
         compile: `torch.compile` the network.
         skip_bad_steps: leave an update out when its loss is not finite, and go on; looks at
@@ -170,16 +171,21 @@ class Trainer:
         if optimization.channels_last:
             self.layout = torch.channels_last
             model.to(memory_format=self.layout)
-        self.average = None
+        self.average, self.updates = None, 0
         if optimization.ema_decay is not None:
-            update = get_ema_multi_avg_fn(optimization.ema_decay)
-            self.average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+            self.average = AveragedModel(model, multi_avg_fn=self._mix_in, use_buffers=True)
         self.epoch = 1
         self.frozen = False
         self._freeze(self._frozen_in(self.epoch))
         self.optimizer = self._make_optimizer()
         fp16 = optimization.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+
+    def _mix_in(self, averaged: list[Tensor], current: list[Tensor], _: Tensor) -> None:
+        """Add weights to their average. In a short run a steep decay would keep the first ones:
+        it begins low, so that a ninth of what has been done counts (as TensorFlow's)."""
+        decay = min(self.optimization.ema_decay, (1 + self.updates) / (10 + self.updates))
+        get_ema_multi_avg_fn(decay)(averaged, current, _)
 
     def _make_optimizer(self) -> Optimizer:
         """The rest of the model comes first, then what has been trained before."""
@@ -223,7 +229,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
         }
         if self.average is not None:
-            state["average"] = self.average.state_dict()
+            state |= {"average": self.average.state_dict(), "updates": self.updates}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -233,6 +239,7 @@ class Trainer:
             if "average" not in state:
                 raise UserError("the run was begun without --ema-decay: resume it without")
             self.average.load_state_dict(state["average"])
+            self.updates = state["updates"]
 
     def keep_average(self) -> None:
         """Go on from the averaged weights, if there are any: those that were scored."""
@@ -304,6 +311,7 @@ class Trainer:
             self.scaler.update()
             if self.average is not None:
                 self.average.update_parameters(self.model)
+                self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         return done
 

@@ -43,9 +43,13 @@ ORIENTATIONS = {
 }
 """What turns an image upright, by its EXIF orientation."""
 
-# PIL's, of senseless EXIF for instance: such an image is used as it is. For good: a filter
-# that comes and goes makes Python forget which warnings, of anybody's, it has shown once.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+# Of senseless EXIF, and of palettes whose transparency is dropped: such an image is used as it
+# is. For good: a filter that comes and goes makes Python forget which warnings it has shown once.
+warnings.filterwarnings(
+    "ignore",
+    "(possibly )?corrupt EXIF|truncated file read|metadata warning|palette images with transparency",
+    module=r"PIL\.",
+)
 
 
 def open_image(path: Path) -> Image.Image:

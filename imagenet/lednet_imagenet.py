@@ -22,7 +22,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -57,28 +56,6 @@ from lednet.training.stopping import Keeper
 from lednet.training.tasks import Classification
 from lednet.weights import load_state, load_weights, read_checkpoint
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {
-        "lr": 0.1,
-        "weight_decay": 1e-4,
-        "schedule": "exponential",
-        "warmup_epochs": 0,
-        "augment": "paper",
-        "label_smoothing": 0.0,
-        "mixup": 0.0,
-        "ema_decay": None,
-    },
-    "modern": {
-        "lr": 0.2,
-        "weight_decay": 5e-5,
-        "schedule": "cosine",
-        "warmup_epochs": 5,
-        "augment": "modern",
-        "label_smoothing": 0.1,
-        "mixup": 0.2,
-        "ema_decay": 0.999,
-    },
-}
 ENCODER_FILE = "encoder.pth"
 
 
@@ -112,9 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_loading_flags(data)
 
     recipe = parser.add_argument_group("recipe", "what is not given comes from --recipe")
-    recipe.add_argument("--recipe", choices=RECIPES, default="paper")
-    recipe.add_argument("--num-epochs", type=int, default=150)
-    recipe.add_argument("--batch-size", type=int, default=256, help="images a step, per process")
+    add_recipe_flags(recipe)
+    recipe.add_argument("--num-epochs", type=int)
+    recipe.add_argument("--batch-size", type=int, help="images a step, per process")
     recipe.add_argument("--lr", type=float, help="of SGD with momentum 0.9")
     recipe.add_argument("--weight-decay", type=float)
     recipe.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate")
@@ -125,7 +102,6 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument(
         "--ema-decay", type=float, metavar="D", help="moving average of the weights; 0: none"
     )
-    add_recipe_flags(recipe)
 
     net = parser.add_argument_group("network")
     net.add_argument("--state", type=Path, help="weights of a classifier to start from")
@@ -143,12 +119,7 @@ def run_path(args: argparse.Namespace) -> Path:
 
 
 def parse_options() -> argparse.Namespace:
-    """Arguments, those of the recipe filled in."""
-    args = parse_flags(build_parser(), run_path)
-    for name, value in RECIPES[args.recipe].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.ema_decay = args.ema_decay or None
+    args = parse_flags(build_parser(), run_path, ROOT / "imagenet/recipes")
     require_range(args, ("stored_size", "crop_size"), 1)
     require_range(args, ("mixup", "lr", "weight_decay"), 0)
     if not 0 <= args.label_smoothing < 1:

@@ -402,6 +402,41 @@ def test_cached_pictures_train_to_the_same_weights(
     same_end(tmp_path / "run", pretrained, ("best.pth",))
 
 
+def test_two_processes_train_and_count_each_picture_once(run_script, pictures, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    result = run_script(
+        "imagenet/lednet_imagenet.py", "--datadir", pictures, "--savedir", tmp_path / "run",
+        "--device", "cpu", "--stored-size", 40, "--crop-size", 32, "--batch-size", 5,
+        "--num-workers", 0, "--num-epochs", 1, launcher=torchrun,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert record["val_top1"] * 12 == pytest.approx(round(record["val_top1"] * 12))
+    assert record["val_top5"] == 1
+    alone = run_script(
+        "imagenet/lednet_imagenet.py", "--datadir", pictures, "--device", "cpu",
+        "--stored-size", 40, "--crop-size", 32, "--num-workers", 0,
+        "--evaluate", tmp_path / "run" / "best.pth",
+    )  # fmt: skip
+    assert f"top-1 {record['val_top1']:.4f}" in alone.stdout, alone.stderr
+
+
+def test_no_average_is_kept_where_the_recipe_has_one(pretrain, tmp_path):
+    result = pretrain(tmp_path / "run", *QUICK[:-2], "--num-epochs", 2, "--ema-decay", 0)
+    assert result.returncode == 0, result.stderr
+    checkpoint = sorted((tmp_path / "run").glob("checkpoint_*.pth"))[-1]
+    assert "average" not in read_checkpoint(checkpoint)["trainer"]
+
+
+def test_other_classes_are_refused(pretrain, pretrained, pictures, tmp_path):
+    own = shutil.copytree(pictures, tmp_path / "own")
+    for split in ("train", "val"):
+        (own / split / "red").rename(own / split / "crimson")
+    flags = ("--datadir", own, "--evaluate", pretrained / "best.pth")
+    result = pretrain(tmp_path / "run", *flags)
+    assert result.returncode == 2 and "tells other classes apart" in result.stderr
+
+
 def test_paper_recipe_is_the_default(pretrain, tmp_path):
     result = pretrain(tmp_path / "run", "--num-epochs", 1)
     assert result.returncode == 0, result.stderr

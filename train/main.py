@@ -8,9 +8,9 @@
     torchrun --nproc-per-node=4 train/main.py --datadir /data/cityscapes
     torchrun --nproc-per-node=4 --max-restarts=3 train/main.py --savedir long --resume auto
 
-The defaults are the paper's recipe: Adam 5e-4, weight decay 1e-4, poly decay 0.9,
-300 epochs, class-weighted cross-entropy, 512x1024. The three ways to train, with the
-hours and the disk space that they take: docs/training.md. Scores to expect: README.md.
+The default is the paper's recipe (train/recipes/paper.yaml): Adam 5e-4, weight decay 1e-4,
+poly decay 0.9, 300 epochs, class-weighted cross-entropy, 512x1024. The three ways to train,
+with the hours and the disk space that they take: docs/training.md. Scores to expect: README.md.
 Everything a run writes lies in its folder below save/.
 """
 
@@ -102,7 +102,6 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--augment",
         choices=PRESETS,
-        default="paper",
         help="paper: flip and shift; modern: scale, crop, flip, colour",
     )
     data.add_argument(
@@ -152,8 +151,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="in the first N epochs of stage 2 the encoder stays as it is (0)",
     )
 
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--num-epochs", type=int, default=300, help="of each stage (300)")
+    recipe = parser.add_argument_group("recipe", "what is not given comes from --recipe")
+    add_recipe_flags(recipe)
+    recipe.add_argument("--num-epochs", type=int, help="of each stage")
     recipe.add_argument(
         "--encoder-epochs", type=int, help="of stage 1 (as many as the stage after it)"
     )
@@ -163,13 +163,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="Cityscapes: stage 2 on annotations A for N epochs, then on B for M, each with its "
         "own class weights and schedule, as in coarse:100,fine:200",
     )
-    recipe.add_argument("--batch-size", type=int, default=5, help="images a step, per process")
-    recipe.add_argument("--lr", type=float, default=5e-4)
-    recipe.add_argument("--weight-decay", type=float, default=1e-4)
+    recipe.add_argument("--batch-size", type=int, help="images a step, per process")
+    recipe.add_argument("--lr", type=float, help="of Adam, before the poly schedule")
+    recipe.add_argument("--weight-decay", type=float)
     recipe.add_argument(
         "--class-weights",
         choices=("auto", "released", "computed", "none"),
-        default="auto",
         help="auto: the released list for Cityscapes fine, else 1/ln(c+share) "
         "of the training labels",
     )
@@ -179,7 +178,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="D",
         help="score and keep a moving average of the weights, 0.999 for instance",
     )
-    add_recipe_flags(recipe)
     recipe.add_argument(
         "--iouTrain",
         action=switch,
@@ -198,7 +196,7 @@ def run_path(args: argparse.Namespace) -> Path:
 
 
 def parse_options() -> argparse.Namespace:
-    args = parse_flags(build_parser(), run_path)
+    args = parse_flags(build_parser(), run_path, ROOT / "train/recipes")
     require_range(args, ("encoder_epochs", "height", "width", "pyramid_channels"), 1)
     require_range(args, ("val_every", "freeze_encoder", "encoder_lr_factor"), 0)
     if args.pyramid_channels and args.variant != "d128":

@@ -14,9 +14,11 @@ from lednet.training.checkpoints import Checkpoints
 from lednet.training.distributed import World, join_world, leave_world, lost_processes
 from lednet.training.engine import Optimization
 from lednet.training.loading import worker_failures
+from lednet.training.recipes import recipe_path, set_recipe
 from lednet.training.runs import RunFolder, holds_run, read_options
 from lednet.training.stopping import Keeper, Stopped, StopRequest
 
+BASE_RECIPE = "paper"
 POSITIVE = ("num_epochs", "batch_size", "accumulate", "keep_checkpoints")
 NOT_NEGATIVE = ("num_workers", "epochs_save", "save_minutes", "save_steps", "warmup_epochs")
 
@@ -33,7 +35,14 @@ def add_loading_flags(data: argparse._ArgumentGroup) -> None:
 
 
 def add_recipe_flags(recipe: argparse._ArgumentGroup) -> None:
-    """Flags of `Optimization` that have the same meaning for every recipe."""
+    """The recipe, and flags of `Optimization` that have the same meaning in each."""
+    recipe.add_argument(
+        "--recipe",
+        default=BASE_RECIPE,
+        metavar="NAME|FILE",
+        help=f"of the script's folder recipes/ ({BASE_RECIPE}); it sets what is not given, and "
+        f"{BASE_RECIPE} what it does not set",
+    )
     recipe.add_argument("--seed", type=int, default=1)
     recipe.add_argument(
         "--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make a step"
@@ -105,30 +114,41 @@ def add_run_flags(parser: argparse.ArgumentParser, savedir: str) -> None:
 
 
 def parse_flags(
-    parser: argparse.ArgumentParser, run_path: Callable[[argparse.Namespace], Path]
+    parser: argparse.ArgumentParser, run_path: Callable[[argparse.Namespace], Path], recipes: Path
 ) -> argparse.Namespace:
-    """Arguments; with --resume the run's own options are the defaults.
+    """Arguments; the defaults are the recipe's or, with --resume, the run's own options.
 
     Args:
         run_path: the run's folder.
+        recipes: folder of the recipes that have names.
 
     Raises:
         UserError: a number is out of its range, or there is nothing to resume.
     """
     args = parser.parse_args()
-    if args.resume == "auto" and not holds_run(run_path(args)):
-        args.resume = None
-    if args.resume:
-        saved = read_options(run_path(args))
+    resume = args.resume
+    if resume == "auto" and not holds_run(run_path(args)):
+        resume = None
+    set_recipe(parser, recipe_path(BASE_RECIPE, recipes))
+    if resume:
+        saved = {"recipe": BASE_RECIPE} | read_options(run_path(args))
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{key: value for key, value in saved.items() if key in known})
-        args = parser.parse_args()
+    elif args.recipe != BASE_RECIPE:
+        set_recipe(parser, recipe_path(args.recipe, recipes))
+    args = parser.parse_args()
+    args.resume = resume
+    if resume and args.recipe != saved["recipe"]:
+        raise UserError(
+            f"the run has the recipe {saved['recipe']}, not {args.recipe}: resume it "
+            "without --recipe, and give the flags that shall change"
+        )
     require_range(args, POSITIVE, 1)
     require_range(args, NOT_NEGATIVE, 0)
     if args.clip_norm is not None and args.clip_norm <= 0:
         raise UserError(f"--clip-norm is {args.clip_norm}: give more than 0")
-    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
-        raise UserError(f"--ema-decay is {args.ema_decay}: give a number between 0 and 1")
+    if args.ema_decay is not None and not 0 <= args.ema_decay < 1:
+        raise UserError(f"--ema-decay is {args.ema_decay}: give 0 to below 1")
     return args
 
 
@@ -145,8 +165,9 @@ def require_range(args: argparse.Namespace, names: Sequence[str], least: int) ->
 
 def optimization_of(args: argparse.Namespace, **options: Any) -> Optimization:
     """`Optimization` from the flags of the same names; `options` are those without flags."""
-    names = (field.name for field in dataclasses.fields(Optimization))
-    return Optimization(**{name: vars(args)[name] for name in names if name in args} | options)
+    names = {field.name for field in dataclasses.fields(Optimization)}
+    values = {name: value for name, value in vars(args).items() if name in names}
+    return Optimization(**values | {"ema_decay": args.ema_decay or None} | options)
 
 
 def open_run(args: argparse.Namespace, path: Path, world: World) -> tuple[RunFolder, Checkpoints]:

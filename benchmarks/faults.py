@@ -4,7 +4,7 @@
 
 Each fault strikes a small run of its own (32 steps, 32x64 pixels, two stages); the run is then
 resumed, and its weights, optimizer and log are compared with those of a run that was left alone.
-Seven minutes on two shared virtual cores. Linux; some faults need the right to mount (root).
+Five minutes on two shared virtual cores. Linux; some faults need the right to mount (root).
 """
 
 import argparse

@@ -88,19 +88,30 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_loading_flags(data)
 
-    recipe = parser.add_argument_group("recipe", "what is not given comes from --recipe")
+    recipe = parser.add_argument_group(
+        "recipe", "what is not given comes from --recipe; in brackets, the paper's"
+    )
     add_recipe_flags(recipe)
-    recipe.add_argument("--num-epochs", type=int)
-    recipe.add_argument("--batch-size", type=int, help="images a step, per process")
-    recipe.add_argument("--lr", type=float, help="of SGD with momentum 0.9")
-    recipe.add_argument("--weight-decay", type=float)
-    recipe.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate")
-    recipe.add_argument("--warmup-epochs", type=int, help="before it")
-    recipe.add_argument("--augment", choices=PRESETS, help="paper: crop, flip; modern: colour too")
-    recipe.add_argument("--label-smoothing", type=float, metavar="X", help="0 to below 1")
-    recipe.add_argument("--mixup", type=float, metavar="A", help="of Beta(A, A); 0: none")
+    recipe.add_argument("--num-epochs", type=int, help="(%(default)s)")
+    recipe.add_argument("--batch-size", type=int, help="images a step, per process (%(default)s)")
+    recipe.add_argument("--lr", type=float, help="of SGD with momentum 0.9 (%(default)s)")
+    recipe.add_argument("--weight-decay", type=float, help="(%(default)s)")
+    recipe.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate (%(default)s)")
+    recipe.add_argument("--warmup-epochs", type=int, help="before it (%(default)s)")
     recipe.add_argument(
-        "--ema-decay", type=float, metavar="D", help="moving average of the weights; 0: none"
+        "--augment", choices=PRESETS, help="paper: crop, flip; modern: colour too (%(default)s)"
+    )
+    recipe.add_argument(
+        "--label-smoothing", type=float, metavar="X", help="0 to below 1 (%(default)s)"
+    )
+    recipe.add_argument(
+        "--mixup", type=float, metavar="A", help="of Beta(A, A); 0: none (%(default)s)"
+    )
+    recipe.add_argument(
+        "--ema-decay",
+        type=float,
+        metavar="D",
+        help="moving average of the weights; 0: none (%(default)s)",
     )
 
     net = parser.add_argument_group("network")

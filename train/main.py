@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--augment",
         choices=PRESETS,
-        help="paper: flip and shift; modern: scale, crop, flip, colour",
+        help="paper: flip and shift; modern: scale, crop, flip, colour (%(default)s)",
     )
     data.add_argument(
         "--cache",
@@ -151,9 +151,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="in the first N epochs of stage 2 the encoder stays as it is (0)",
     )
 
-    recipe = parser.add_argument_group("recipe", "what is not given comes from --recipe")
+    recipe = parser.add_argument_group(
+        "recipe", "what is not given comes from --recipe; in brackets, the paper's"
+    )
     add_recipe_flags(recipe)
-    recipe.add_argument("--num-epochs", type=int, help="of each stage")
+    recipe.add_argument("--num-epochs", type=int, help="of each stage (%(default)s)")
     recipe.add_argument(
         "--encoder-epochs", type=int, help="of stage 1 (as many as the stage after it)"
     )
@@ -163,14 +165,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="Cityscapes: stage 2 on annotations A for N epochs, then on B for M, each with its "
         "own class weights and schedule, as in coarse:100,fine:200",
     )
-    recipe.add_argument("--batch-size", type=int, help="images a step, per process")
-    recipe.add_argument("--lr", type=float, help="of Adam, before the poly schedule")
-    recipe.add_argument("--weight-decay", type=float)
+    recipe.add_argument("--batch-size", type=int, help="images a step, per process (%(default)s)")
+    recipe.add_argument("--lr", type=float, help="of Adam, before the poly schedule (%(default)s)")
+    recipe.add_argument("--weight-decay", type=float, help="(%(default)s)")
     recipe.add_argument(
         "--class-weights",
         choices=("auto", "released", "computed", "none"),
         help="auto: the released list for Cityscapes fine, else 1/ln(c+share) "
-        "of the training labels",
+        "of the training labels (%(default)s)",
     )
     recipe.add_argument(
         "--ema-decay",

@@ -43,7 +43,7 @@ def add_recipe_flags(recipe: argparse._ArgumentGroup) -> None:
         help=f"of the script's folder recipes/ ({BASE_RECIPE}); it sets what is not given, and "
         f"{BASE_RECIPE} what it does not set",
     )
-    recipe.add_argument("--seed", type=int, default=1)
+    recipe.add_argument("--seed", type=int, default=1, help="of everything random (1)")
     recipe.add_argument(
         "--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make a step"
     )
@@ -125,11 +125,11 @@ def parse_flags(
     Raises:
         UserError: a number is out of its range, or there is nothing to resume.
     """
+    set_recipe(parser, recipe_path(BASE_RECIPE, recipes))  # first: --help shows its values
     args = parser.parse_args()
     resume = args.resume
     if resume == "auto" and not holds_run(run_path(args)):
         resume = None
-    set_recipe(parser, recipe_path(BASE_RECIPE, recipes))
     if resume:
         saved = {"recipe": BASE_RECIPE} | read_options(run_path(args))
         known = {action.dest for action in parser._actions}

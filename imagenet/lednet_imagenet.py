@@ -47,6 +47,7 @@ from lednet.training.launch import (
     optimization_of,
     parse_flags,
     require_range,
+    require_schedule,
 )
 from lednet.training.loading import end_loading, make_loaders
 from lednet.training.runs import environment
@@ -135,11 +136,7 @@ def parse_options() -> argparse.Namespace:
     require_range(args, ("mixup", "lr", "weight_decay"), 0)
     if not 0 <= args.label_smoothing < 1:
         raise UserError(f"--label-smoothing is {args.label_smoothing}: give 0 to below 1")
-    if args.warmup_epochs >= args.num_epochs:
-        raise UserError(
-            f"--warmup-epochs {args.warmup_epochs} leaves nothing of --num-epochs "
-            f"{args.num_epochs}: give fewer"
-        )
+    require_schedule(args, args.num_epochs)
     return args
 
 

@@ -202,6 +202,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         (("--clip-norm", 0), "--clip-norm is 0"),
         (("--ema-decay", 1), "--ema-decay is 1"),
         (("--accumulate", 0), "--accumulate is 0"),
+        (("--warmup-epochs", 3, "--num-epochs", 3), "leaves nothing of a stage's 3 epochs"),
         (("--sync-batch-norm",), "needs CUDA GPUs"),
     ],
 )

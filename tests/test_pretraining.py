@@ -442,7 +442,7 @@ def test_paper_recipe_is_the_default(pretrain, tmp_path):
     assert result.returncode == 0, result.stderr
     options = json.loads((tmp_path / "run" / "options.json").read_text())["options"]
     wanted = {"lr": 0.1, "weight_decay": 1e-4, "schedule": "exponential", "augment": "paper",
-              "label_smoothing": 0, "mixup": 0, "ema_decay": None, "warmup_epochs": 0}  # fmt: skip
+              "label_smoothing": 0, "mixup": 0, "ema_decay": 0, "warmup_epochs": 0}  # fmt: skip
     assert {key: options[key] for key in wanted} == wanted
     checkpoint = next((tmp_path / "run").glob("checkpoint_*.pth"))
     group = read_checkpoint(checkpoint)["trainer"]["optimizer"]["param_groups"][0]

@@ -50,6 +50,7 @@ from lednet.training.launch import (
     optimization_of,
     parse_flags,
     require_range,
+    require_schedule,
 )
 from lednet.training.loading import make_loaders
 from lednet.training.loss import (
@@ -58,6 +59,7 @@ from lednet.training.loss import (
     WeightedCrossEntropy,
     class_weights,
 )
+from lednet.training.schedule import SCHEDULES
 from lednet.training.stages import Stage, parse_curriculum, plan_stages
 from lednet.training.stopping import Keeper
 from lednet.training.tasks import Segmentation
@@ -166,7 +168,11 @@ def build_parser() -> argparse.ArgumentParser:
         "own class weights and schedule, as in coarse:100,fine:200",
     )
     recipe.add_argument("--batch-size", type=int, help="images a step, per process (%(default)s)")
-    recipe.add_argument("--lr", type=float, help="of Adam, before the poly schedule (%(default)s)")
+    recipe.add_argument("--lr", type=float, help="of Adam, before the schedule (%(default)s)")
+    recipe.add_argument(
+        "--schedule", choices=SCHEDULES, help="of the learning rate, in each stage (%(default)s)"
+    )
+    recipe.add_argument("--warmup-epochs", type=int, help="before it (%(default)s)")
     recipe.add_argument("--weight-decay", type=float, help="(%(default)s)")
     recipe.add_argument(
         "--class-weights",
@@ -209,6 +215,7 @@ def parse_options() -> argparse.Namespace:
         raise UserError(f"--class-uniform is {args.class_uniform}: give more than 0, at most 1")
     if args.curriculum and args.annotations != "fine":
         raise UserError("--curriculum names the annotations of each part: leave --annotations out")
+    require_schedule(args, min(stage.epochs for stage in stages_of(args)))
     return args
 
 

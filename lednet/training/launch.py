@@ -163,6 +163,18 @@ def require_range(args: argparse.Namespace, names: Sequence[str], least: int) ->
             raise UserError(f"--{name.replace('_', '-')} is {value}: give {least} or more")
 
 
+def require_schedule(args: argparse.Namespace, epochs: int) -> None:
+    """
+    Raises:
+        UserError: the warm-up takes all the epochs of a stage.
+    """
+    if args.warmup_epochs >= epochs:
+        raise UserError(
+            f"--warmup-epochs {args.warmup_epochs} leaves nothing of a stage's {epochs} epochs: "
+            "give fewer"
+        )
+
+
 def optimization_of(args: argparse.Namespace, **options: Any) -> Optimization:
     """`Optimization` from the flags of the same names; `options` are those without flags."""
     names = {field.name for field in dataclasses.fields(Optimization)}

@@ -7,6 +7,7 @@ open-source project for real-time image semantic segmentation" (SCIS 2019,
     image -> Encoder (1/8 size, 128 channels) -> AttentionPyramid -> x8 bilinear -> logits
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -284,6 +285,23 @@ class LEDNet(nn.Module):
     def encoder_stage(self) -> EncoderStage:
         """The encoder with its 1x1 head, sharing this network's parameters."""
         return EncoderStage(self.encoder, self.encoder_head)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike) -> "LEDNet":
+        """A trained network, in evaluation mode.
+
+        Its classes, normalisation and input size: `lednet.load_network(name)` returns them too.
+
+        Args:
+            name: of released weights ("camvid-d20"), a folder in their layout (config.json and
+                model.safetensors), a run's folder or a weights file. Nothing is downloaded.
+
+        Raises:
+            UserError: there is none, its checksum differs, or it is no LEDNet.
+        """
+        from lednet.weights import load_network  # which builds on this module
+
+        return load_network(name)[0]
 
     def extra_repr(self) -> str:
         return (

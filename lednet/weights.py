@@ -1,7 +1,7 @@
 """Weights on disk: strict, safe loading with a report of every key.
 
-Opens this project's checkpoints, bare state dicts, and the files of the original
-release (their key names, checkpoint bundle and `module.` prefix).
+Opens this project's checkpoints and released weights, bare state dicts, and the files of the
+original release (their key names, checkpoint bundle and `module.` prefix).
 """
 
 import io
@@ -20,6 +20,7 @@ from lednet.data.labels import LabelScheme
 from lednet.errors import UserError
 from lednet.files import write_atomically
 from lednet.model import EncoderClassifier, LEDNet
+from lednet.pretrained import CONFIG, RELEASED, TENSORS, read_pretrained, released_names
 
 BEST_WEIGHTS = "best.pth"
 """In a run's folder, the weights of the best validation score."""
@@ -111,11 +112,16 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             tensors, numbers, strings and plain containers.
     """
     path = Path(path)
+    if path.name == TENSORS:
+        return read_pretrained(path.parent)
     try:
         require_intact(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"no weights at {path}: check the path") from error
+        known = ", ".join(released_names()) or "there are none"
+        raise UserError(
+            f"no weights at {path}: check the path, or give a released name ({known})"
+        ) from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is not a checkpoint of plain tensors, and code in it is never run: "
@@ -222,17 +228,21 @@ def load_weights(net: nn.Module, path: str | os.PathLike, part: str = "") -> Key
 
 
 def weights_file(path: str | os.PathLike) -> Path:
-    """`path` itself, or for a run's folder the best weights in it.
+    """The file that `path` stands for: itself, the best weights of a run's folder, the tensors
+    of a folder in the layout of `lednet.pretrained`, or the released weights of that name.
 
     Raises:
         UserError: a folder without them.
     """
     path = Path(path)
+    if not path.exists() and path.name == str(path) and (RELEASED / path / CONFIG).is_file():
+        return RELEASED / path / TENSORS
     if not path.is_dir():
         return path
-    if not (path / BEST_WEIGHTS).is_file():
-        raise UserError(f"{path} holds no {BEST_WEIGHTS}: give a run whose second stage has begun")
-    return path / BEST_WEIGHTS
+    for name in (BEST_WEIGHTS, TENSORS):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path} holds no {BEST_WEIGHTS}: give a run whose second stage has begun")
 
 
 def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
@@ -241,7 +251,7 @@ def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
     Variant, pyramid width and number of classes are read off the shapes.
 
     Args:
-        path: weights, or the folder of a training run.
+        path: weights, the folder of a training run, or the name of released weights.
 
     Returns:
         The network in evaluation mode, and the file's "meta" (empty for foreign files).

@@ -40,6 +40,7 @@ from lednet.evaluation.upload import NUM_FILES, check_upload, prediction_name, w
 from lednet.files import plain_values, write_json
 from lednet.precision import AMP_DTYPES
 from lednet.training.distributed import World, join_world, leave_world
+from lednet.pretrained import RELEASED
 from lednet.weights import weights_file
 
 
@@ -114,8 +115,9 @@ def parse_options() -> argparse.Namespace:
         raise UserError("--report needs a file name with --predictions: --report report.html")
     if args.weights and args.out is None:
         path = weights_file(args.weights)
-        folder = path.parent if args.weights.is_dir() else path.with_suffix("")
-        args.out = folder.parent / f"{folder.name}-eval-{args.subset}"
+        folder = path.with_suffix("") if path == args.weights else path.parent
+        runs = ROOT / "save" if folder.parent == RELEASED else folder.parent
+        args.out = runs / f"{folder.name}-eval-{args.subset}"
     return args
 
 

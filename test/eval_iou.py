@@ -10,6 +10,7 @@ original release are opened too.
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def main() -> None:
     require_labels(confusion, where)
     result = confusion.summary(data.scheme.classes)
     result |= {
+        "command": shlex.join(["python", *sys.argv]),
         "images": len(data),
         "weights": str(args.weights),
         "dataset": args.dataset,

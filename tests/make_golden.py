@@ -1,4 +1,4 @@
-"""Write tests/golden/*.npz: the network's answers under weights made by formula.
+"""Write tests/golden/*.npz: the network's answers under weights made by formula, and released.
 
     python tests/make_golden.py
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lednet import LEDNet
+from lednet.pretrained import released_names
 from lednet.weights import load_state
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,11 +48,22 @@ def formula_state(net: LEDNet) -> dict[str, torch.Tensor]:
     return state
 
 
+def formula_image() -> torch.Tensor:
+    """(1, 3, *SIZE) in [0, 1]."""
+    return torch.from_numpy(formula_values((1, 3, *SIZE), 1)).float().abs()
+
+
+def released_answer(name: str) -> dict[str, np.ndarray]:
+    """Logits of released weights on the image by formula."""
+    with torch.inference_mode():
+        return {"logits": LEDNet.from_pretrained(name)(formula_image()).numpy()[:, :, ::4, ::4]}
+
+
 def answers(variant: str) -> dict[str, np.ndarray]:
     """Logits, loss and gradient norms of one variant on one image by formula."""
     net = LEDNet(20, variant).eval()
     load_state(net, formula_state(net), "formula")
-    image = torch.from_numpy(formula_values((1, 3, *SIZE), 1)).float().abs()
+    image = formula_image()
     target = torch.arange(SIZE[0] * SIZE[1]).view(1, *SIZE) * 7 % 20
     logits = net(image)
     loss = F.cross_entropy(logits, target)
@@ -70,3 +82,5 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for variant in ("d20", "d128"):
         np.savez_compressed(GOLDEN / f"{variant}.npz", **answers(variant))
+    for name in released_names():
+        np.savez_compressed(GOLDEN / f"{name}.npz", **released_answer(name))

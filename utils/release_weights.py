@@ -1,0 +1,223 @@
+"""Make released weights out of runs: config.json, model.safetensors and a model card.
+
+    python test/eval_iou.py --weights save/camvid-full --dataset camvid \
+        --datadir /data/camvid --json val.json
+    python utils/release_weights.py --name camvid-d20 --runs save/camvid-half save/camvid-full \
+        --scores val.json
+
+The last run's best weights go to save/released/<name>; every figure in the card comes from the
+runs' folders and the score files. All cards together make the page docs/results.md.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lednet.data.labels import camvid_scheme, cityscapes_scheme
+from lednet.errors import UserError, exit_on_user_error
+from lednet.files import read_json, write_between_marks, write_text
+from lednet.model import count_parameters
+from lednet.pretrained import CONFIG, RELEASED, TENSORS, released_names, save_pretrained
+from lednet.training.runs import read_options
+from lednet.weights import load_network, require_classes
+
+DATA = {
+    "CamVid": (
+        camvid_scheme,
+        "CamVid (Brostow et al., Pattern Recognition Letters 2009), 367 training images of the "
+        "usual split, 11 classes. Published for research; its owners' terms apply to what is "
+        "made of it, these weights included.",
+    ),
+    "Cityscapes": (
+        cityscapes_scheme,
+        "Cityscapes (Cordts et al., CVPR 2016). Its licence allows research, teaching and other "
+        "non-commercial use, and so should these weights be used.",
+    ),
+}
+"""Label scheme and terms of the data sets that released weights may come from."""
+
+CARD = """# {name}
+
+LEDNet {variant}, {parameters:,} parameters, for {outputs} outputs: {classes}, and void.
+
+    from lednet import LEDNet
+    net = LEDNet.from_pretrained("{name}")
+
+Input: RGB in [0, 1], normalised with mean {mean} and standard deviation {std}; trained at
+{height}x{width} pixels.
+
+## Data and terms
+
+{terms}
+
+## Training
+
+From scratch, {epochs}, at commit `{commit}` with torch {torch}, one after the other:
+
+{commands}
+
+## Scores
+
+{scores}
+
+Intersection over union of each class:
+
+{class_table}
+
+## Use and limits
+
+For research and demonstrations of real-time street-scene segmentation, on images like those it
+was trained on. Not for anything on which somebody's safety depends. Other cameras, countries,
+weather and night were not tried; classes with a low figure above are not recognised
+reliably.{limits}
+
+## Checksum
+
+SHA-256 of `{file}`: `{sha256}`
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # fmt: off
+    parser.add_argument("--name", required=True, help="of the weights, as in camvid-d20")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True,
+                        help="run folders, each begun from the weights of the one before")
+    parser.add_argument("--scores", type=Path, nargs="+", required=True, metavar="FILE",
+                        help="JSON files of test/eval_iou.py on the last run's weights")
+    parser.add_argument("--out", type=Path, default=RELEASED, help="(save/released)")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md",
+                        help="gets the table of all that lies in --out (docs/results.md)")
+    parser.add_argument("--limits", default="", help="a sentence more about what to expect")
+    # fmt: on
+    return parser
+
+
+def training_of(runs: list[Path]) -> list[dict[str, Any]]:
+    """Command, commit, versions and epochs of each run."""
+    trained = []
+    for run in runs:
+        options = read_json(run / "options.json")
+        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        trained.append(
+            {
+                "command": shlex.join(["python", *options["command"]]),
+                "epochs": len(lines),
+                "size": [read_options(run)["height"], read_options(run)["width"]],
+                **options["environment"],
+            }
+        )
+    return trained
+
+
+def scores_of(files: list[Path], meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """
+    Raises:
+        UserError: a file holds the scores of other classes.
+    """
+    scores = [read_json(path) for path in files]
+    for path, score in zip(files, scores, strict=True):
+        if list(score.get("class_iou", ())) != list(meta["classes"]):
+            raise UserError(f"{path} holds no scores of {meta['dataset']}: give eval_iou's JSON")
+    return scores
+
+
+def figure(value: float | None) -> str:
+    return "absent" if value is None else f"{value:.3f}"
+
+
+def describe(score: dict[str, Any]) -> str:
+    height, width = score["network_size"]
+    at = "the label files'" if score["scored_at"] == "full" else "the network's"
+    return f"{score['subset']}, {score['images']} images, network {height}x{width}, at {at} size"
+
+
+def card(name: str, config: dict[str, Any], parameters: int) -> str:
+    meta = config["meta"]
+    training, scores = meta["training"], meta["scores"]
+    rows = [
+        "| " + " | ".join(["class", *(score["subset"] for score in scores)]) + " |",
+        "|---" * (1 + len(scores)) + "|",
+        *(
+            "| " + " | ".join([c, *(figure(score["class_iou"][c]) for score in scores)]) + " |"
+            for c in meta["classes"]
+        ),
+    ]
+    return CARD.format(
+        name=name,
+        variant=config["network"]["variant"],
+        parameters=parameters,
+        outputs=config["network"]["num_classes"],
+        classes=", ".join(meta["classes"]),
+        mean=meta["mean"],
+        std=meta["std"],
+        height=meta["size"][0],
+        width=meta["size"][1],
+        terms=meta["terms"],
+        epochs=", then ".join(
+            f"{t['epochs']} epochs at {t['size'][0]}x{t['size'][1]}" for t in training
+        ),
+        commit=training[-1]["commit"],
+        torch=training[-1]["torch"],
+        commands="\n".join(f"    {t['command']}" for t in training),
+        scores="\n".join(
+            f"- **mIoU {score['miou']:.4f}**, pixel accuracy {score['pixel_accuracy']:.4f}: "
+            f"{describe(score)}; `{score['command']}`"
+            for score in scores
+        ),
+        class_table="\n".join(rows),
+        limits=f" {meta['limits']}" if meta["limits"] else "",
+        file=TENSORS,
+        sha256=config["sha256"],
+    )
+
+
+def results_table(released: Path) -> str:
+    """Every network in the folder `released` and its scores, a row each."""
+    rows = ["| weights | data | mIoU | pixel accuracy | measured on |", "|---|---|---|---|---|"]
+    for name in released_names(released):
+        meta = read_json(released / name / CONFIG)["meta"]
+        rows += [
+            f"| [{name}](../save/released/{name}/README.md) | {meta['dataset']} | "
+            f"{score['miou']:.4f} | {score['pixel_accuracy']:.4f} | {describe(score)} |"
+            for score in meta["scores"]
+        ]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    if Path(args.name).name != args.name or args.name.startswith("."):
+        raise UserError(f"--name {args.name!r} is no folder's name: write it as in camvid-d20")
+    net, meta = load_network(args.runs[-1])
+    if meta.get("dataset") not in DATA:
+        raise UserError(
+            f"{args.runs[-1]} was trained on {meta.get('dataset')}, whose terms are not known "
+            "here: add them to DATA in utils/release_weights.py"
+        )
+    scheme, terms = DATA[meta["dataset"]]
+    require_classes(net, meta, scheme(), args.runs[-1])
+    meta |= {
+        "training": training_of(args.runs),
+        "scores": scores_of(args.scores, meta),
+        "terms": terms,
+        "limits": args.limits,
+    }
+    folder = args.out / args.name
+    save_pretrained(folder, net, meta)
+    text = card(args.name, read_json(folder / CONFIG), count_parameters(net))
+    write_text(folder / "README.md", text)
+    write_between_marks(args.page, "utils/release_weights.py", results_table(args.out))
+    print(f"wrote {folder} and {args.page}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -38,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", type=Path, help="class file of own data (classes.yaml)")
     parser.add_argument("--val-every", type=int, default=0, metavar="N",
                         help="no val split: hold out every N-th training image instead")
+    parser.add_argument("--val-names", metavar="PREFIX",
+                        help="or those whose names begin so, a whole recording for instance")
     parser.add_argument("--height", type=int, help="training height in pixels (Cityscapes: 512)")
     parser.add_argument("--width", type=int, help="training width in pixels (Cityscapes: 1024)")
     parser.add_argument("--cache", type=Path, metavar="DIR",
@@ -67,6 +69,7 @@ def main() -> None:
         labels=args.labels,
         class_file=args.classes,
         val_every=args.val_every,
+        val_names=args.val_names,
     )
     height, width = train.size
     if args.cache is None:

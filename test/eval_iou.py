@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", type=Path, help="class file of own data (classes.yaml)")
     parser.add_argument("--val-every", type=int, default=0, metavar="N",
                         help="the hold-out that the training used")
+    parser.add_argument("--val-names", metavar="PREFIX", help="the same")
     parser.add_argument("--at", choices=("full", "network"), default="full",
                         help="score at the label files' size, or at the network's")
     parser.add_argument("--height", type=int, help="network input in pixels (as trained)")
@@ -110,6 +111,7 @@ def main() -> None:
         labels=args.labels,
         class_file=args.classes,
         val_every=args.val_every,
+        val_names=args.val_names,
     )
     predictor = Predictor.from_weights(
         args.weights, data.scheme, DEFAULT_SIZES.get(args.dataset), args.height, args.width,

@@ -141,6 +141,19 @@ def test_hold_out_parts_the_images(own_camvid):
     assert names == [["0", "2", "4"], ["1", "3"]]
 
 
+def test_hold_out_of_a_recording(own_camvid):
+    whole = open_dataset("camvid", own_camvid, "train").pairs
+    last = whole[-1].image.name
+    train = open_dataset("camvid", own_camvid, "train", val_names=last[:-4])
+    val = open_dataset("camvid", own_camvid, "val", val_names=last[:-4])
+    assert [pair.image.name for pair in val.pairs] == [last]
+    assert train.pairs == whole[:-1]
+    with pytest.raises(UserError, match="val is empty after --val-names 0099: hold out others"):
+        open_dataset("camvid", own_camvid, "val", val_names="0099")
+    with pytest.raises(UserError, match="give one of them"):
+        open_dataset("camvid", own_camvid, "val", val_names="0", val_every=2)
+
+
 # annotations
 
 

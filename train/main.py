@@ -99,6 +99,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="no val split: hold out every N-th training image instead",
     )
+    data.add_argument(
+        "--val-names",
+        metavar="PREFIX",
+        help="or those whose names begin so: a whole recording, a city",
+    )
     data.add_argument("--height", type=int, help="training height in pixels (Cityscapes: 512)")
     data.add_argument("--width", type=int, help="training width in pixels (Cityscapes: 1024)")
     data.add_argument(
@@ -241,6 +246,7 @@ class Data:
             labels=args.labels,
             class_file=args.classes,
             val_every=args.val_every,
+            val_names=args.val_names,
         )
         args.height, args.width = train.size
         self.scheme, self.workers = train.scheme, max(1, args.num_workers)

@@ -40,8 +40,8 @@ SHARD_PAIRS, MOST_SHARDS = 64, 256
 """Pairs in a shard, or more where that would make too many: each is an open file."""
 
 SEGMENTATION_FLAGS = (
-    "dataset", "datadir", "annotations", "labels", "classes", "val_every", "height", "width",
-    "cache",
+    "dataset", "datadir", "annotations", "labels", "classes", "val_every", "val_names",
+    "height", "width", "cache",
 )  # fmt: skip
 CLASSIFICATION_FLAGS = ("datadir", "cache", "stored_size")
 """Flags, as `argparse` names their values, that training and building have in common."""

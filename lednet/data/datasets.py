@@ -354,6 +354,7 @@ def open_dataset(
     labels: str = "auto",
     class_file: str | os.PathLike | None = None,
     val_every: int = 0,
+    val_names: str | None = None,
 ) -> SegmentationDataset:
     """Open one split of a data set, its files paired and none of them read yet.
 
@@ -365,8 +366,9 @@ def open_dataset(
         annotations: "fine" or, of Cityscapes, "coarse".
         labels: "auto" (by the file names), "labelIds" or "labelTrainIds" (Cityscapes).
         class_file: classes of own data; default `classes.yaml` in `root`.
-        val_every: where there is no validation folder, hold out every n-th training
-            image as "val"; 0 for data that has one.
+        val_every: instead of a validation folder, hold out every n-th training image as
+            "val"; 0 for data that has one.
+        val_names: or those whose names begin so.
 
     Raises:
         UserError: see `lednet.data.pairs` and `read_class_file`.
@@ -376,7 +378,10 @@ def open_dataset(
         raise UserError(f"no folder {root}: give the data set's folder with --datadir")
     if annotations != "fine" and name != "cityscapes":
         raise UserError(f"{name} has no {annotations} annotations: choose fine")
-    folder = "train" if val_every and split == "val" else split
+    if val_every and val_names:
+        raise UserError("--val-every and --val-names each hold images out: give one of them")
+    holds_out = bool(val_every or val_names)
+    folder = "train" if holds_out and split == "val" else split
     if name == "cityscapes":
         if labels == "auto":
             labels = (
@@ -390,14 +395,15 @@ def open_dataset(
         scheme, pairs = camvid_scheme(), camvid_pairs(root, folder)
     elif name == "folders":
         scheme = read_class_file(class_file or root / "classes.yaml")
-        inside = folder if (root / "images" / folder).is_dir() or not val_every else ""
+        inside = folder if (root / "images" / folder).is_dir() or not holds_out else ""
         pairs = folder_pairs(root / "images" / inside, root / "labels" / inside)
     else:
         raise ValueError(f"data set must be one of {DATASETS}, not {name!r}")
-    if val_every and split in ("train", "val"):
-        pairs = hold_out(pairs, val_every, held_out=split == "val")
+    if holds_out and split in ("train", "val"):
+        pairs = hold_out(pairs, split == "val", val_every, val_names or "")
         if not pairs:
-            raise UserError(f"{root} {split} is empty after --val-every {val_every}: choose less")
+            flag = f"--val-every {val_every}" if val_every else f"--val-names {val_names}"
+            raise UserError(f"{root} {split} is empty after {flag}: hold out others")
     return SegmentationDataset(pairs, scheme)
 
 
@@ -429,7 +435,7 @@ def open_training_data(
         height, width: of the working size in pixels; by default that of the published
             numbers, or of own data's first image.
         annotations: a key of `TRAINING_PARTS`; those of the validation data are always fine.
-        options: `labels`, `class_file` and `val_every` of `open_dataset`, as the rest.
+        options: `labels`, `class_file`, `val_every` and `val_names` of `open_dataset`.
 
     Raises:
         UserError: see `open_dataset`; or the parts' labels are of different kinds.

@@ -184,10 +184,16 @@ def camvid_pairs(root: str | os.PathLike, split: str) -> list[Pair]:
     return folder_pairs(Path(root) / split, Path(root) / f"{split}annot")
 
 
-def hold_out(pairs: list[Pair], every: int, held_out: bool) -> list[Pair]:
-    """Split pairs that have no validation folder: every `every`-th one is held out.
+def hold_out(pairs: list[Pair], held_out: bool, every: int = 0, names: str = "") -> list[Pair]:
+    """Split training pairs in two: some are held out for validation.
 
     Args:
         held_out: whether to return the held-out pairs or the rest.
+        every: hold out every n-th pair, or with 0
+        names: those whose images' names begin so, for instance a whole recording.
     """
-    return [pair for i, pair in enumerate(pairs) if (i % every == every - 1) == held_out]
+
+    def is_held_out(i: int, pair: Pair) -> bool:
+        return i % every == every - 1 if every else pair.image.name.startswith(names)
+
+    return [pair for i, pair in enumerate(pairs) if is_held_out(i, pair) == held_out]

@@ -153,7 +153,7 @@ def test_two_processes_count_every_image_once(toy_cityscapes, run_script, tmp_pa
 
 
 def test_starting_points_do_what_their_names_say(trained, toy_cityscapes, tmp_path):
-    encoder, best = trained / "encoder_best.pth", trained / "best.pth"
+    encoder = trained / "encoder_best.pth"
     one = ("--num-epochs", 1)
     result = train(toy_cityscapes, tmp_path / "a", *one, "--pretrainedEncoder", encoder)
     assert "--pretrainedEncoder: 489 loaded, 0 missing" in result.stdout
@@ -162,7 +162,7 @@ def test_starting_points_do_what_their_names_say(trained, toy_cityscapes, tmp_pa
     with socket.socket() as unused:  # a port where nobody answers
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-        flags = ("--decoder", "--state", best, "--visualize", "--port", port, "--epochs-save", 1)
+        flags = ("--decoder", "--state", trained, "--visualize", "--port", port, "--epochs-save", 1)
         result = train(toy_cityscapes, tmp_path / "b", *one, *flags, "--no-iouTrain")
     assert "--state: 547 loaded, 0 missing" in result.stdout
     assert result.stderr.count("warning") == 1 and "no visdom server" in result.stderr

@@ -63,7 +63,7 @@ from lednet.training.schedule import SCHEDULES
 from lednet.training.stages import Stage, parse_curriculum, plan_stages
 from lednet.training.stopping import Keeper
 from lednet.training.tasks import Segmentation
-from lednet.weights import load_state, read_checkpoint
+from lednet.weights import load_state, read_checkpoint, weights_file
 
 NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """The paper trains on raw [0, 1] images."""
@@ -135,7 +135,11 @@ def build_parser() -> argparse.ArgumentParser:
     net.add_argument(
         "--pyramid-channels", type=int, metavar="D", help="another width for d128's pyramid"
     )
-    net.add_argument("--state", type=Path, help="weights of a full network to start from")
+    net.add_argument(
+        "--state",
+        type=Path,
+        help="weights of a full network to start from: a file, a run's folder, a released name",
+    )
     net.add_argument(
         "--pretrainedEncoder",
         type=Path,
@@ -288,7 +292,7 @@ def start_weights(args: argparse.Namespace, course: Course) -> None:
         ("--pretrainedEncoder", args.pretrained_encoder, "encoder."),
     ):
         if path:
-            content = read_checkpoint(path)
+            content = read_checkpoint(weights_file(path))
             report = load_state(course.net, content["state_dict"], path, part)
             meta = content.get("meta", {})
             course.meta |= {key: meta[key] for key in ("mean", "std") if key in meta}

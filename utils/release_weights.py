@@ -57,7 +57,7 @@ Input: RGB in [0, 1], normalised with mean {mean} and standard deviation {std}; 
 
 ## Training
 
-From scratch, {epochs}, at commit `{commit}` with torch {torch}, one after the other:
+From scratch, {epochs}, one after the other:
 
 {commands}
 
@@ -164,9 +164,9 @@ def card(name: str, config: dict[str, Any], parameters: int) -> str:
         epochs=", then ".join(
             f"{t['epochs']} epochs at {t['size'][0]}x{t['size'][1]}" for t in training
         ),
-        commit=training[-1]["commit"],
-        torch=training[-1]["torch"],
-        commands="\n".join(f"    {t['command']}" for t in training),
+        commands="\n".join(
+            f"- `{t['command']}` (commit {t['commit']}, torch {t['torch']})" for t in training
+        ),
         scores="\n".join(
             f"- **mIoU {score['miou']:.4f}**, pixel accuracy {score['pixel_accuracy']:.4f}: "
             f"{describe(score)}; `{score['command']}`"

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from lednet import UserError
+from lednet.training.launch import add_recipe_flags, parse_flags
 from lednet.training.recipes import recipe_path, set_recipe
 
 SHIPPED = sorted(ROOT.glob("*/recipes/*.yaml"))
@@ -97,3 +98,17 @@ def test_own_recipe_stands_on_the_papers(run_inside, camvid, tmp_path):
     assert resumed.returncode == 2 and "resume it without --recipe" in resumed.stderr
     recipe.unlink()  # the run has its own options
     assert run_inside("train/main.py", "--savedir", tmp_path / "run", "--resume").returncode == 0
+
+
+def test_recipe_has_its_say_in_where_the_run_lies(monkeypatch, tmp_path):
+    """--resume looks for the run of the recipe's data set, not of the paper's."""
+    write(tmp_path / "paper.yaml", "{dataset: cityscapes}")
+    write(tmp_path / "camvid.yaml", "{dataset: camvid}")
+    mine = argparse.ArgumentParser()
+    for flag in ("--dataset", "--resume", "--ema-decay"):
+        mine.add_argument(flag)
+    add_recipe_flags(mine.add_argument_group())
+    monkeypatch.setattr("sys.argv", ["main.py", "--recipe", "camvid", "--resume", "auto"])
+    asked = []
+    args = parse_flags(mine, lambda args: asked.append(args.dataset) or tmp_path / "none", tmp_path)
+    assert asked == ["camvid"] and args.resume is None

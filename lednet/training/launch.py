@@ -127,6 +127,9 @@ def parse_flags(
     """
     set_recipe(parser, recipe_path(BASE_RECIPE, recipes))  # first: --help shows its values
     args = parser.parse_args()
+    if args.recipe != BASE_RECIPE:
+        set_recipe(parser, recipe_path(args.recipe, recipes))
+        args = parser.parse_args()
     resume = args.resume
     if resume == "auto" and not holds_run(run_path(args)):
         resume = None
@@ -134,8 +137,6 @@ def parse_flags(
         saved = {"recipe": BASE_RECIPE} | read_options(run_path(args))
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{key: value for key, value in saved.items() if key in known})
-    elif args.recipe != BASE_RECIPE:
-        set_recipe(parser, recipe_path(args.recipe, recipes))
     args = parser.parse_args()
     args.resume = resume
     if resume and args.recipe != saved["recipe"]:

@@ -65,6 +65,8 @@ from lednet.training.stopping import Keeper
 from lednet.training.tasks import Segmentation
 from lednet.weights import load_state, read_checkpoint, weights_file
 
+RARE = 0.02
+"""Share of all pixels below which a class is rare."""
 NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """The paper trains on raw [0, 1] images."""
 
@@ -110,6 +112,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--augment",
         choices=PRESETS,
         help="paper: flip and shift; modern: scale, crop, flip, colour (%(default)s)",
+    )
+    data.add_argument(
+        "--crop",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="modern: train on crops of so many pixels (whole images)",
+    )
+    data.add_argument("--strong", type=float, default=0.0, metavar="P", help="tones of so many")
+    data.add_argument("--blur", type=float, default=0.0, metavar="P", help="blur so many")
+    data.add_argument(
+        "--paste", type=float, default=0.0, metavar="P", help="paste rare classes into so many"
     )
     data.add_argument(
         "--cache",
@@ -188,6 +202,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("auto", "released", "computed", "none"),
         help="auto: the released list for Cityscapes fine, else 1/ln(c+share) "
         "of the training labels (%(default)s)",
+    )
+    recipe.add_argument("--region-loss", choices=("lovasz", "dice"), help="added (none)")
+    recipe.add_argument("--label-smoothing", type=float, default=0.0, metavar="X")
+    recipe.add_argument(
+        "--hardest", type=float, default=1.0, metavar="SHARE", help="of the pixels count (all)"
     )
     recipe.add_argument(
         "--ema-decay",
@@ -325,7 +344,6 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
     net.to(world.device)
     if args.sync_batch_norm:
         net = course.net = synchronize_batch_norm(net, world)
-    augmentation = Augmentation(args.augment, course.meta["mean"], course.meta["std"])
     folder.write_options(plain_values(vars(args)), ROOT)
     if world.is_main:
         write_text(folder.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
@@ -343,7 +361,20 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
             pretrained = Pretrained(net.encoder, args.encoder_lr_factor, args.freeze_encoder)
         # The head of stage 1 has no part in stage 2.
         net.encoder_head.requires_grad_(stage.part == "encoder")
-        criterion = WeightedCrossEntropy(weights, scheme.num_outputs)
+        criterion = WeightedCrossEntropy(
+            weights, scheme.num_outputs, args.region_loss, args.label_smoothing, args.hardest
+        )
+        shares = pixel_shares(data.class_counts)[: scheme.num_classes] if args.paste else ()
+        augmentation = Augmentation(
+            args.augment,
+            course.meta["mean"],
+            course.meta["std"],
+            crop=args.crop,
+            strong=args.strong,
+            blur=args.blur,
+            paste=args.paste,
+            rare=[index for index, share in enumerate(shares) if share < RARE],
+        )
         task = Segmentation(criterion, augmentation, scheme.classes)
         if args.visualize and world.is_main and course.dashboard is None:
             course.dashboard = Dashboard(folder.path.name, task, scheme, port=args.port)

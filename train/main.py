@@ -33,7 +33,7 @@ from lednet.data.datasets import (
     open_training_data,
     pixel_shares,
 )
-from lednet.data.transforms import PRESETS, Augmentation
+from lednet.data.transforms import PRESETS, SCALES, Augmentation
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import plain_values, write_text
 from lednet.model import VARIANTS, LEDNet, count_parameters
@@ -119,6 +119,14 @@ def build_parser() -> argparse.ArgumentParser:
         nargs=2,
         metavar=("H", "W"),
         help="modern: train on crops of so many pixels (whole images)",
+    )
+    data.add_argument(
+        "--scales",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        default=SCALES,
+        help="modern: of the picture (0.5 2)",
     )
     data.add_argument("--strong", type=float, default=0.0, metavar="P", help="tones of so many")
     data.add_argument("--blur", type=float, default=0.0, metavar="P", help="blur so many")
@@ -370,6 +378,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
             course.meta["mean"],
             course.meta["std"],
             crop=args.crop,
+            scales=args.scales,
             strong=args.strong,
             blur=args.blur,
             paste=args.paste,

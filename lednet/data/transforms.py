@@ -50,6 +50,7 @@ class Augmentation(nn.Module):
         std: Sequence[float] = (1, 1, 1),
         *,
         crop: tuple[int, int] | None = None,
+        scales: tuple[float, float] = SCALES,
         strong: float = 0.0,
         blur: float = 0.0,
         paste: float = 0.0,
@@ -60,7 +61,7 @@ class Augmentation(nn.Module):
             raise ValueError(f"preset must be one of {PRESETS}, not {preset!r}")
         self.change = {
             "paper": flip_and_shift,
-            "modern": functools.partial(jitter_and_scale, size=crop),
+            "modern": functools.partial(jitter_and_scale, size=crop, scales=scales),
         }[preset]
         self.strong, self.blur, self.paste, self.rare = strong, blur, paste, tuple(rare)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
@@ -173,9 +174,13 @@ def paste_rare(
 
 
 def jitter_and_scale(
-    images: Tensor, labels: Tensor, draws: Tensor, size: tuple[int, int] | None = None
+    images: Tensor,
+    labels: Tensor,
+    draws: Tensor,
+    size: tuple[int, int] | None = None,
+    scales: tuple[float, float] = SCALES,
 ) -> tuple[Tensor, Tensor]:
-    """Change the colours, mirror half of the samples, scale each within `SCALES`.
+    """Change the colours, mirror half of the samples, scale each within `scales`.
 
     What of a picture is larger than the frame is cropped anywhere, one that is smaller lies
     anywhere in it.
@@ -188,7 +193,7 @@ def jitter_and_scale(
     images = jitter_colors(images.float().mul_(1 / 255), 1 + JITTER * (2 * draws[:, 4:] - 1))
     # In units of half the picture, as grid_sample has them: -1 to 1 both ways.
     mirror = torch.where(draws[:, :1] < 0.5, -1.0, 1.0)
-    scale = SCALES[0] + (SCALES[1] - SCALES[0]) * draws[:, 3:4]
+    scale = scales[0] + (scales[1] - scales[0]) * draws[:, 3:4]
     share = torch.tensor((rows / height, columns / width), device=images.device)
     place = (2 * draws[:, 1:3] - 1) * (share - scale)  # (N, 2): down, across
 

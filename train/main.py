@@ -106,6 +106,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PREFIX",
         help="or those whose names begin so: a whole recording, a city",
     )
+    data.add_argument(
+        "--with-val",
+        action="store_true",
+        help="train on val too, for a final model: its score there means little then",
+    )
     data.add_argument("--height", type=int, help="training height in pixels (Cityscapes: 512)")
     data.add_argument("--width", type=int, help="training width in pixels (Cityscapes: 1024)")
     data.add_argument(
@@ -278,6 +283,7 @@ class Data:
             class_file=args.classes,
             val_every=args.val_every,
             val_names=args.val_names,
+            with_val=args.with_val,
         )
         args.height, args.width = train.size
         self.scheme, self.workers = train.scheme, max(1, args.num_workers)

@@ -41,7 +41,7 @@ SHARD_PAIRS, MOST_SHARDS = 64, 256
 
 SEGMENTATION_FLAGS = (
     "dataset", "datadir", "annotations", "labels", "classes", "val_every", "val_names",
-    "height", "width", "cache",
+    "with_val", "height", "width", "cache",
 )  # fmt: skip
 CLASSIFICATION_FLAGS = ("datadir", "cache", "stored_size")
 """Flags, as `argparse` names their values, that training and building have in common."""
@@ -228,7 +228,9 @@ def command_line(
     words = ["python", str(script)]
     for name in flags:
         if options[name] != defaults[name]:
-            words += [f"--{name.replace('_', '-')}", str(options[name])]
+            words.append(f"--{name.replace('_', '-')}")
+            if options[name] is not True:  # not a switch
+                words.append(str(options[name]))
     return shlex.join(words)
 
 

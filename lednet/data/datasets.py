@@ -427,6 +427,7 @@ def open_training_data(
     width: int | None = None,
     *,
     annotations: str = "fine",
+    with_val: bool = False,
     **options: Any,
 ) -> tuple[SegmentationDataset, SegmentationDataset]:
     """What training reads: training data and validation data, at working size.
@@ -435,6 +436,8 @@ def open_training_data(
         height, width: of the working size in pixels; by default that of the published
             numbers, or of own data's first image.
         annotations: a key of `TRAINING_PARTS`; those of the validation data are always fine.
+        with_val: train on the validation data too, for a final model; its score on them is then
+            none of a generalisation.
         options: `labels`, `class_file`, `val_every` and `val_names` of `open_dataset`.
 
     Raises:
@@ -449,8 +452,9 @@ def open_training_data(
             f"of {folders} in {root}, one holds labelIds and the other labelTrainIds: give both "
             "the same, or name what both hold with --labels"
         )
-    train = SegmentationDataset([pair for part in parts for pair in part.pairs], scheme)
     val = open_dataset(name, root, "val", **options)
+    parts += [val] * with_val
+    train = SegmentationDataset([pair for part in parts for pair in part.pairs], scheme)
     default = DEFAULT_SIZES.get(name) or train.read(0)[0].shape[:2]
     train.size = val.size = (height or default[0], width or default[1])
     return train, val

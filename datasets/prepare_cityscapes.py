@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="no val split: hold out every N-th training image instead")
     parser.add_argument("--val-names", metavar="PREFIX",
                         help="or those whose names begin so, a whole recording for instance")
+    parser.add_argument("--with-val", action="store_true", help="as the training")
     parser.add_argument("--height", type=int, help="training height in pixels (Cityscapes: 512)")
     parser.add_argument("--width", type=int, help="training width in pixels (Cityscapes: 1024)")
     parser.add_argument("--cache", type=Path, metavar="DIR",
@@ -70,6 +71,7 @@ def main() -> None:
         class_file=args.classes,
         val_every=args.val_every,
         val_names=args.val_names,
+        with_val=args.with_val,
     )
     height, width = train.size
     if args.cache is None:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+from torch import nn
 
 from lednet.data.cache import CachedDataset, command_line
 from lednet.data.datasets import (
@@ -175,6 +176,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     net.add_argument("--decoder", action="store_true", help="start at stage 2")
     net.add_argument(
+        "--dropout",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="the blocks' dropout is X times the paper's (1)",
+    )
+    net.add_argument(
         "--encoder-lr-factor",
         type=float,
         default=1.0,
@@ -216,6 +224,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto: the released list for Cityscapes fine, else 1/ln(c+share) "
         "of the training labels (%(default)s)",
     )
+    recipe.add_argument(
+        "--class-weights-offset",
+        type=float,
+        metavar="C",
+        help="c of computed weights: the smaller, the heavier are rare classes (1.2 in stage 1, "
+        "1.1 after it)",
+    )
     recipe.add_argument("--region-loss", choices=("lovasz", "dice"), help="added (none)")
     recipe.add_argument("--label-smoothing", type=float, default=0.0, metavar="X")
     recipe.add_argument(
@@ -254,6 +269,13 @@ def parse_options() -> argparse.Namespace:
         raise UserError("--val-every 1 leaves nothing to train on: give 2 or more")
     if args.class_uniform is not None and not 0 < args.class_uniform <= 1:
         raise UserError(f"--class-uniform is {args.class_uniform}: give more than 0, at most 1")
+    if not 0 <= args.dropout <= 3:
+        raise UserError(f"--dropout is {args.dropout}: give 0 to 3, times 0.03 and 0.3")
+    if args.class_weights_offset is not None and args.class_weights_offset <= 1:
+        raise UserError(
+            f"--class-weights-offset is {args.class_weights_offset}: give more than 1, so that no "
+            "class gets an infinite weight"
+        )
     if args.curriculum and args.annotations != "fine":
         raise UserError("--curriculum names the annotations of each part: leave --annotations out")
     require_schedule(args, min(stage.epochs for stage in stages_of(args)))
@@ -315,7 +337,15 @@ def weights_for(args: argparse.Namespace, stage: Stage, data: Data) -> list[floa
     if choice == "none":
         return [1.0] * num_classes
     shares = pixel_shares(data.class_counts)[:num_classes]
-    return class_weights(shares, WEIGHT_OFFSETS[stage.part]).tolist()
+    offset = args.class_weights_offset or WEIGHT_OFFSETS[stage.part]
+    return class_weights(shares, offset).tolist()
+
+
+def scale_dropout(net: LEDNet, factor: float) -> None:
+    """Make each block's dropout `factor` times what it is."""
+    for module in net.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p *= factor
 
 
 def start_weights(args: argparse.Namespace, course: Course) -> None:
@@ -340,6 +370,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
     folder, checkpoints = open_run(args, run_path(args), world)
     seed_everything(args.seed)
     net = LEDNet(scheme.num_outputs, args.variant, args.pyramid_channels)
+    scale_dropout(net, args.dropout)
     mean, std = NO_NORMALIZATION
     meta = {
         "model": f"LEDNet {args.variant}",

@@ -53,6 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
                         help="score at the label files' size, or at the network's")
     parser.add_argument("--height", type=int, help="network input in pixels (as trained)")
     parser.add_argument("--width", type=int)
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="S",
+                        help="average the answers at these sizes, relative to the input (1)")
+    parser.add_argument("--flip", action="store_true", help="and those to the mirrored image")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
@@ -116,7 +119,7 @@ def main() -> None:
     predictor = Predictor.from_weights(
         args.weights, data.scheme, DEFAULT_SIZES.get(args.dataset), args.height, args.width,
         device=choose_device(args.device), backend=args.backend, precision=args.precision,
-        fold=args.fold,
+        fold=args.fold, scales=args.scales, flip=args.flip,
     )  # fmt: skip
     confusion = score(args, predictor, data)
     where = f"{root} {args.subset}"
@@ -129,6 +132,8 @@ def main() -> None:
         "dataset": args.dataset,
         "subset": args.subset,
         "network_size": list(predictor.size),
+        "scales": list(predictor.scales),
+        "flip": predictor.flip,
         "scored_at": args.at,
     }
     print_table(result)

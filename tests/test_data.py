@@ -633,6 +633,24 @@ def test_augmentation_is_the_same_on_a_gpu(preset):
     assert (x2.cpu() - x).abs().gt(1e-3).float().mean() < 1e-3
 
 
+def test_smaller_size_shrinks_images_and_the_labels_of_training(monkeypatch):
+    """Antialiased, and nearest to each cell's centre; labels of validation keep their size."""
+    monkeypatch.setattr(transforms, "SHIFT", 0)
+    images, labels = located(4, 12, 18)
+    small = Augmentation("paper", size=(4, 6))
+    x, y = small(images, labels, seeded())
+    pixels = v2.functional.resize(images, [4, 6], antialias=True).float() / 255
+    for image, target, picture in zip(x, y, pixels, strict=True):
+        expected = labels[0, 1::3, 1::3].long()  # the middle one of three
+        if not torch.equal(target, expected):  # mirrored
+            expected, picture = expected.flip(1), picture.flip(2)
+        assert torch.equal(target, expected)
+        torch.testing.assert_close(image, picture)
+    x, y = small.normalize(images, labels)
+    torch.testing.assert_close(x, pixels)
+    assert torch.equal(y, labels.long())
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_augmented_batches_are_normalized(preset):
     images, labels = located(3)

@@ -21,10 +21,11 @@ from lednet.data.crops import IMAGENET_MEAN, IMAGENET_STD, ImageAugmentation
 from lednet.training.distributed import World
 from lednet.training.engine import Optimization, Pretrained, Trainer
 from lednet.training.fit import Progress
-from lednet.training.stages import parse_curriculum, plan_stages
+from lednet.training.runs import CLOCK_KEYS
+from lednet.training.stages import parse_curriculum, parse_sizes, plan_stages
 from lednet.training.stopping import Keeper
 from lednet.training.tasks import Classification
-from lednet.weights import read_checkpoint
+from lednet.weights import load_network, read_checkpoint
 
 CPU = torch.device("cpu")
 KEYS = (1, 0, 1)
@@ -206,6 +207,48 @@ def test_other_curricula_are_refused(text):
         parse_curriculum(text)
 
 
+def test_smaller_sizes_come_between_the_encoder_and_the_full_size():
+    smaller = parse_sizes("120x160:60, 240x320:30")
+    assert smaller == [((120, 160), 60), ((240, 320), 30)] and parse_sizes("") == []
+    stages = plan_stages([("both", 9)], 5, smaller)
+    assert [(s.part, s.size, s.epochs, s.annotations) for s in stages] == [
+        ("encoder", None, 5, "both"),
+        ("decoder", (120, 160), 60, "both"),
+        ("decoder", (240, 320), 30, "both"),
+        ("decoder", None, 9, "both"),
+    ]
+    assert stages[-1].best_file == "best.pth"
+    twice = plan_stages([("fine", 9)], None, parse_sizes("8x8:1,8x8:2"))
+    assert len({s.name for s in twice}) == len({s.best_file for s in twice}) == 3
+
+
+@pytest.mark.parametrize("text", ["120x160", "120:5", "120x160:0", "0x160:5", "8x8:1;9x9:2", ","])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(UserError, match="as in 128x256:50,256x512:50"):
+        parse_sizes(text)
+
+
+@pytest.mark.parametrize("step", [2, 5], ids=["small", "full"])
+def test_progressive_resizing_goes_on_where_it_was_stopped(
+    run_inside, camvid, tmp_path, monkeypatch, step
+):
+    """3 steps an epoch; scores of the small stage are at the labels' full size."""
+    flags = ("--dataset", "camvid", "--datadir", camvid, "--height", 40, "--width", 64, *SMALL,
+             "--decoder", "--progressive", "16x24:1", "--num-epochs", 1)  # fmt: skip
+    whole = run_inside("train/main.py", *flags, "--savedir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "Full network at 16x24: 1 epochs of 5 training and 3 validation" in whole.stdout
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        stopped = run_inside("train/main.py", *flags, "--savedir", tmp_path / "run")
+        assert stopped.returncode == 143
+    again = run_inside("train/main.py", "--savedir", tmp_path / "run", "--resume")
+    assert again.returncode == 0, again.stderr
+    same_end(tmp_path / "run", tmp_path / "whole", ("16x24-1_best.pth", "best.pth"))
+    _, meta = load_network(tmp_path / "run")
+    assert meta["size"] == [40, 64]
+
+
 def stop_at(monkeypatch, step: int) -> None:
     """Let a SIGTERM come in a certain step of a run."""
 
@@ -233,7 +276,8 @@ def same_end(one, other, names) -> None:
     ]
     for log in logs:
         for record in log:
-            del record["images_per_second"]
+            for key in CLOCK_KEYS:
+                del record[key]
     assert logs[0] == logs[1]
     for name in names:
         a, b = (read_checkpoint(run / name)["state_dict"] for run in (one, other))

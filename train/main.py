@@ -61,7 +61,7 @@ from lednet.training.loss import (
     class_weights,
 )
 from lednet.training.schedule import SCHEDULES
-from lednet.training.stages import Stage, parse_curriculum, plan_stages
+from lednet.training.stages import Stage, parse_curriculum, parse_sizes, plan_stages
 from lednet.training.stopping import Keeper
 from lednet.training.tasks import Segmentation
 from lednet.weights import load_state, read_checkpoint, weights_file
@@ -211,6 +211,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="Cityscapes: stage 2 on annotations A for N epochs, then on B for M, each with its "
         "own class weights and schedule, as in coarse:100,fine:200",
     )
+    recipe.add_argument(
+        "--progressive",
+        metavar="HxW:N,...",
+        help="stage 2 at smaller sizes first, for N epochs each, with a schedule each",
+    )
     recipe.add_argument("--batch-size", type=int, help="images a step, per process (%(default)s)")
     recipe.add_argument("--lr", type=float, help="of Adam, before the schedule (%(default)s)")
     recipe.add_argument(
@@ -286,9 +291,10 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     parts = [(args.annotations, args.num_epochs)]
     if args.curriculum:
         parts = parse_curriculum(args.curriculum)
+    encoder_epochs = args.encoder_epochs or parts[0][1]
     if args.decoder or args.pretrained_encoder:
-        return plan_stages(parts)
-    return plan_stages(parts, args.encoder_epochs or parts[0][1])
+        encoder_epochs = None
+    return plan_stages(parts, encoder_epochs, parse_sizes(args.progressive or ""))
 
 
 class Data:
@@ -396,9 +402,10 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
     def equip(stage: Stage) -> Equipment:
         data = open_data(stage.annotations)
         weights = weights_for(args, stage, data)
+        height, width = stage.size or (args.height, args.width)
         folder.say(
             f"{stage.title}: {stage.epochs} epochs of {len(data.train)} training and "
-            f"{len(data.val)} validation images of {scheme.name} at {args.height}x{args.width}"
+            f"{len(data.val)} validation images of {scheme.name} at {height}x{width}"
         )
         model, pretrained = net.encoder_stage(), None
         if stage.part == "decoder":
@@ -414,6 +421,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
             args.augment,
             course.meta["mean"],
             course.meta["std"],
+            size=stage.size,
             crop=args.crop,
             scales=args.scales,
             strong=args.strong,

@@ -29,9 +29,9 @@ from lednet.weights import load_network, require_classes
 DATA = {
     "CamVid": (
         camvid_scheme,
-        "CamVid (Brostow et al., Pattern Recognition Letters 2009), 367 training images of the "
-        "usual split, 11 classes. Published for research; its owners' terms apply to what is "
-        "made of it, these weights included.",
+        "CamVid (Brostow et al., Pattern Recognition Letters 2009), the usual split, 11 classes. "
+        "Published for research; its owners' terms apply to what is made of it, these weights "
+        "included.",
     ),
     "Cityscapes": (
         cityscapes_scheme,
@@ -53,7 +53,7 @@ Input: RGB in [0, 1], normalised with mean {mean} and standard deviation {std}; 
 
 ## Data and terms
 
-{terms}
+{terms} Trained on {images}.
 
 ## Training
 
@@ -95,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=RELEASED, help="(save/released)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md",
                         help="gets the table of all that lies in --out (docs/results.md)")
+    parser.add_argument("--images", help="what it was trained on (the splits, by the options)")
     parser.add_argument("--limits", default="", help="a sentence more about what to expect")
     # fmt: on
     return parser
@@ -117,6 +118,14 @@ def training_of(runs: list[Path]) -> list[dict[str, Any]]:
     return trained
 
 
+def training_images(runs: list[Path]) -> str:
+    """What the runs trained on, in words."""
+    options = [read_options(run) for run in runs]
+    splits = "train and val" if any(o.get("with_val") for o in options) else "train"
+    held_out = {o["val_names"] for o in options if o.get("val_names")}
+    return splits + "".join(f", without {name}*" for name in sorted(held_out))
+
+
 def scores_of(files: list[Path], meta: dict[str, Any]) -> list[dict[str, Any]]:
     """
     Raises:
@@ -133,10 +142,22 @@ def figure(value: float | None) -> str:
     return "absent" if value is None else f"{value:.3f}"
 
 
-def describe(score: dict[str, Any]) -> str:
+def describe(score: dict[str, Any], splits: str) -> str:
+    """On what and how a score was measured.
+
+    Args:
+        splits: what `training_images` says.
+    """
     height, width = score["network_size"]
     at = "the label files'" if score["scored_at"] == "full" else "the network's"
-    return f"{score['subset']}, {score['images']} images, network {height}x{width}, at {at} size"
+    scales = score.get("scales", [1.0])
+    ways = f", scales {' '.join(f'{s:g}' for s in scales)}" if scales != [1.0] else ""
+    ways += ", mirrored too" if score.get("flip") else ""
+    trained = " (trained on)" if score["subset"] in splits.split() else ""
+    return (
+        f"{score['subset']}{trained}, {score['images']} images, network {height}x{width}{ways}, "
+        f"at {at} size"
+    )
 
 
 def card(name: str, config: dict[str, Any], parameters: int) -> str:
@@ -161,6 +182,7 @@ def card(name: str, config: dict[str, Any], parameters: int) -> str:
         height=meta["size"][0],
         width=meta["size"][1],
         terms=meta["terms"],
+        images=meta["images"],
         epochs=", then ".join(
             f"{t['epochs']} epochs at {t['size'][0]}x{t['size'][1]}" for t in training
         ),
@@ -169,7 +191,7 @@ def card(name: str, config: dict[str, Any], parameters: int) -> str:
         ),
         scores="\n".join(
             f"- **mIoU {score['miou']:.4f}**, pixel accuracy {score['pixel_accuracy']:.4f}: "
-            f"{describe(score)}; `{score['command']}`"
+            f"{describe(score, meta['images'])}; `{score['command']}`"
             for score in scores
         ),
         class_table="\n".join(rows),
@@ -186,7 +208,8 @@ def results_table(released: Path) -> str:
         meta = read_json(released / name / CONFIG)["meta"]
         rows += [
             f"| [{name}](../save/released/{name}/README.md) | {meta['dataset']} | "
-            f"{score['miou']:.4f} | {score['pixel_accuracy']:.4f} | {describe(score)} |"
+            f"{score['miou']:.4f} | {score['pixel_accuracy']:.4f} | "
+            f"{describe(score, meta['images'])} |"
             for score in meta["scores"]
         ]
     return "\n".join(rows)
@@ -208,6 +231,7 @@ def main() -> None:
         "training": training_of(args.runs),
         "scores": scores_of(args.scores, meta),
         "terms": terms,
+        "images": args.images or training_images(args.runs),
         "limits": args.limits,
     }
     folder = args.out / args.name

@@ -41,6 +41,8 @@ class Augmentation(nn.Module):
             recipe); "modern": colour jitter, scale 0.5 to 2 with a crop to the same
             size, flip.
         mean, std: normalisation of the [0, 1] image; the paper has none.
+        size: (height, width) in pixels that images are brought to first, antialiased, and
+            labels of training with them; None leaves them as they come.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Augmentation(nn.Module):
         mean: Sequence[float] = (0, 0, 0),
         std: Sequence[float] = (1, 1, 1),
         *,
+        size: tuple[int, int] | None = None,
         crop: tuple[int, int] | None = None,
         scales: tuple[float, float] = SCALES,
         strong: float = 0.0,
@@ -63,6 +66,7 @@ class Augmentation(nn.Module):
             "paper": flip_and_shift,
             "modern": functools.partial(jitter_and_scale, size=crop, scales=scales),
         }[preset]
+        self.size = size
         self.strong, self.blur, self.paste, self.rare = strong, blur, paste, tuple(rare)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
@@ -80,6 +84,9 @@ class Augmentation(nn.Module):
             (N, 3, H, W) float32, normalised (black outside the picture), and
             (N, H, W) int64, `IGNORE_INDEX` there.
         """
+        if self.size:
+            images = self._resized(images)
+            labels = F.interpolate(labels[:, None], self.size, mode="nearest-exact")[:, 0]
         draws = torch.rand(len(images), 7, generator=generator)
         draws = draws.to(images.device, non_blocking=images.is_cuda)  # no waiting for its queue
         images, labels = self.change(images, labels, draws)
@@ -95,18 +102,25 @@ class Augmentation(nn.Module):
         if self.paste:
             some = torch.rand(len(images), generator=generator).to(images.device) < self.paste
             images, labels = paste_rare(images, labels, some, self.rare)
-        return self.normalize(images, labels)
+        return self._normalized(images), labels.long()
+
+    def _resized(self, images: Tensor) -> Tensor:
+        return v2.functional.resize(images, self.size, antialias=True)
 
     def normalize(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, without any change: for validation.
+        """What `forward` returns, without any change: for validation. Labels keep their size.
 
         Args:
             images: (N, 3, H, W) uint8, or float32 in [0, 1].
         """
+        return self._normalized(self._resized(images) if self.size else images), labels.long()
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        """From bytes or [0, 1] to what the network takes."""
         if images.dtype == torch.uint8:
             images = images.float().mul_(1 / 255)
         images = images.contiguous()  # one layout, whatever the loader's: results depend on it
-        return (images - self.mean).div_(self.std), labels.long()
+        return (images - self.mean).div_(self.std)
 
 
 def gather(planes: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

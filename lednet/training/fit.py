@@ -202,6 +202,7 @@ class _Fit:
         loader.sampler.start = min(tally.images // world.size, loader.sampler.share)
         title = f"{self.stage.name} {epoch}/{self.stage.epochs}"
         lr = trainer.start_epoch(epoch)
+        begin = time.perf_counter()
         keys = (self.course.seed, self.number, epoch)
 
         def after_update() -> None:
@@ -216,7 +217,7 @@ class _Fit:
 
         start = time.perf_counter()
         scored = trainer.evaluate(self.val_loader, f"{title} val", between)
-        validation_seconds = time.perf_counter() - start
+        end = time.perf_counter()
         record = {
             "stage": self.stage.name,
             "epoch": epoch,
@@ -224,6 +225,7 @@ class _Fit:
             **{f"train_{key}": trained[key] for key in ("loss", task.score)},
             **{f"val_{key}": value for key, value in scored.items()},
             "images_per_second": trained["images_per_second"],
+            "seconds": end - begin,
             **{key: trained[key] for key in ("skipped",) if key in trained},
             **self._damaged(),
         }
@@ -237,7 +239,7 @@ class _Fit:
             self._require_finite()
             self._save_weights(improved)
             self._save(None)
-            self.run.say(self._line(record, improved, validation_seconds))
+            self.run.say(self._line(record, improved, end - start))
             if self.course.dashboard is not None:
                 self.course.dashboard.show(record, trainer.scored, self.val_loader)
         if number := self.keeper.stop():

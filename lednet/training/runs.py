@@ -71,6 +71,11 @@ def read_options(path: Path) -> dict[str, Any]:
     return read_json(path / "options.json")["options"]
 
 
+CLOCK_KEYS = ("images_per_second", "seconds")
+"""Of an epoch's record in log.jsonl, what differs between two runs that do the same. `seconds`
+are those of training and validation since the run was last started."""
+
+
 class RunFolder:
     """Files of one training run.
 

@@ -1,5 +1,6 @@
 """The stages of a run, one after the other in the same network."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ class Stage:
         encoder_file: file of the encoder alone out of them; none if empty.
         part: "encoder" (with its 1x1 head) or "decoder" (the full network) in segmentation.
         annotations: of its training data, a key of `TRAINING_PARTS`.
+        size: (height, width) in pixels that it shrinks images to; None leaves them.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Stage:
     encoder_file: str = ""
     part: str = "decoder"
     annotations: str = "fine"
+    size: tuple[int, int] | None = None
 
 
 def parse_curriculum(text: str) -> list[tuple[str, int]]:
@@ -49,12 +52,36 @@ def parse_curriculum(text: str) -> list[tuple[str, int]]:
     return parts
 
 
-def plan_stages(parts: Sequence[tuple[str, int]], encoder_epochs: int | None = None) -> list[Stage]:
-    """The encoder on the first part's data, then the full network on each part's.
+def parse_sizes(text: str) -> list[tuple[tuple[int, int], int]]:
+    """(height, width) and epochs of each part of a text such as "128x256:50,256x512:50"; none
+    of an empty one.
+
+    Raises:
+        UserError: it has another form.
+    """
+    if not text:
+        return []
+    found = [re.fullmatch(r"(\d+)x(\d+):(\d+)", word.strip()) for word in text.split(",")]
+    if not all(found) or not all(int(number) for match in found for number in match.groups()):
+        raise UserError(
+            f"--progressive {text!r}: write height, width and epochs, as in 128x256:50,256x512:50"
+        )
+    numbers = [tuple(map(int, match.groups())) for match in found]
+    return [((height, width), epochs) for height, width, epochs in numbers]
+
+
+def plan_stages(
+    parts: Sequence[tuple[str, int]],
+    encoder_epochs: int | None = None,
+    smaller: Sequence[tuple[tuple[int, int], int]] = (),
+) -> list[Stage]:
+    """The encoder on the first part's data, then the full network on it at smaller sizes, then
+    on each part's.
 
     Args:
         parts: annotations and epochs, see `parse_curriculum`; one without a curriculum.
         encoder_epochs: of the first stage; None leaves it out.
+        smaller: sizes and epochs, see `parse_sizes`.
 
     Returns:
         Stages; the last one's best weights are the run's.
@@ -69,6 +96,18 @@ def plan_stages(parts: Sequence[tuple[str, int]], encoder_epochs: int | None = N
                 "encoder_best.pth",
                 part="encoder",
                 annotations=parts[0][0],
+            )
+        )
+    for (height, width), epochs in smaller:
+        size = f"{height}x{width}"
+        stages.append(
+            Stage(
+                f"{size}-{len(stages) + 1}",
+                f"Full network at {size}",
+                epochs,
+                f"{size}-{len(stages) + 1}_best.pth",
+                annotations=parts[0][0],
+                size=(height, width),
             )
         )
     if len(parts) == 1:

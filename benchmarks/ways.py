@@ -15,7 +15,6 @@ recording that it does not train on: 50 minutes.
 """
 
 import argparse
-import json
 import os
 import shlex
 import statistics
@@ -35,7 +34,7 @@ from lednet.errors import UserError, exit_on_user_error
 from lednet.files import write_atomically, write_between_marks, write_json
 from lednet.deploy.speed import describe_device
 from lednet.training.distributed import choose_device
-from lednet.training.runs import environment
+from lednet.training.runs import environment, read_records
 
 COLORS = ("#4c78a8", "#f58518")
 
@@ -144,8 +143,7 @@ def run(commands: Sequence[str], together: bool) -> None:
 
 def curve(folder: Path, stage: str) -> list[float]:
     """Validation mIoU after each epoch of a stage."""
-    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [record["val_miou"] for record in records if record["stage"] == stage]
+    return [record["val_miou"] for record in read_records(folder) if record["stage"] == stage]
 
 
 def summary(curves: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -258,8 +256,7 @@ def main() -> None:
         "ways": {},
     }
     if args.experiment == "finetuning":
-        log = ROOT / args.runs / "pictures/log.jsonl"
-        records = map(json.loads, log.read_text().splitlines())
+        records = read_records(ROOT / args.runs / "pictures")
         result["pretraining"] = max(records, key=lambda record: record["val_top1"])
     for name, way in experiment.ways.items():
         place = f"{args.runs}/{args.experiment}-{name.replace(', ', '-').replace(' ', '-')}"

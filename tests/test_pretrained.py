@@ -105,6 +105,7 @@ def run(tmp_path):
         "command": ["train/main.py", "--dataset", "camvid"],
         "options": {"height": 32, "width": 64},
         "environment": {"commit": "abc123", "torch": "9.9"},
+        "hardware": "2 x abacus",
     }
     (folder / "options.json").write_text(json.dumps(options))
     (folder / "log.jsonl").write_text("{}\n{}\n")
@@ -136,7 +137,7 @@ def test_release_from_a_run(run, run_script, tmp_path):
         config["sha256"],
         "| pole | 0.100 |",
         f"| {classes[-1]} | absent |",
-        "`python train/main.py --dataset camvid` (commit abc123, torch 9.9)",
+        "`python train/main.py --dataset camvid` (commit abc123, torch 9.9, 2 x abacus)",
     ):
         assert words in card
     assert "| CamVid | 0.3457 | 0.8000 | val, 7 images" in page.read_text()

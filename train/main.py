@@ -395,7 +395,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
     net.to(world.device)
     if args.sync_batch_norm:
         net = course.net = synchronize_batch_norm(net, world)
-    folder.write_options(plain_values(vars(args)), ROOT)
+    folder.write_options(plain_values(vars(args)), ROOT, world)
     if world.is_main:
         write_text(folder.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
 

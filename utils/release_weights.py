@@ -23,7 +23,7 @@ from lednet.errors import UserError, exit_on_user_error
 from lednet.files import read_json, write_between_marks, write_text
 from lednet.model import count_parameters
 from lednet.pretrained import CONFIG, RELEASED, TENSORS, released_names, save_pretrained
-from lednet.training.runs import read_options
+from lednet.training.runs import read_options, read_records
 from lednet.weights import load_network, require_classes
 
 DATA = {
@@ -106,11 +106,11 @@ def training_of(runs: list[Path]) -> list[dict[str, Any]]:
     trained = []
     for run in runs:
         options = read_json(run / "options.json")
-        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
         trained.append(
             {
                 "command": shlex.join(["python", *options["command"]]),
-                "epochs": len(lines),
+                "epochs": len(read_records(run)),
+                "hardware": options["hardware"],
                 "size": [read_options(run)["height"], read_options(run)["width"]],
                 **options["environment"],
             }
@@ -187,7 +187,8 @@ def card(name: str, config: dict[str, Any], parameters: int) -> str:
             f"{t['epochs']} epochs at {t['size'][0]}x{t['size'][1]}" for t in training
         ),
         commands="\n".join(
-            f"- `{t['command']}` (commit {t['commit']}, torch {t['torch']})" for t in training
+            f"- `{t['command']}` (commit {t['commit']}, torch {t['torch']}, {t['hardware']})"
+            for t in training
         ),
         scores="\n".join(
             f"- **mIoU {score['miou']:.4f}**, pixel accuracy {score['pixel_accuracy']:.4f}: "

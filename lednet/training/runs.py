@@ -14,8 +14,10 @@ import torch
 import torchvision
 
 import lednet
+from lednet.deploy.speed import describe_device
 from lednet.errors import UserError
 from lednet.files import read_json, remove_leftovers, write_json, write_text
+from lednet.training.distributed import World
 
 fcntl = None
 with contextlib.suppress(ImportError):  # not on Windows
@@ -69,6 +71,20 @@ def read_options(path: Path) -> dict[str, Any]:
     """
     require_run(path)
     return read_json(path / "options.json")["options"]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Lines of the log of the run in the folder `path`, one an epoch.
+
+    Raises:
+        UserError: there is no run, or none whose first epoch has ended.
+    """
+    require_run(path)
+    try:
+        lines = (path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path / 'log.jsonl'} ({error}): train on") from error
 
 
 CLOCK_KEYS = ("images_per_second", "seconds")
@@ -153,11 +169,16 @@ class RunFolder:
                 f"cannot write {path}: {error.strerror}; free some space and go on with --resume"
             ) from error
 
-    def write_options(self, options: dict[str, Any], repository: Path) -> None:
-        """Record the command, every option and what the run depends on."""
+    def write_options(self, options: dict[str, Any], repository: Path, world: World) -> None:
+        """Record the command, every option, and what and where the run depends on."""
         if not self.main:
             return
-        record = {"command": sys.argv, "options": options, "environment": environment(repository)}
+        record = {
+            "command": sys.argv,
+            "options": options,
+            "environment": environment(repository),
+            "hardware": f"{world.size} x {describe_device(world.device)}",
+        }
         write_json(self.path / "options.json", record)
 
     def write_records(self, records: list[dict[str, Any]]) -> None:

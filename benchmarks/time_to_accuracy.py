@@ -41,7 +41,7 @@ def timeline(runs: Sequence[Path]) -> list[tuple[float, float]]:
     return [
         (hour, record["val_miou"])
         for hour, record in zip(hours, records, strict=True)
-        if record["stage"] != "encoder"
+        if record["stage"] != "encoder" and record["val_miou"] is not None
     ]
 
 

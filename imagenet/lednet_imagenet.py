@@ -208,7 +208,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
         },
     }
     course = Course(net, [stage], folder, checkpoints, meta, args.seed, keeper)
-    course.keep_every = args.epochs_save
+    course.keep_every, course.validate_every = args.epochs_save, args.validate_every
     state = course.resume() if args.resume else ()
     if not args.resume and args.state:
         folder.say(f"--state: {load_weights(net, args.state)}")

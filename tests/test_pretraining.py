@@ -21,7 +21,7 @@ from lednet.data.crops import IMAGENET_MEAN, IMAGENET_STD, ImageAugmentation
 from lednet.training.distributed import World
 from lednet.training.engine import Optimization, Pretrained, Trainer
 from lednet.training.fit import Progress
-from lednet.training.runs import CLOCK_KEYS
+from lednet.training.runs import CLOCK_KEYS, read_records
 from lednet.training.stages import parse_curriculum, parse_sizes, plan_stages
 from lednet.training.stopping import Keeper
 from lednet.training.tasks import Classification
@@ -247,6 +247,17 @@ def test_progressive_resizing_goes_on_where_it_was_stopped(
     same_end(tmp_path / "run", tmp_path / "whole", ("16x24-1_best.pth", "best.pth"))
     _, meta = load_network(tmp_path / "run")
     assert meta["size"] == [40, 64]
+
+
+def test_epochs_between_are_not_scored(run_inside, camvid, tmp_path):
+    flags = ("--dataset", "camvid", "--datadir", camvid, "--height", 16, "--width", 24, *SMALL,
+             "--decoder", "--num-epochs", 5, "--validate-every", 2)  # fmt: skip
+    result = run_inside("train/main.py", *flags, "--savedir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    scored = [record["val_miou"] is not None for record in read_records(tmp_path / "run")]
+    assert scored == [False, True, False, True, True]
+    losses = [record["val_loss"] is not None for record in read_records(tmp_path / "run")]
+    assert losses == scored
 
 
 def stop_at(monkeypatch, step: int) -> None:

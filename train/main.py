@@ -388,7 +388,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
         "size": [args.height, args.width],
     }
     course = Course(net, stages, folder, checkpoints, meta, args.seed, keeper)
-    course.keep_every = args.epochs_save
+    course.keep_every, course.validate_every = args.epochs_save, args.validate_every
     state = course.resume() if args.resume else ()
     if not args.resume:
         start_weights(args, course)

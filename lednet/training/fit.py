@@ -64,6 +64,7 @@ class Course:
         seed: of everything random.
         keeper: says when to save and when to stop.
         keep_every: keep the weights of every n-th epoch as well; 0 keeps none.
+        validate_every: score every n-th epoch of a stage, and its last.
     """
 
     net: nn.Module
@@ -75,6 +76,7 @@ class Course:
     keeper: Keeper
     dashboard: Dashboard | None = None
     keep_every: int = 0
+    validate_every: int = 1
 
     def resume(self) -> tuple[Progress, dict[str, Any]]:
         """Load the newest sound checkpoint into `net`; returns where to go on, and the trainer's
@@ -216,7 +218,9 @@ class _Fit:
                 self._obey(tally, self.keeper.stop())
 
         start = time.perf_counter()
-        scored = trainer.evaluate(self.val_loader, f"{title} val", between)
+        scored = {"loss": None, task.score: None}
+        if epoch % self.course.validate_every == 0 or epoch == self.stage.epochs:
+            scored = trainer.evaluate(self.val_loader, f"{title} val", between)
         end = time.perf_counter()
         record = {
             "stage": self.stage.name,

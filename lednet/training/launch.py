@@ -19,7 +19,7 @@ from lednet.training.runs import RunFolder, holds_run, read_options
 from lednet.training.stopping import Keeper, Stopped, StopRequest
 
 BASE_RECIPE = "paper"
-POSITIVE = ("num_epochs", "batch_size", "accumulate", "keep_checkpoints")
+POSITIVE = ("num_epochs", "batch_size", "accumulate", "keep_checkpoints", "validate_every")
 NOT_NEGATIVE = ("num_workers", "epochs_save", "save_minutes", "save_steps", "warmup_epochs")
 
 
@@ -108,6 +108,13 @@ def add_run_flags(parser: argparse.ArgumentParser, savedir: str) -> None:
         default=0,
         metavar="N",
         help="also keep the weights of every N-th epoch",
+    )
+    run.add_argument(
+        "--validate-every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="score every N-th epoch, and the last of a stage (1)",
     )
     run.add_argument("--visualize", action="store_true", help="show the run on a visdom server")
     run.add_argument("--port", type=int, default=8097, help="of the visdom server")

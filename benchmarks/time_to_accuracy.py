@@ -98,7 +98,7 @@ def main() -> None:
     times = timeline(args.runs)
     options = [read_json(run / "options.json") for run in args.runs]
     result = {
-        "commands": [shlex.join(["python", *option["command"]]) for option in options],
+        "commands": [shlex.join(option["command"]) for option in options],
         "hardware": options[-1]["hardware"],
         "environment": options[-1]["environment"],
         "reached": {f"{t:.2f}": first_reached(times, t) for t in args.thresholds},

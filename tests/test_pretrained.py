@@ -102,13 +102,14 @@ def run(tmp_path):
             "mean": [0, 0, 0], "std": [1, 1, 1]}  # fmt: skip
     save_checkpoint(folder / "best.pth", network(num_classes=scheme.num_outputs), meta)
     options = {
-        "command": ["train/main.py", "--dataset", "camvid"],
+        "command": ["python", "train/main.py", "--dataset", "camvid"],
         "options": {"height": 32, "width": 64},
         "environment": {"commit": "abc123", "torch": "9.9"},
         "hardware": "2 x abacus",
     }
     (folder / "options.json").write_text(json.dumps(options))
-    (folder / "log.jsonl").write_text("{}\n{}\n")
+    stages = ("8x16-1", "8x16-1", "decoder")
+    (folder / "log.jsonl").write_text("".join(f'{{"stage": "{s}"}}\n' for s in stages))
     return folder
 
 
@@ -133,7 +134,7 @@ def test_release_from_a_run(run, run_script, tmp_path):
     config = json.loads((tmp_path / "out/toy" / CONFIG).read_text())
     for words in (
         "0.3457",
-        "2 epochs at 32x64",
+        "2 epochs at 8x16, then 1 epochs at 32x64",
         config["sha256"],
         "| pole | 0.100 |",
         f"| {classes[-1]} | absent |",
@@ -146,6 +147,33 @@ def test_release_from_a_run(run, run_script, tmp_path):
     other = scores(tmp_path / "other.json", ["a", "b"])
     result = run_script("utils/release_weights.py", *flags, "--scores", other)
     assert result.returncode == 2 and "holds no scores of CamVid" in result.stderr
+
+
+def test_training_goes_on_from_released_weights_and_says_so(run_inside, camvid, tmp_path):
+    """What they came from is carried into the next card, and through runs in between."""
+    classes = camvid_scheme().classes
+    earlier = [{"command": "first", "stages": ["7 epochs at 9x9"], "commit": "c", "torch": "t",
+                "hardware": "h"}]  # fmt: skip
+    meta = {"dataset": "CamVid", "classes": list(classes), "training": earlier}
+    save_pretrained(tmp_path / "old", network(num_classes=12), meta)
+    state = tmp_path / "old"
+    for name in ("one", "two"):
+        flags = ("--dataset", "camvid", "--datadir", camvid, "--height", 16, "--width", 24,
+                 "--num-workers", 0, "--device", "cpu", "--num-epochs", 1, "--with-val",
+                 "--decoder", "--state", state, "--savedir", tmp_path / name)  # fmt: skip
+        result = run_inside("train/main.py", *flags)
+        assert result.returncode == 0, result.stderr
+        state = tmp_path / name
+    assert load_network(state)[1]["earlier"] == earlier
+    page = tmp_path / "results.md"
+    page.write_text("<!-- utils/release_weights.py writes from here -->\n<!-- to here -->\n")
+    val = scores(tmp_path / "val.json", classes)
+    result = run_inside("utils/release_weights.py", "--name", "new", "--runs", tmp_path / "one",
+                        state, "--scores", val, "--out", tmp_path / "out", "--page", page)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    card = (tmp_path / "out/new/README.md").read_text()
+    assert "7 epochs at 9x9, then 1 epochs at 16x24, then 1 epochs at 16x24" in card
+    assert "val (trained on), 7 images" in card and "Trained on train and val." in card
 
 
 RELEASED = {"camvid-d20": (922_535, camvid_scheme().classes)}

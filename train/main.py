@@ -355,7 +355,8 @@ def scale_dropout(net: LEDNet, factor: float) -> None:
 
 
 def start_weights(args: argparse.Namespace, course: Course) -> None:
-    """Load what the flags ask for into a new run's network, and take over its normalisation."""
+    """Load what the flags ask for into a new run's network, and take over its normalisation and
+    what released weights tell of their training."""
     for flag, path, part in (
         ("--state", args.state, ""),
         ("--pretrainedEncoder", args.pretrained_encoder, "encoder."),
@@ -365,6 +366,8 @@ def start_weights(args: argparse.Namespace, course: Course) -> None:
             report = load_state(course.net, content["state_dict"], path, part)
             meta = content.get("meta", {})
             course.meta |= {key: meta[key] for key in ("mean", "std") if key in meta}
+            if flag == "--state" and (earlier := meta.get("training", meta.get("earlier"))):
+                course.meta["earlier"] = earlier
             course.folder.say(f"{flag}: {report}")
 
 

@@ -12,6 +12,7 @@ runs' folders and the score files. All cards together make the page docs/results
 import argparse
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,18 @@ def training_of(runs: list[Path]) -> list[dict[str, Any]]:
     """Command, commit, versions and epochs of each run."""
     trained = []
     for run in runs:
-        options = read_json(run / "options.json")
+        content = read_json(run / "options.json")
+        size = f"{content['options']['height']}x{content['options']['width']}"
+        stages = Counter(record["stage"] for record in read_records(run))
         trained.append(
             {
-                "command": shlex.join(["python", *options["command"]]),
-                "epochs": len(read_records(run)),
-                "hardware": options["hardware"],
-                "size": [read_options(run)["height"], read_options(run)["width"]],
-                **options["environment"],
+                "command": shlex.join(content["command"]),
+                "stages": [
+                    f"{count} epochs at {name.partition('-')[0] if name[0].isdigit() else size}"
+                    for name, count in stages.items()
+                ],
+                "hardware": content["hardware"],
+                **content["environment"],
             }
         )
     return trained
@@ -183,9 +188,7 @@ def card(name: str, config: dict[str, Any], parameters: int) -> str:
         width=meta["size"][1],
         terms=meta["terms"],
         images=meta["images"],
-        epochs=", then ".join(
-            f"{t['epochs']} epochs at {t['size'][0]}x{t['size'][1]}" for t in training
-        ),
+        epochs=", then ".join(stage for t in training for stage in t["stages"]),
         commands="\n".join(
             f"- `{t['command']}` (commit {t['commit']}, torch {t['torch']}, {t['hardware']})"
             for t in training
@@ -229,7 +232,7 @@ def main() -> None:
     scheme, terms = DATA[meta["dataset"]]
     require_classes(net, meta, scheme(), args.runs[-1])
     meta |= {
-        "training": training_of(args.runs),
+        "training": meta.pop("earlier", []) + training_of(args.runs),
         "scores": scores_of(args.scores, meta),
         "terms": terms,
         "images": args.images or training_images(args.runs),

@@ -173,8 +173,11 @@ class RunFolder:
         """Record the command, every option, and what and where the run depends on."""
         if not self.main:
             return
+        launcher = ["python"]
+        if world.size > 1:
+            launcher = ["torchrun", f"--nproc-per-node={world.size}"]
         record = {
-            "command": sys.argv,
+            "command": [*launcher, *sys.argv],
             "options": options,
             "environment": environment(repository),
             "hardware": f"{world.size} x {describe_device(world.device)}",

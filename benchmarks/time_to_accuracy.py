@@ -64,7 +64,7 @@ def table(result: dict[str, Any]) -> str:
                 (
                     result["hardware"],
                     *cells,
-                    f"{best:.3f}, of {result['timeline'][-1][0]:.2f} h in all",
+                    f"{best:.3f} in {result['timeline'][-1][0]:.2f} h",
                 )
             )
             + " |",

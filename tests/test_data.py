@@ -633,6 +633,12 @@ def test_augmentation_is_the_same_on_a_gpu(preset):
     assert (x2.cpu() - x).abs().gt(1e-3).float().mean() < 1e-3
 
 
+def test_final_model_trains_on_the_validation_images_too(camvid):
+    train, val = open_training_data("camvid", camvid, None, None)
+    both, same = open_training_data("camvid", camvid, None, None, with_val=True)
+    assert both.pairs == train.pairs + val.pairs and same.pairs == val.pairs
+
+
 def test_smaller_size_shrinks_images_and_the_labels_of_training(monkeypatch):
     """Antialiased, and nearest to each cell's centre; labels of validation keep their size."""
     monkeypatch.setattr(transforms, "SHIFT", 0)

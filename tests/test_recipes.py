@@ -20,7 +20,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=1.0)
     parser.add_argument("--num-epochs", type=int)
     parser.add_argument("--augment", choices=("paper", "modern"))
-    parser.add_argument("--scales", type=float, nargs=2)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path)
     return parser
@@ -33,12 +32,11 @@ def write(path: Path, options: str, about: str = ABOUT) -> Path:
 
 def test_options_become_defaults_that_flags_override(tmp_path):
     mine = parser()
-    options = "{lr: 5e-4, num_epochs: 7, augment: modern, compile: true, out: here, scales: [1, 2]}"
+    options = "{lr: 5e-4, num_epochs: 7, augment: modern, compile: true, out: here}"
     set_recipe(mine, write(tmp_path / "r.yaml", options))
     args = mine.parse_args(["--num-epochs", "9"])
     assert vars(args) == {
         "lr": 5e-4, "num_epochs": 9, "augment": "modern", "compile": True, "out": Path("here"),
-        "scales": [1.0, 2.0],
     }  # fmt: skip
 
 
@@ -49,8 +47,6 @@ def test_options_become_defaults_that_flags_override(tmp_path):
         ("{lr: fast}", "lr cannot be 'fast'"),
         ("{num_epochs: [1]}", "num_epochs cannot be"),
         ("{augment: wild}", "augment cannot be 'wild'"),
-        ("{scales: [1]}", "scales cannot be"),
-        ("{scales: 1}", "scales cannot be 1"),
         ("{compile: 1}", "compile cannot be 1"),
         ("7", "must hold `about` and `options`"),
         ("{lr: [}", "is no YAML file"),

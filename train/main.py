@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from torch import nn
 
 from lednet.data.cache import CachedDataset, command_line
 from lednet.data.datasets import (
@@ -34,7 +33,7 @@ from lednet.data.datasets import (
     open_training_data,
     pixel_shares,
 )
-from lednet.data.transforms import PRESETS, SCALES, Augmentation
+from lednet.data.transforms import PRESETS, Augmentation
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import plain_values, write_text
 from lednet.model import VARIANTS, LEDNet, count_parameters
@@ -66,8 +65,6 @@ from lednet.training.stopping import Keeper
 from lednet.training.tasks import Segmentation
 from lednet.weights import load_state, read_checkpoint, weights_file
 
-RARE = 0.02
-"""Share of all pixels below which a class is rare."""
 NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """The paper trains on raw [0, 1] images."""
 
@@ -120,26 +117,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="paper: flip and shift; modern: scale, crop, flip, colour (%(default)s)",
     )
     data.add_argument(
-        "--crop",
-        type=int,
-        nargs=2,
-        metavar=("H", "W"),
-        help="modern: train on crops of so many pixels (whole images)",
-    )
-    data.add_argument(
-        "--scales",
-        type=float,
-        nargs=2,
-        metavar=("LEAST", "MOST"),
-        default=SCALES,
-        help="modern: of the picture (0.5 2)",
-    )
-    data.add_argument("--strong", type=float, default=0.0, metavar="P", help="tones of so many")
-    data.add_argument("--blur", type=float, default=0.0, metavar="P", help="blur so many")
-    data.add_argument(
-        "--paste", type=float, default=0.0, metavar="P", help="paste rare classes into so many"
-    )
-    data.add_argument(
         "--cache",
         type=Path,
         metavar="DIR",
@@ -175,13 +152,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="weights to take the encoder from, with its normalisation; skips stage 1",
     )
     net.add_argument("--decoder", action="store_true", help="start at stage 2")
-    net.add_argument(
-        "--dropout",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="the blocks' dropout is X times the paper's (1)",
-    )
     net.add_argument(
         "--encoder-lr-factor",
         type=float,
@@ -230,18 +200,6 @@ def build_parser() -> argparse.ArgumentParser:
         "of the training labels (%(default)s)",
     )
     recipe.add_argument(
-        "--class-weights-offset",
-        type=float,
-        metavar="C",
-        help="c of computed weights: the smaller, the heavier are rare classes (1.2 in stage 1, "
-        "1.1 after it)",
-    )
-    recipe.add_argument("--region-loss", choices=("lovasz", "dice"), help="added (none)")
-    recipe.add_argument("--label-smoothing", type=float, default=0.0, metavar="X")
-    recipe.add_argument(
-        "--hardest", type=float, default=1.0, metavar="SHARE", help="of the pixels count (all)"
-    )
-    recipe.add_argument(
         "--ema-decay",
         type=float,
         metavar="D",
@@ -274,13 +232,6 @@ def parse_options() -> argparse.Namespace:
         raise UserError("--val-every 1 leaves nothing to train on: give 2 or more")
     if args.class_uniform is not None and not 0 < args.class_uniform <= 1:
         raise UserError(f"--class-uniform is {args.class_uniform}: give more than 0, at most 1")
-    if not 0 <= args.dropout <= 3:
-        raise UserError(f"--dropout is {args.dropout}: give 0 to 3, times 0.03 and 0.3")
-    if args.class_weights_offset is not None and args.class_weights_offset <= 1:
-        raise UserError(
-            f"--class-weights-offset is {args.class_weights_offset}: give more than 1, so that no "
-            "class gets an infinite weight"
-        )
     if args.curriculum and args.annotations != "fine":
         raise UserError("--curriculum names the annotations of each part: leave --annotations out")
     require_schedule(args, min(stage.epochs for stage in stages_of(args)))
@@ -343,15 +294,7 @@ def weights_for(args: argparse.Namespace, stage: Stage, data: Data) -> list[floa
     if choice == "none":
         return [1.0] * num_classes
     shares = pixel_shares(data.class_counts)[:num_classes]
-    offset = args.class_weights_offset or WEIGHT_OFFSETS[stage.part]
-    return class_weights(shares, offset).tolist()
-
-
-def scale_dropout(net: LEDNet, factor: float) -> None:
-    """Make each block's dropout `factor` times what it is."""
-    for module in net.modules():
-        if isinstance(module, nn.Dropout2d):
-            module.p *= factor
+    return class_weights(shares, WEIGHT_OFFSETS[stage.part]).tolist()
 
 
 def start_weights(args: argparse.Namespace, course: Course) -> None:
@@ -379,7 +322,6 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
     folder, checkpoints = open_run(args, run_path(args), world)
     seed_everything(args.seed)
     net = LEDNet(scheme.num_outputs, args.variant, args.pyramid_channels)
-    scale_dropout(net, args.dropout)
     mean, std = NO_NORMALIZATION
     meta = {
         "model": f"LEDNet {args.variant}",
@@ -416,21 +358,9 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
             pretrained = Pretrained(net.encoder, args.encoder_lr_factor, args.freeze_encoder)
         # The head of stage 1 has no part in stage 2.
         net.encoder_head.requires_grad_(stage.part == "encoder")
-        criterion = WeightedCrossEntropy(
-            weights, scheme.num_outputs, args.region_loss, args.label_smoothing, args.hardest
-        )
-        shares = pixel_shares(data.class_counts)[: scheme.num_classes] if args.paste else ()
+        criterion = WeightedCrossEntropy(weights, scheme.num_outputs)
         augmentation = Augmentation(
-            args.augment,
-            course.meta["mean"],
-            course.meta["std"],
-            size=stage.size,
-            crop=args.crop,
-            scales=args.scales,
-            strong=args.strong,
-            blur=args.blur,
-            paste=args.paste,
-            rare=[index for index, share in enumerate(shares) if share < RARE],
+            args.augment, course.meta["mean"], course.meta["std"], stage.size
         )
         task = Segmentation(criterion, augmentation, scheme.classes)
         if args.visualize and world.is_main and course.dashboard is None:

@@ -7,7 +7,6 @@ move alike, images with bilinear interpolation, labels with nearest-neighbour, w
 values never change. What comes in from outside the picture is void in the label.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -50,24 +49,13 @@ class Augmentation(nn.Module):
         preset: str = "paper",
         mean: Sequence[float] = (0, 0, 0),
         std: Sequence[float] = (1, 1, 1),
-        *,
         size: tuple[int, int] | None = None,
-        crop: tuple[int, int] | None = None,
-        scales: tuple[float, float] = SCALES,
-        strong: float = 0.0,
-        blur: float = 0.0,
-        paste: float = 0.0,
-        rare: Sequence[int] = (),
     ):
         super().__init__()
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {PRESETS}, not {preset!r}")
-        self.change = {
-            "paper": flip_and_shift,
-            "modern": functools.partial(jitter_and_scale, size=crop, scales=scales),
-        }[preset]
+        self.change = {"paper": flip_and_shift, "modern": jitter_and_scale}[preset]
         self.size = size
-        self.strong, self.blur, self.paste, self.rare = strong, blur, paste, tuple(rare)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
 
@@ -90,18 +78,6 @@ class Augmentation(nn.Module):
         draws = torch.rand(len(images), 7, generator=generator)
         draws = draws.to(images.device, non_blocking=images.is_cuda)  # no waiting for its queue
         images, labels = self.change(images, labels, draws)
-        if self.strong:
-            some = torch.rand(len(images), generator=generator).to(images.device) < self.strong
-            factors = torch.rand(len(images), 3, 3, generator=generator).to(images.device)
-            images = torch.where(some[:, None, None, None], shift_tones(images, factors), images)
-        if self.blur:
-            some = torch.rand(len(images), generator=generator).to(images.device) < self.blur
-            sigma = 0.3 + 1.2 * torch.rand((), generator=generator).item()
-            blurred = v2.functional.gaussian_blur(images, [5, 5], [sigma, sigma])
-            images = torch.where(some[:, None, None, None], blurred, images)
-        if self.paste:
-            some = torch.rand(len(images), generator=generator).to(images.device) < self.paste
-            images, labels = paste_rare(images, labels, some, self.rare)
         return self._normalized(images), labels.long()
 
     def _resized(self, images: Tensor) -> Tensor:
@@ -160,67 +136,30 @@ def flip_and_shift(images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tenso
     return moved[:, :3] * inside, moved[:, 3].masked_fill(~inside[:, 0], IGNORE_INDEX)
 
 
-def shift_tones(images: Tensor, factors: Tensor) -> Tensor:
-    """Another camera at another hour: gamma 0.5 to 2, and gain and offset of each channel.
+def jitter_and_scale(images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Change the colours, mirror half of the samples, scale each within `SCALES`.
 
-    images: (N, 3, H, W) in [0, 1], also the result; factors: (N, 3, 3) uniform in [0, 1).
-    """
-    gamma = 4 ** (factors[:, 0, :1] - 0.5)[:, :, None, None]
-    gain = (0.75 + 0.5 * factors[:, 1])[:, :, None, None]
-    offset = (0.2 * factors[:, 2] - 0.1)[:, :, None, None]
-    return (images.clamp(min=1e-4) ** gamma * gain + offset).clamp_(0, 1)
-
-
-def paste_rare(
-    images: Tensor, labels: Tensor, some: Tensor, rare: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Lay the rare classes' pixels of the sample before over some of the samples.
-
-    images: (N, 3, H, W); labels: (N, H, W); some: (N,) bool -> as they came
-    """
-    other_images, other_labels = images.roll(1, 0), labels.roll(1, 0)
-    classes = torch.tensor(rare, dtype=labels.dtype, device=labels.device)
-    mask = torch.isin(other_labels, classes) & some[:, None, None]
-    return (
-        torch.where(mask[:, None], other_images, images),
-        torch.where(mask, other_labels, labels),
-    )
-
-
-def jitter_and_scale(
-    images: Tensor,
-    labels: Tensor,
-    draws: Tensor,
-    size: tuple[int, int] | None = None,
-    scales: tuple[float, float] = SCALES,
-) -> tuple[Tensor, Tensor]:
-    """Change the colours, mirror half of the samples, scale each within `scales`.
-
-    What of a picture is larger than the frame is cropped anywhere, one that is smaller lies
-    anywhere in it.
+    A picture made larger is cropped anywhere, one made smaller lies anywhere in the frame.
 
     draws: (N, 7) uniform in [0, 1).
-    size: (height, width) of the frame in pixels; by default the picture's.
     """
     height, width = labels.shape[-2:]
-    rows, columns = size or (height, width)
     images = jitter_colors(images.float().mul_(1 / 255), 1 + JITTER * (2 * draws[:, 4:] - 1))
-    # In units of half the picture, as grid_sample has them: -1 to 1 both ways.
+    # In units of half the frame, as grid_sample has them: -1 to 1 both ways.
     mirror = torch.where(draws[:, :1] < 0.5, -1.0, 1.0)
-    scale = scales[0] + (scales[1] - scales[0]) * draws[:, 3:4]
-    share = torch.tensor((rows / height, columns / width), device=images.device)
-    place = (2 * draws[:, 1:3] - 1) * (share - scale)  # (N, 2): down, across
+    scale = SCALES[0] + (SCALES[1] - SCALES[0]) * draws[:, 3:4]
+    place = (2 * draws[:, 1:3] - 1) * (1 - scale)
 
-    def centres(n: int, whole: int) -> Tensor:
-        return (2 * torch.arange(n, device=images.device) + 1 - n) / whole
+    def centres(n: int) -> Tensor:
+        return (2 * torch.arange(n, device=images.device) + 1) / n - 1
 
     # No affine_grid: its matrix product may run in TF32, too coarse to tell pixels apart.
-    y = (centres(rows, height) - place[:, :1]) / scale  # (N, rows)
-    x = (mirror * centres(columns, width) - place[:, 1:]) / scale  # (N, columns)
-    down, across = ((y + 1) * height / 2).floor().long(), ((x + 1) * width / 2).floor().long()
-    moved, inside = gather(labels[:, None], down, across)
-    ys, xs = y[:, :, None].expand(-1, -1, columns), x[:, None, :].expand(-1, rows, -1)
-    grid = torch.stack((xs, ys), dim=-1)  # (N, rows, columns, 2)
+    y = (centres(height) - place[:, :1]) / scale  # (N, H)
+    x = (mirror * centres(width) - place[:, 1:]) / scale  # (N, W)
+    rows, columns = ((y + 1) * height / 2).floor().long(), ((x + 1) * width / 2).floor().long()
+    moved, inside = gather(labels[:, None], rows, columns)
+    ys, xs = y[:, :, None].expand(-1, -1, width), x[:, None, :].expand(-1, height, -1)
+    grid = torch.stack((xs, ys), dim=-1)  # (N, H, W, 2)
     images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
     return images.mul_(inside), moved.masked_fill_(~inside, IGNORE_INDEX)[:, 0]
 

@@ -59,17 +59,8 @@ class WeightedCrossEntropy(nn.Module):
 
     weight: Tensor
 
-    def __init__(
-        self,
-        weights: Sequence[float] | np.ndarray,
-        num_outputs: int,
-        region: str | None = None,
-        label_smoothing: float = 0.0,
-        hardest: float = 1.0,
-    ):
+    def __init__(self, weights: Sequence[float] | np.ndarray, num_outputs: int):
         super().__init__()
-        self.region = {None: None, "lovasz": lovasz_softmax, "dice": soft_dice}[region]
-        self.label_smoothing, self.hardest = label_smoothing, hardest
         weight = torch.zeros(num_outputs)
         weight[: len(weights)] = torch.as_tensor(np.asarray(weights), dtype=torch.float32)
         self.register_buffer("weight", weight)
@@ -84,67 +75,8 @@ class WeightedCrossEntropy(nn.Module):
             Sum of the weighted losses, and sum of the weights (0 where all is void).
         """
         target = resize_target(target, logits.shape[-2:])
-        logits = logits.float()
-        if self.hardest < 1:
-            return self._bootstrapped(logits, target)
         total = F.cross_entropy(
-            logits,
-            target,
-            self.weight,
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
+            logits.float(), target, self.weight, ignore_index=IGNORE_INDEX, reduction="sum"
         )
         counted = torch.bincount(target.flatten(), minlength=256)[: len(self.weight)]
-        weight = (counted * self.weight).sum()
-        if self.region is not None:
-            probabilities = logits[..., ::2, ::2].softmax(1)
-            present = self.weight.nonzero().flatten().tolist()
-            total = total + weight * self.region(probabilities, target[..., ::2, ::2], present)
-        return total, weight
-
-    def _bootstrapped(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the hardest share of the labelled pixels only (arXiv 1604.04339)."""
-        losses = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none")
-        labelled = target != IGNORE_INDEX
-        losses, weights = losses[labelled], self.weight[target[labelled]]
-        if not len(losses):
-            return losses.sum(), weights.sum()
-        count = max(1, round(self.hardest * len(losses)))
-        hardest = losses.detach().topk(count, sorted=False).indices
-        return (losses[hardest] * weights[hardest]).sum(), weights[hardest].sum()
-
-
-def lovasz_softmax(probabilities: Tensor, target: Tensor, classes: Sequence[int]) -> Tensor:
-    """Lovasz-softmax over the classes that occur in the batch (arXiv 1705.08790).
-
-    probabilities: (N, C, h, w); target: (N, h, w), void `IGNORE_INDEX` -> mean over classes
-    """
-    labelled = target != IGNORE_INDEX
-    flat, labels = probabilities.permute(0, 2, 3, 1)[labelled], target[labelled]
-    losses = []
-    for index in classes:
-        truth = (labels == index).float()
-        if truth.any():
-            errors, order = (truth - flat[:, index]).abs().sort(descending=True)
-            truth = truth[order]
-            jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
-            losses.append(errors @ torch.diff(jaccard, prepend=jaccard.new_zeros(1)))
-    return torch.stack(losses).mean() if losses else flat.sum() * 0
-
-
-def soft_dice(probabilities: Tensor, target: Tensor, classes: Sequence[int]) -> Tensor:
-    """1 - Dice coefficient over the classes that occur in the batch (arXiv 1606.04797, with
-    plain sums below).
-
-    As `lovasz_softmax`.
-    """
-    labelled = target != IGNORE_INDEX
-    flat, labels = probabilities.permute(0, 2, 3, 1)[labelled], target[labelled]
-    losses = []
-    for index in classes:
-        truth = (labels == index).float()
-        if truth.any():
-            overlap = 2 * (flat[:, index] * truth).sum()
-            losses.append(1 - overlap / (flat[:, index].sum() + truth.sum()))
-    return torch.stack(losses).mean() if losses else flat.sum() * 0
+        return total, (counted * self.weight).sum()

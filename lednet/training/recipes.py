@@ -85,14 +85,6 @@ def _typed(action: argparse.Action, value: Any) -> Any:
         if not isinstance(value, bool):
             raise TypeError
         return value
-    if isinstance(action.nargs, int):
-        if not isinstance(value, list) or len(value) != action.nargs:
-            raise ValueError
-        return [_one(action, part) for part in value]
-    return _one(action, value)
-
-
-def _one(action: argparse.Action, value: Any) -> Any:
     value = action.type(value) if action.type else str(value)
     if action.choices is not None and value not in action.choices:
         raise ValueError

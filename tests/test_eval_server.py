@@ -188,6 +188,23 @@ def test_other_settings_are_not_mixed(evaluate, reference, tmp_path):
     assert read(tmp_path / "out" / "results.json") != read(reference / "results.json")
 
 
+def test_averaged_answers_score_alike_in_eval_iou(
+    evaluate, reference, run_inside, toy_cityscapes, weights, tmp_path
+):
+    flags = ("--scales", 0.75, 1, "--flip")
+    assert evaluate("--out", tmp_path / "out", *flags).returncode == 0
+    result = run_inside(
+        "test/eval_iou.py", "--weights", weights, "--datadir", toy_cityscapes, *flags,
+        "--json", tmp_path / "iou.json", "--device", "cpu", "--num-workers", 0,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "iou.json").read_text())
+    assert found["scales"] == [0.75, 1] and found["flip"] is True
+    expected = read(tmp_path / "out" / "results.json")["averageScoreClasses"]
+    assert found["miou"] == pytest.approx(expected, abs=1e-4)
+    assert expected != pytest.approx(read(reference / "results.json")["averageScoreClasses"], 1e-4)
+
+
 @pytest.mark.parametrize("flags", [("--batch-size", 3), ("--no-fold",)])
 def test_options_that_do_not_change_the_answer(evaluate, reference, tmp_path, flags):
     assert evaluate("--out", tmp_path / "out", *flags).returncode == 0

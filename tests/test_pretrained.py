@@ -169,7 +169,8 @@ def test_training_goes_on_from_released_weights_and_says_so(run_inside, camvid, 
     page.write_text("<!-- utils/release_weights.py writes from here -->\n<!-- to here -->\n")
     val = scores(tmp_path / "val.json", classes)
     result = run_inside("utils/release_weights.py", "--name", "new", "--runs", tmp_path / "one",
-                        state, "--scores", val, "--out", tmp_path / "out", "--page", page)  # fmt: skip
+                        state, "--scores", val, "--out", tmp_path / "out",
+                        "--page", page)  # fmt: skip
     assert result.returncode == 0, result.stderr
     card = (tmp_path / "out/new/README.md").read_text()
     assert "7 epochs at 9x9, then 1 epochs at 16x24, then 1 epochs at 16x24" in card

@@ -16,8 +16,12 @@ from lednet.errors import UserError
 from lednet.files import read_json, write_atomically, write_json
 from lednet.model import LEDNet
 
-RELEASED = Path(__file__).resolve().parents[1] / "save/released"
-"""Folders of the weights that come with the project, by name."""
+_HERE = Path(__file__).resolve().parent
+RELEASED = _HERE / "released"
+"""Folders of the weights that come with the project, by name: inside an installed package, or
+in a clone's save/released."""
+if not RELEASED.is_dir():
+    RELEASED = _HERE.parent / "save/released"
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 NETWORK = ("num_classes", "variant", "pyramid_channels")

@@ -1,0 +1,73 @@
+"""The package as pip builds and installs it: complete, typed, and at home anywhere."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PROGRAM = """
+import lednet, torch
+assert "site" in lednet.__file__, lednet.__file__
+net, meta = lednet.load_network("camvid-d20")
+print(net(torch.rand(1, 3, 32, 48)).shape[1], meta["dataset"])
+import lednet.deploy.export, lednet.evaluation.page, lednet.training.fit
+"""
+
+
+def python(*command: object, cwd: Path, **environ: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd, env={"PATH": "/usr/bin:/bin", **environ}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict[str, Path]:
+    """A source archive of what git tracks, and the wheel that pip builds from it."""
+    folder = tmp_path_factory.mktemp("built")
+    tracked = folder / "tracked"
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        (tracked / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tracked / name)
+    python("-m", "build", "--sdist", "--outdir", folder, tracked, cwd=folder)
+    (sdist,) = folder.glob("lednet-*.tar.gz")
+    flags = ("--no-deps", "--disable-pip-version-check", "--wheel-dir", folder)
+    python("-m", "pip", "wheel", "-q", *flags, sdist, cwd=folder)
+    (wheel,) = folder.glob("lednet-*.whl")
+    return {"sdist": sdist, "wheel": wheel}
+
+
+def test_wheel_holds_what_the_library_needs(built):
+    with zipfile.ZipFile(built["wheel"]) as archive:
+        names = set(archive.namelist())
+    for needed in ("lednet/py.typed", "lednet/evaluation/page.html",
+                   "lednet/released/camvid-d20/model.safetensors"):  # fmt: skip
+        assert needed in names
+    code = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("lednet/**/*.py")}
+    assert {name for name in names if name.endswith(".py")} == code
+    (metadata,) = (name for name in names if name.endswith("METADATA"))
+    with zipfile.ZipFile(built["wheel"]) as archive:
+        text = archive.read(metadata).decode()
+    assert "Requires-Dist: torch>=2.6" in text and "visdom" not in text.partition("\n\n")[0]
+    with tarfile.open(built["sdist"]) as archive:
+        assert any(name.endswith("/save/released/camvid-d20/config.json")
+                   for name in archive.getnames())  # fmt: skip
+
+
+def test_installed_wheel_runs_away_from_the_clone(built, tmp_path):
+    """In an environment of its own, but for the dependencies, which it borrows."""
+    site = tmp_path / "site"
+    python("-m", "pip", "install", "-q", "--no-deps", "--target", site, built["wheel"],
+           cwd=tmp_path)  # fmt: skip
+    answer = python("-c", PROGRAM, cwd=tmp_path, PYTHONPATH=str(site))
+    assert answer == "12 CamVid\n"

@@ -1,0 +1,93 @@
+"""Convert weights: files of the original release, training checkpoints, released folders.
+
+    python utils/convert_checkpoint.py --weights model_best.pth --out lednet-cityscapes.pth
+    python utils/convert_checkpoint.py --weights save/cityscapes-d20 --out lednet-cityscapes
+
+Prints what became of every kind of key. A name that ends in .pth or .pt becomes one file, any
+other a folder in Hugging Face's layout (config.json, model.safetensors); both hold the classes,
+their colours, the normalisation and the input size beside the weights, and the optimizer's
+state no more. Takes a second.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lednet.data.datasets import DEFAULT_SIZES
+from lednet.errors import UserError, exit_on_user_error
+from lednet.evaluation.draw import output_scheme
+from lednet.model import LEDNet, count_parameters
+from lednet.pretrained import save_pretrained
+from lednet.weights import compare_keys, input_size, load_network, read_checkpoint
+from lednet.weights import save_checkpoint, weights_file
+
+NO_NORMALIZATION = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+"""What weights that say nothing of it were trained with: the release's raw [0, 1] images."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # fmt: off
+    parser.add_argument("--weights", type=Path, required=True,
+                        help="weights file, run folder (its best.pth) or released name")
+    parser.add_argument("--out", type=Path, required=True, help="file (.pth) or folder to write")
+    parser.add_argument("--height", type=int,
+                        help="of the images it was trained on, in pixels (what the weights say, or "
+                             "the data set's usual)")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    # fmt: on
+    return parser
+
+
+def complete_meta(net: LEDNet, meta: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """What is known of the weights, with what foreign files leave out.
+
+    Raises:
+        UserError: neither the weights nor the flags tell the classes or the size.
+    """
+    scheme = output_scheme(meta, net.num_classes, args.weights)
+    default = DEFAULT_SIZES.get(scheme.name.lower())
+    return {
+        "model": f"LEDNet {net.variant}",
+        "dataset": scheme.name,
+        "classes": list(scheme.classes),
+        "colors": [list(color) for color in scheme.colors],
+        **NO_NORMALIZATION,
+        **meta,
+        "size": list(input_size(meta, default, args.height, args.width)),
+    }
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f"{args.out} exists: add --overwrite, or choose another --out")
+    as_file = args.out.suffix in (".pth", ".pt")
+    if args.out.exists() and args.out.is_dir() == as_file:
+        kind = "a folder" if as_file else "a file"
+        raise UserError(f"{args.out} is {kind}: choose another --out")
+    net, meta = load_network(args.weights)
+    state = read_checkpoint(weights_file(args.weights))["state_dict"]
+    meta = complete_meta(net, meta, args)
+    if as_file:
+        save_checkpoint(args.out, net, meta)
+    else:
+        save_pretrained(args.out, net, meta)
+    print(f"{args.weights}: {compare_keys(net, state)}")
+    height, width = meta["size"]
+    print(
+        f"{args.out}: {meta['model']}, {count_parameters(net):,} parameters, {net.num_classes} "
+        f"outputs ({meta['dataset']} and void), input {height}x{width}"
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt requirements-library.txt requirements-dev.txt requirements-deploy.txt third_party/visdom/pyproject.toml
+$(VENV)/.installed: $(wildcard requirements*.txt) third_party/visdom/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than 3.11: name another with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)

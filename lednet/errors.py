@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 EXIT_STATUS = 2
 
@@ -16,6 +16,18 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(message.rsplit("UserError: ", 1)[-1].strip())
+
+
+def refuse(problems: Sequence[str], limit: int = 3) -> None:
+    """Report what went wrong beside work that went on.
+
+    Raises:
+        UserError: there are `problems`, sentences of which the first ones are told.
+    """
+    if problems:
+        more = len(problems) - limit
+        told = [*problems[:limit], *([f"and {more} more"] if more > 0 else [])]
+        raise UserError(". ".join(told))
 
 
 @contextlib.contextmanager

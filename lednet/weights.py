@@ -4,6 +4,7 @@ Opens this project's checkpoints and released weights, bare state dicts, and the
 original release (their key names, checkpoint bundle and `module.` prefix).
 """
 
+import hashlib
 import io
 import os
 import pickle
@@ -243,6 +244,19 @@ def weights_file(path: str | os.PathLike) -> Path:
         if (path / name).is_file():
             return path / name
     raise UserError(f"{path} holds no {BEST_WEIGHTS}: give a run whose second stage has begun")
+
+
+def weights_checksum(path: str | os.PathLike) -> str:
+    """SHA-256 of the file that `path` stands for.
+
+    Raises:
+        UserError: as `weights_file`, or there is no such file.
+    """
+    try:
+        with open(weights_file(path), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check --weights") from error
 
 
 def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:

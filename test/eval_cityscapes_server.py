@@ -13,7 +13,6 @@ upload.zip. A run that was interrupted goes on with the same command.
 """
 
 import argparse
-import hashlib
 import shutil
 import sys
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ from lednet.files import plain_values, write_json
 from lednet.precision import AMP_DTYPES
 from lednet.training.distributed import World, join_world, leave_world
 from lednet.pretrained import RELEASED
-from lednet.weights import weights_file
+from lednet.weights import weights_checksum, weights_file
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,10 +122,8 @@ def parse_options() -> argparse.Namespace:
 
 def settings(args: argparse.Namespace, predictor: Predictor) -> dict:
     """What an image's result depends on: an interrupted run goes on with the same alone."""
-    with open(weights_file(args.weights), "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "weights": checksum,
+        "weights": weights_checksum(args.weights),
         "datadir": str(args.datadir.resolve()),
         "labels": args.labels,
         "subset": args.subset,

@@ -12,6 +12,9 @@ import torch
 from make_toy_cityscapes import write_toy_cityscapes
 from PIL import Image
 
+from lednet import LEDNet
+from lednet.weights import save_checkpoint
+
 # On these small tensors a second thread only waits, and for long where cores are shared.
 torch.set_num_threads(1)
 
@@ -104,6 +107,32 @@ def camvid(tmp_path_factory) -> Path:
 def own_camvid(tmp_path) -> Path:
     """A small CamVid tree that a test may damage."""
     return make_camvid(tmp_path / "camvid")
+
+
+CLASSES = [f"class {i}" for i in range(11)]
+COLORS = [[20 * i, 255 - 20 * i, 7 * i] for i in range(11)]
+"""Of `weights`."""
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    """Untrained weights for images of 48x64, 11 classes and void."""
+    torch.manual_seed(0)
+    meta = {"size": [48, 64], "classes": CLASSES, "colors": COLORS}
+    save_checkpoint(tmp_path / "w.pth", LEDNet(12), meta)
+    return tmp_path / "w.pth"
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Two images of one name in different folders, of different sizes, and no image."""
+    rng = np.random.default_rng(1)
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for name, size in (("a.png", (50, 70)), ("sub/a.png", (40, 90))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3)).astype(np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
 
 
 @pytest.fixture

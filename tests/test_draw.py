@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from conftest import ROOT
+from conftest import CLASSES, COLORS, ROOT
 from test_bad_input import assert_refused
 
 from lednet import LEDNet, UserError
@@ -21,8 +21,6 @@ from lednet.weights import load_network, save_checkpoint
 SCRIPT = ROOT / "test/eval_cityscapes_color.py"
 SCHEME = camvid_scheme()
 VOID = SCHEME.num_classes
-CLASSES = [f"class {i}" for i in range(11)]
-COLORS = [[20 * i, 255 - 20 * i, 7 * i] for i in range(11)]
 
 
 def test_colors_of_classes_and_both_kinds_of_void():
@@ -116,26 +114,6 @@ def test_classes_of_weights():
 def test_classes_that_the_weights_do_not_tell(meta, outputs):
     with pytest.raises(UserError, match=r"w\.pth .*give weights"):
         output_scheme(meta, outputs, "w.pth")
-
-
-@pytest.fixture
-def weights(tmp_path):
-    torch.manual_seed(0)
-    meta = {"size": [48, 64], "classes": CLASSES, "colors": COLORS}
-    save_checkpoint(tmp_path / "w.pth", LEDNet(12), meta)
-    return tmp_path / "w.pth"
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """Two images of one name in different folders, of different sizes, and no image."""
-    rng = np.random.default_rng(1)
-    folder = tmp_path / "photos"
-    (folder / "sub").mkdir(parents=True)
-    for name, size in (("a.png", (50, 70)), ("sub/a.png", (40, 90))):
-        Image.fromarray(rng.integers(0, 256, (*size, 3)).astype(np.uint8)).save(folder / name)
-    (folder / "notes.txt").write_text("no image")
-    return folder
 
 
 @pytest.fixture

@@ -187,6 +187,7 @@ SCRIPTS = (
     "test/eval_forward_time.py",
     "utils/check_upload.py",
     "utils/export_model.py",
+    "utils/predict.py",
 )
 
 

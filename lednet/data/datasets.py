@@ -99,7 +99,7 @@ def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
         planes = np.atleast_3d(image)
         if planes.shape[2] not in (1, 3, 4):
             raise UserError(f"an image has 1, 3 or 4 channels last, not {image.shape}")
-        return planes[..., :3].repeat(3 if planes.shape[2] == 1 else 1, axis=2)
+        return planes.repeat(3, axis=2) if planes.shape[2] == 1 else planes[..., :3]
     name = getattr(image, "filename", "") or "the image"
     if image.mode in ("I", "F"):
         raise UserError(f"{name} has 32-bit values ({image.mode}): save it with 8 or 16 bits")

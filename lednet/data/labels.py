@@ -158,6 +158,14 @@ def cityscapes_id_scheme(encoding: str = "labelIds") -> LabelScheme:
     )
 
 
+def cityscapes_label_ids() -> np.ndarray:
+    """(256,) uint8: label id of each class index; void and the rest are id 0 (unlabeled)."""
+    ids = np.zeros(256, np.uint8)
+    for label in _evaluated():
+        ids[label.train_id] = label.id
+    return ids
+
+
 _CAMVID_CLASSES: Sequence[tuple[str, Color]] = (
     ("sky", (128, 128, 128)),
     ("building", (128, 0, 0)),

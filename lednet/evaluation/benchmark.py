@@ -1,9 +1,8 @@
 """Score a Cityscapes split as the benchmark does: a network's answers, or files on disk."""
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from lednet.data.datasets import open_image, read_image, read_label
-from lednet.data.labels import CITYSCAPES_LABELS, LabelScheme, cityscapes_id_scheme
+from lednet.data.labels import LabelScheme, cityscapes_id_scheme, cityscapes_label_ids
 from lednet.data.pairs import (
     cityscapes_labels,
     cityscapes_pairs,
@@ -25,6 +24,7 @@ from lednet.data.pairs import (
     list_examples,
 )
 from lednet.deploy.predictor import Predictor
+from lednet.deploy.stream import in_order
 from lednet.errors import UserError
 from lednet.evaluation.cityscapes import NUM_IDS, BenchmarkScores, ImageCounts, count_image
 from lednet.evaluation.upload import frame_name, prediction_name, write_label_ids
@@ -222,17 +222,6 @@ def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"
 
 
-def _in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], Any]], ahead: int) -> Iterator:
-    """Results of `jobs` in their order, at most `ahead` of them begun before they are needed."""
-    pending: deque[Future] = deque()
-    for job in jobs:
-        pending.append(pool.submit(job))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
 def score_predictions(
     frames: Sequence[Frame], scheme: LabelScheme, files: Sequence[Path], workers: int = 2
 ) -> Iterator[FrameResult]:
@@ -252,7 +241,7 @@ def score_predictions(
 
     with ThreadPoolExecutor(workers) as pool:
         jobs = (partial(job, *pair) for pair in zip(frames, files, strict=True))
-        yield from _in_order(pool, jobs, 2 * workers)
+        yield from in_order(pool, jobs, 2 * workers)
 
 
 class _Images(Dataset):
@@ -290,7 +279,7 @@ def predict_frames(
     Raises:
         UserError: as `score_frame`; also images of several sizes in one batch.
     """
-    label_ids = torch.from_numpy(_label_ids()).to(predictor.device)
+    label_ids = torch.from_numpy(cityscapes_label_ids()).to(predictor.device)
 
     def finish(frame: Frame, full: np.ndarray, network: np.ndarray) -> FrameResult:
         result = score_frame(frame, scheme, full, network)
@@ -308,13 +297,4 @@ def predict_frames(
 
     threads = max(1, workers)
     with ThreadPoolExecutor(threads) as pool:
-        yield from _in_order(pool, jobs(), 2 * threads)
-
-
-def _label_ids() -> np.ndarray:
-    """(256,) uint8: label id of a class index; void is id 0 (unlabeled)."""
-    ids = np.zeros(256, np.uint8)
-    for label in CITYSCAPES_LABELS:
-        if not label.ignore_in_eval:
-            ids[label.train_id] = label.id
-    return ids
+        yield from in_order(pool, jobs(), 2 * threads)

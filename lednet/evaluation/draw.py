@@ -12,6 +12,10 @@ from lednet.files import write_atomically
 
 _FONT_SIZE = 15
 """Of the legend; its other measures are given for this size and grow with it."""
+_BAND = 32
+"""Rows that are mixed at a time."""
+_JPEG = {"quality": 90, "subsampling": 0}
+"""At full resolution of colour, which is what tells classes apart."""
 
 
 def output_scheme(meta: dict[str, Any], num_outputs: int, source: str | os.PathLike) -> LabelScheme:
@@ -46,7 +50,7 @@ def output_scheme(meta: dict[str, Any], num_outputs: int, source: str | os.PathL
 
 def colorize(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
     """Class indices (H, W) to RGB (H, W, 3) uint8; void is black."""
-    return scheme.palette[label]
+    return scheme.palette.take(label, axis=0)
 
 
 def overlay(image: np.ndarray, label: np.ndarray, scheme: LabelScheme, alpha: float) -> np.ndarray:
@@ -55,16 +59,25 @@ def overlay(image: np.ndarray, label: np.ndarray, scheme: LabelScheme, alpha: fl
     Args:
         image: (H, W, 3) uint8 RGB.
         label: (H, W) class indices; those past the classes are void.
-        alpha: share of the class's colour, 0 to 1.
+        alpha: share of the class's colour, 0 to 1, in steps of 1/256.
 
     Returns:
         (H, W, 3) uint8, rounded to the nearest.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be 0 to 1, not {alpha}")
-    share = np.where(label < scheme.num_classes, np.float32(alpha), np.float32(0))[..., None]
-    tinted = image + share * (colorize(label, scheme).astype(np.float32) - image)
-    return (tinted + 0.5).astype(np.uint8)
+    share = round(256 * alpha)
+    color = scheme.palette * np.uint16(share) + np.uint16(128)  # and the half that rounds
+    tinted = np.empty_like(image)
+    for top in range(0, len(image), _BAND):  # whose values stay in a processor's cache
+        rows = slice(top, top + _BAND)
+        sums = image[rows] * np.uint16(256 - share)
+        sums += color.take(label[rows], axis=0)
+        np.right_shift(sums, 8, out=tinted[rows], casting="unsafe")
+    void = label >= scheme.num_classes
+    if void.any():
+        tinted[void] = image[void]
+    return tinted
 
 
 def draw_legend(
@@ -110,15 +123,64 @@ def with_legend(image: np.ndarray, scheme: LabelScheme, void: bool = True) -> np
     Returns:
         (H + legend, W, 3) uint8; wider, white on the right, where W is less than a name.
     """
-    height, width = image.shape[:2]
-    legend = draw_legend(scheme, width, max(13, width / 72), void)
-    picture = Image.new("RGB", (legend.width, height + legend.height), "white")
-    picture.paste(Image.fromarray(image), (0, 0))
-    picture.paste(legend, (0, height))
-    return np.asarray(picture)
+    return _stack(image, _legend_for(image.shape[1], scheme, void))
+
+
+def _legend_for(width: int, scheme: LabelScheme, void: bool) -> np.ndarray:
+    return np.asarray(draw_legend(scheme, width, max(13, width / 72), void))
+
+
+def _stack(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """One picture above another, which is at least as wide."""
+    height, width = upper.shape[:2]
+    picture = np.full((height + len(lower), lower.shape[1], 3), 255, np.uint8)
+    picture[:height, :width] = upper
+    picture[height:] = lower
+    return picture
+
+
+PICTURES = ("color", "overlay", "side")
+"""Kinds of pictures: class colours, those on the image, those beside it."""
+
+
+class Painter:
+    """Draws the label maps of one network. Threads may share it.
+
+    Args:
+        alpha: share of the class's colour in an overlay, 0 to 1.
+        legend: whether it stands below; an overlay's leaves void out, which is not drawn.
+    """
+
+    def __init__(self, scheme: LabelScheme, alpha: float = 0.5, legend: bool = True):
+        self.scheme, self.alpha, self.legend = scheme, alpha, legend
+        self._legends: dict[tuple[int, bool], np.ndarray] = {}
+
+    def draw(self, kind: str, image: np.ndarray, label: np.ndarray) -> np.ndarray:
+        """The picture of one of `PICTURES`, RGB uint8.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            label: (H, W) uint8 class indices.
+        """
+        if kind == "overlay":
+            picture = overlay(image, label, self.scheme, self.alpha)
+        else:
+            picture = colorize(label, self.scheme)
+        if kind == "side":
+            picture = np.concatenate((image, picture), axis=1)
+        if not self.legend:
+            return picture
+        key = picture.shape[1], kind != "overlay"
+        if key not in self._legends:
+            self._legends[key] = _legend_for(key[0], self.scheme, key[1])
+        return _stack(picture, self._legends[key])
 
 
 def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:
-    """Write RGB pixels, (H, W, 3) uint8, to a PNG, atomically."""
+    """Write RGB pixels, (H, W, 3) uint8, to a PNG or a JPEG, as the suffix says, atomically."""
     with write_atomically(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG", compress_level=1)
+        image = Image.fromarray(pixels)
+        if temporary.suffix == ".png":
+            image.save(temporary, format="PNG", compress_level=1)
+        else:
+            image.save(temporary, format="JPEG", **_JPEG)

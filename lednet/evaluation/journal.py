@@ -1,7 +1,8 @@
-"""Results of single images, kept as they come: an interrupted evaluation goes on."""
+"""Results of single images, kept as they come: an interrupted run goes on."""
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from lednet.errors import UserError
 class Journal:
     """Files `progress-<rank>.jsonl` in a folder: the settings, then a line an image.
 
-    What all processes wrote, however many there were, is read once, at the start.
+    What all processes wrote, however many there were, is read once, at the start. Threads may
+    share a journal.
 
     Args:
         folder: made with the first line.
@@ -32,6 +34,7 @@ class Journal:
         self.path = self.folder / f"progress-{rank}.jsonl"
         self.entries: dict[str, dict] = {}
         self._begun = False
+        self._lock = threading.Lock()
         for path in sorted(self.folder.glob("progress-*.jsonl")):
             first, *rest = list(_whole_lines(path)) or [self.settings]
             self._require_same_settings(first)
@@ -41,13 +44,17 @@ class Journal:
         for key in self.settings | found:
             if self.settings.get(key) != found.get(key):
                 raise UserError(
-                    f"{self.folder} holds an evaluation with {key} {found.get(key)}, not "
+                    f"{self.folder} holds results with {key} {found.get(key)}, not "
                     f"{self.settings.get(key)}: add --overwrite to begin anew, or choose another "
                     "--out"
                 )
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append one image's line, with its "name"; it is on disk when this returns."""
+        with self._lock:
+            self._append(entry)
+
+    def _append(self, entry: dict[str, Any]) -> None:
         try:
             lines = [entry]
             if not self._begun:

@@ -1,0 +1,67 @@
+"""Reading, predicting and writing at the same time, in order and in bounded memory."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
+from itertools import takewhile
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
+Answer = TypeVar("Answer")
+Result = TypeVar("Result")
+
+
+def in_order(pool: Executor, jobs: Iterable[Callable[[], Result]], ahead: int) -> Iterator[Result]:
+    """Results of `jobs` in their order, at most `ahead` of them begun before they are needed."""
+    pending: deque[Future] = deque()
+    for job in jobs:
+        pending.append(pool.submit(job))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def overlap(
+    items: Iterable[Item],
+    read: Callable[[Item], Loaded | None],
+    predict: Callable[[Loaded], Answer],
+    write: Callable[[Answer], Result],
+    progress: Callable[[], object] = lambda: None,
+    *,
+    readers: int = 2,
+    writers: int = 2,
+) -> list[Result]:
+    """Read ahead and write behind while the calling thread predicts.
+
+    Of each stage the results come in the order of `items`. At most `readers` items wait to be
+    predicted, and `writers` to be written, besides those in work.
+
+    When a stage raises, or Ctrl-C comes, nothing more is read or predicted, what is predicted
+    already is written to its end, and then the exception goes on: the first one alone.
+
+    Args:
+        items: taken one by one in the calling thread, and may be endless.
+        read: in `readers` threads. None from it ends the stream. A source that is read in
+            sequence has one reader.
+        predict: in the calling thread.
+        write: in `writers` threads.
+        progress: in the calling thread, after each item.
+
+    Returns:
+        What `write` returned for each item.
+    """
+    results: list[Result] = []
+    reading, writing = ThreadPoolExecutor(readers), ThreadPoolExecutor(writers)
+    try:
+        loaded = in_order(reading, (partial(read, item) for item in items), readers)
+        loaded = takewhile(lambda one: one is not None, loaded)
+        for result in in_order(writing, (partial(write, predict(one)) for one in loaded), writers):
+            results.append(result)
+            progress()
+    finally:
+        reading.shutdown(cancel_futures=True)
+        writing.shutdown()
+    return results

@@ -138,6 +138,7 @@ def test_release_from_a_run(run, run_script, tmp_path):
         config["sha256"],
         "| pole | 0.100 |",
         f"| {classes[-1]} | absent |",
+        "From scratch, 2 epochs",
         "`python train/main.py --dataset camvid` (commit abc123, torch 9.9, 2 x abacus)",
     ):
         assert words in card

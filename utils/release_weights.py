@@ -58,7 +58,7 @@ Input: RGB in [0, 1], normalised with mean {mean} and standard deviation {std}; 
 
 ## Training
 
-From scratch, {epochs}, one after the other:
+{start}, {epochs}, one after the other:
 
 {commands}
 
@@ -167,7 +167,7 @@ def describe(score: dict[str, Any], splits: str) -> str:
 
 def card(name: str, config: dict[str, Any], parameters: int) -> str:
     meta = config["meta"]
-    training, scores = meta["training"], meta["scores"]
+    training, scores, encoder = meta["training"], meta["scores"], meta["encoder_from"]
     rows = [
         "| " + " | ".join(["class", *(score["subset"] for score in scores)]) + " |",
         "|---" * (1 + len(scores)) + "|",
@@ -188,6 +188,7 @@ def card(name: str, config: dict[str, Any], parameters: int) -> str:
         width=meta["size"][1],
         terms=meta["terms"],
         images=meta["images"],
+        start=f"From the encoder of {encoder}" if encoder else "From scratch",
         epochs=", then ".join(stage for t in training for stage in t["stages"]),
         commands="\n".join(
             f"- `{t['command']}` (commit {t['commit']}, torch {t['torch']}, {t['hardware']})"
@@ -235,6 +236,7 @@ def main() -> None:
         "training": meta.pop("earlier", []) + training_of(args.runs),
         "scores": scores_of(args.scores, meta),
         "terms": terms,
+        "encoder_from": read_options(args.runs[0]).get("pretrained_encoder"),
         "images": args.images or training_images(args.runs),
         "limits": args.limits,
     }

@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, cityscapes_scheme
 from lednet.data.pairs import (
+    Listing,
     Pair,
-    camvid_pairs,
-    cityscapes_pairs,
     detect_cityscapes_encoding,
-    folder_pairs,
     ground_truth,
     hold_out,
+    list_cityscapes,
+    list_folders,
+    match,
 )
 from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
@@ -114,16 +115,21 @@ def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
         raise UserError(f"{name} has the colour mode {image.mode}: save it as RGB") from error
 
 
+def turning(image: Image.Image) -> Image.Transpose | None:
+    """What brings the image upright as its EXIF says, if that can be read and asks for it."""
+    try:
+        return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a parser of many kinds, on bytes of any kind
+        return None
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says, if that can be read.
+    """The image turned as its EXIF says.
 
     PIL's own function also writes the EXIF anew, and fails where another entry of it is odd.
     """
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a parser of many kinds, on bytes of any kind
-        return image
-    return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
+    turn = turning(image)
+    return image if turn is None else image.transpose(turn)
 
 
 def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
@@ -345,6 +351,68 @@ def _generated_color(index: int) -> tuple[int, int, int]:
     return Image.new("HSV", (1, 1), (hue, 170, 220)).convert("RGB").getpixel((0, 0))
 
 
+def list_split(
+    name: str,
+    root: str | os.PathLike,
+    split: str,
+    *,
+    annotations: str = "fine",
+    labels: str = "auto",
+    class_file: str | os.PathLike | None = None,
+    holds_out: bool = False,
+) -> tuple[LabelScheme, Listing]:
+    """Which files make up a split, and what the values of their labels mean.
+
+    Args:
+        holds_out: "val" is to be held out of "train", which need then not have a folder of
+            its own.
+        The others as of `open_dataset`; of own data without splits, `split` is "".
+
+    Raises:
+        UserError: see `lednet.data.pairs` and `read_class_file`.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: give the data set's folder with --datadir")
+    if annotations != "fine" and name != "cityscapes":
+        raise UserError(f"{name} has no {annotations} annotations: choose fine")
+    folder = "train" if holds_out and split == "val" else split
+    if name == "cityscapes":
+        if labels == "auto":
+            labels = (
+                "labelIds"  # unused: there are none to read
+                if folder == "test"
+                else detect_cityscapes_encoding(root, folder, annotations)
+            )
+        return cityscapes_scheme(labels), list_cityscapes(root, folder, annotations, labels)
+    if name == "camvid":
+        return camvid_scheme(), list_folders(root / folder, root / f"{folder}annot")
+    if name == "folders":
+        scheme = read_class_file(class_file or root / "classes.yaml")
+        inside = folder if (root / "images" / folder).is_dir() or not holds_out else ""
+        return scheme, list_folders(root / "images" / inside, root / "labels" / inside)
+    raise ValueError(f"data set must be one of {DATASETS}, not {name!r}")
+
+
+def hold_out_split(
+    pairs: list[Pair], split: str, val_every: int, val_names: str | None, place: str
+) -> list[Pair]:
+    """What of the pairs belongs to "train" or "val"; all, where nothing is held out.
+
+    Raises:
+        UserError: both ways are chosen, or nothing is left.
+    """
+    if val_every and val_names:
+        raise UserError("--val-every and --val-names each hold images out: give one of them")
+    if not (val_every or val_names) or split not in ("train", "val"):
+        return pairs
+    pairs = hold_out(pairs, split == "val", val_every, val_names or "")
+    if not pairs:
+        flag = f"--val-every {val_every}" if val_every else f"--val-names {val_names}"
+        raise UserError(f"{place} {split} is empty after {flag}: hold out others")
+    return pairs
+
+
 def open_dataset(
     name: str,
     root: str | os.PathLike,
@@ -371,39 +439,13 @@ def open_dataset(
         val_names: or those whose names begin so.
 
     Raises:
-        UserError: see `lednet.data.pairs` and `read_class_file`.
+        UserError: see `list_split`, `lednet.data.pairs.match` and `hold_out_split`.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"no folder {root}: give the data set's folder with --datadir")
-    if annotations != "fine" and name != "cityscapes":
-        raise UserError(f"{name} has no {annotations} annotations: choose fine")
-    if val_every and val_names:
-        raise UserError("--val-every and --val-names each hold images out: give one of them")
-    holds_out = bool(val_every or val_names)
-    folder = "train" if holds_out and split == "val" else split
-    if name == "cityscapes":
-        if labels == "auto":
-            labels = (
-                "labelIds"  # unused: there are none to read
-                if folder == "test"
-                else detect_cityscapes_encoding(root, folder, annotations)
-            )
-        scheme = cityscapes_scheme(labels)
-        pairs = cityscapes_pairs(root, folder, annotations, labels)
-    elif name == "camvid":
-        scheme, pairs = camvid_scheme(), camvid_pairs(root, folder)
-    elif name == "folders":
-        scheme = read_class_file(class_file or root / "classes.yaml")
-        inside = folder if (root / "images" / folder).is_dir() or not holds_out else ""
-        pairs = folder_pairs(root / "images" / inside, root / "labels" / inside)
-    else:
-        raise ValueError(f"data set must be one of {DATASETS}, not {name!r}")
-    if holds_out and split in ("train", "val"):
-        pairs = hold_out(pairs, split == "val", val_every, val_names or "")
-        if not pairs:
-            flag = f"--val-every {val_every}" if val_every else f"--val-names {val_names}"
-            raise UserError(f"{root} {split} is empty after {flag}: hold out others")
+    scheme, listing = list_split(
+        name, root, split, annotations=annotations, labels=labels, class_file=class_file,
+        holds_out=bool(val_every or val_names),
+    )  # fmt: skip
+    pairs = hold_out_split(match(listing), split, val_every, val_names, str(root))
     return SegmentationDataset(pairs, scheme)
 
 

@@ -1,9 +1,11 @@
 """Which label file belongs to which image: pairs are made by name, never by order."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from PIL import Image
 
 from lednet.errors import UserError
 
@@ -37,24 +39,64 @@ def list_examples(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _by_name(paths: Iterable[Path], ending: str, what: str) -> dict[str, Path]:
-    """Key each path by its file name less `ending` and suffix; refuse doubles."""
-    found: dict[str, Path] = {}
-    doubled = []
+class Listing(NamedTuple):
+    """The files of a split by the name that pairs them, not paired yet.
+
+    Attributes:
+        images, labels: files of each name, of which there should be one; `labels` is None
+            where they are withheld.
+        folders: in which nothing else is expected.
+        place: of the split, for messages.
+    """
+
+    images: dict[str, list[Path]]
+    labels: dict[str, list[Path]] | None
+    folders: tuple[Path, ...]
+    place: str
+
+    def overlooked(self) -> list[Path]:
+        """Pictures in `folders` whose format or name is not taken."""
+        taken = {path for paths in self.images.values() for path in paths}
+        taken.update(path for paths in (self.labels or {}).values() for path in paths)
+        formats = Image.registered_extensions()
+        return [
+            path
+            for folder in self.folders
+            for path in sorted(folder.rglob("*.*"))
+            if path.suffix.lower() in formats
+            and path not in taken
+            and not path.name.startswith(".")
+        ]
+
+
+def _by_name(paths: Iterable[Path], ending: str = "") -> dict[str, list[Path]]:
+    """Key each path by its file name less `ending` and suffix."""
+    found: dict[str, list[Path]] = {}
     for path in sorted(paths):
-        key = path.stem.removesuffix(ending)
-        if key in found:
-            doubled.append(f"{found[key]} / {path.name}")
-        found[key] = path
+        found.setdefault(path.stem.removesuffix(ending), []).append(path)
+    return found
+
+
+def _one_each(files: dict[str, list[Path]], what: str) -> dict[str, Path]:
+    doubled = [f"{first} / {other.name}" for first, *others in files.values() for other in others]
     if doubled:
         raise UserError(
             f"{len(doubled)} {what} stand twice for one name ({list_examples(doubled)}): "
             "keep one of each"
         )
-    return found
+    return {name: paths[0] for name, paths in files.items()}
 
 
-def _match(images: dict[str, Path], labels: dict[str, Path], place: str) -> list[Pair]:
+def match(listing: Listing) -> list[Pair]:
+    """Pairs of a split's files, sorted by name.
+
+    Raises:
+        UserError: partners are missing or doubled; names the first ones and their number.
+    """
+    images = _one_each(listing.images, "images")
+    if listing.labels is None:
+        return [Pair(images[key], None) for key in sorted(images)]
+    labels, place = _one_each(listing.labels, "labels"), listing.place
     without_label = images.keys() - labels.keys()
     if without_label:
         raise UserError(
@@ -78,7 +120,7 @@ def _images_below(folder: Path, ending: str = "") -> list[Path]:
     ]
 
 
-def _refuse_empty(images: Iterable, folder: Path) -> None:
+def _refuse_empty(images: Collection, folder: Path) -> None:
     if not images:
         raise UserError(f"{folder} holds no images (png or jpg): check the data folder and split")
 
@@ -125,16 +167,22 @@ def cityscapes_labels(
 
     Args and errors as `cityscapes_pairs`; images need not be there.
     """
+    return _one_each(_list_cityscapes_labels(root, split, annotations, encoding), "labels")
+
+
+def _list_cityscapes_labels(
+    root: str | os.PathLike, split: str, annotations: str, encoding: str
+) -> dict[str, list[Path]]:
     kind = ground_truth(annotations)
     folder = _cityscapes_folder(root, kind, split)
     ending = f"_{kind}_{encoding}"
-    return _by_name(folder.rglob(f"*{ending}.png"), ending, "labels")
+    return _by_name(folder.rglob(f"*{ending}.png"), ending)
 
 
-def cityscapes_pairs(
+def list_cityscapes(
     root: str | os.PathLike, split: str, annotations: str = "fine", encoding: str = "labelIds"
-) -> list[Pair]:
-    """Pairs of a tree in the official Cityscapes layout, sorted by name.
+) -> Listing:
+    """Files of a tree in the official Cityscapes layout.
 
     Args:
         root: folder that holds `leftImg8bit` and `gtFine` or `gtCoarse`.
@@ -144,44 +192,57 @@ def cityscapes_pairs(
         encoding: "labelIds" or "labelTrainIds".
 
     Raises:
-        UserError: a folder is missing or empty, or partners are missing or doubled;
-            names the first ones and their number.
+        UserError: a folder is missing, or holds no images.
     """
     root = Path(root)
     image_folder = _cityscapes_folder(root, "leftImg8bit", split)
     ending = "_leftImg8bit"
-    images = _by_name(_images_below(image_folder, ending), ending, "images")
+    images = _by_name(_images_below(image_folder, ending), ending)
     _refuse_empty(images, image_folder)
-    if split == "test":
-        return [Pair(images[key], None) for key in sorted(images)]
-    labels = cityscapes_labels(root, split, annotations, encoding)
-    return _match(images, labels, f"{root} {split}")
+    labels = None
+    if split != "test":
+        labels = _list_cityscapes_labels(root, split, annotations, encoding)
+    return Listing(images, labels, (image_folder,), f"{root} {split}")
 
 
-def folder_pairs(image_folder: str | os.PathLike, label_folder: str | os.PathLike) -> list[Pair]:
-    """Pairs of two folders, an image and its label having the same name before the suffix.
+def cityscapes_pairs(
+    root: str | os.PathLike, split: str, annotations: str = "fine", encoding: str = "labelIds"
+) -> list[Pair]:
+    """Pairs of a tree in the official Cityscapes layout, sorted by name.
+
+    Args as of `list_cityscapes`.
+
+    Raises:
+        UserError: as `list_cityscapes` and `match`.
+    """
+    return match(list_cityscapes(root, split, annotations, encoding))
+
+
+def list_folders(image_folder: str | os.PathLike, label_folder: str | os.PathLike) -> Listing:
+    """Files of two folders, an image and its label having the same name before the suffix.
 
     Labels are PNG. Subfolders are searched too.
 
     Raises:
-        UserError: as `cityscapes_pairs`.
+        UserError: as `list_cityscapes`.
     """
     next_step = "check --datadir and the layout in datasets/README.md"
     image_folder = _require_folder(Path(image_folder), next_step)
     label_folder = _require_folder(Path(label_folder), next_step)
-    images = _by_name(_images_below(image_folder), "", "images")
+    images = _by_name(_images_below(image_folder))
     _refuse_empty(images, image_folder)
-    label_files = (p for p in label_folder.rglob("*.png") if not p.name.startswith("."))
-    return _match(images, _by_name(label_files, "", "labels"), str(label_folder))
+    labels = _by_name(p for p in label_folder.rglob("*.png") if not p.name.startswith("."))
+    folders = (image_folder, label_folder)
+    return Listing(images, labels, folders, str(label_folder))
 
 
-def camvid_pairs(root: str | os.PathLike, split: str) -> list[Pair]:
-    """Pairs of CamVid in the SegNet layout: `train` and `trainannot`, `val` and `valannot` ...
+def folder_pairs(image_folder: str | os.PathLike, label_folder: str | os.PathLike) -> list[Pair]:
+    """Pairs of two folders, see `list_folders`, sorted by name.
 
     Raises:
         UserError: as `cityscapes_pairs`.
     """
-    return folder_pairs(Path(root) / split, Path(root) / f"{split}annot")
+    return match(list_folders(image_folder, label_folder))
 
 
 def hold_out(pairs: list[Pair], held_out: bool, every: int = 0, names: str = "") -> list[Pair]:

@@ -80,6 +80,18 @@ def overlay(image: np.ndarray, label: np.ndarray, scheme: LabelScheme, alpha: fl
     return tinted
 
 
+def shrink(image: np.ndarray, *labels: np.ndarray, width: int) -> list[np.ndarray]:
+    """An image (H, W, 3) and labels (H, W), uint8, reduced to `width` pixels if they are wider."""
+    rows, columns = image.shape[:2]
+    width = min(width, columns)
+    size = (width, max(1, round(rows * width / columns)))
+    small = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
+    return [np.asarray(small)] + [
+        np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+        for label in labels
+    ]
+
+
 def draw_legend(
     scheme: LabelScheme, width: int, font_size: float = _FONT_SIZE, void: bool = True
 ) -> Image.Image:

@@ -1,7 +1,7 @@
 """The page of an evaluation: scores, confusion matrix and every image, in one HTML file.
 
-The file needs no network and no other file. `page.html` is its template; `page.css`
-and `page.js` are put into it.
+The file needs no network and no other file. `page.html` is its template, which extends
+`layout.html`; style sheet and scripts are put into it.
 """
 
 import base64
@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from lednet.data.labels import IGNORE_INDEX, Color, LabelScheme
+from lednet.evaluation.draw import shrink
 from lednet.files import write_atomically
 
 ERROR_COLOR: Color = (255, 96, 32)
@@ -112,7 +113,8 @@ def _check_length(name: str, values: Sequence, classes: int) -> None:
         raise ValueError(f"{name} has {len(values)} values for {classes} classes")
 
 
-def _webp(pixels: Image.Image, **options: Any) -> str:
+def webp(pixels: Image.Image, **options: Any) -> str:
+    """A picture as a data URI."""
     buffer = io.BytesIO()
     pixels.save(buffer, "WEBP", **options)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -144,14 +146,8 @@ def encode_panes(
             f"image {image.shape}, truth {truth.shape} and prediction {prediction.shape} "
             "differ in size"
         )
-    rows, columns = truth.shape
-    width = min(width, columns)
-    size = (width, max(1, round(rows * width / columns)))
-    pixels = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
-    truth, prediction = (
-        np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
-        for label in (truth, prediction)
-    )
+    small, truth, prediction = shrink(image, truth, prediction, width=width)
+    pixels = Image.fromarray(small)
     # Few levels of grey: they halve the file, and here the photograph is only for orientation.
     grey = np.asarray(pixels.convert("L")) // 16 * 8
     error = grey[..., None].repeat(3, axis=2)
@@ -163,8 +159,8 @@ def encode_panes(
         "error": error,
     }
     return {
-        "input": _webp(pixels, quality=80),
-        **{key: _webp(Image.fromarray(value), lossless=True) for key, value in labels.items()},
+        "input": webp(pixels, quality=80),
+        **{key: webp(Image.fromarray(value), lossless=True) for key, value in labels.items()},
     }
 
 
@@ -275,16 +271,13 @@ def write_report(path: str | os.PathLike, report: Report, images: Iterable[Image
             is anything left at `path` that was not there before.
         ValueError: an image does not have one IoU a class.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(score=_score, packed=_packed)
     cells = _cells(report)
-    pieces = environment.get_template("page.html").generate(
+    write_page(
+        path,
+        "page.html",
+        title=report.title,
+        headline=report.headline,
+        tables=report.tables,
         report=report,
         classes=list(zip(report.scheme.classes, report.scheme.colors, strict=True)),
         cells=cells,
@@ -293,6 +286,23 @@ def write_report(path: str | os.PathLike, report: Report, images: Iterable[Image
         error_color=ERROR_COLOR,
         images=_checked(images, report.scheme.num_classes),
     )
+
+
+def write_page(path: str | os.PathLike, template: str, **values: Any) -> None:
+    """Write a page, atomically and as it is rendered: of iterables one item is in memory.
+
+    Args:
+        template: of this folder; what extends `layout.html` needs `title` and `headline`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(score=_score, packed=_packed)
+    pieces = environment.get_template(template).generate(**values)
     # A file's name need not be valid text: what UTF-8 lacks is written as its code.
     encoding = {"encoding": "utf-8", "errors": "backslashreplace"}
     with write_atomically(path) as temporary, open(temporary, "w", **encoding) as file:

@@ -107,27 +107,49 @@ def contact_sheet(
         path: PNG to write.
         tile_width: of each of the three columns, in pixels.
     """
-    margin, header = 8, 28
     tiles = []
     for image, truth, prediction in rows:
         predicted = colorize(prediction, scheme)
         predicted[truth == IGNORE_INDEX] //= 3
         tiles.append((image, colorize(truth, scheme), predicted))
-    heights = [round(tile_width * image.shape[0] / image.shape[1]) for image, _, _ in rows]
-    width = 3 * tile_width + 4 * margin
+    tile_sheet(tiles, ("input", "truth", "prediction"), scheme, path, tile_width)
+
+
+def tile_sheet(
+    rows: Sequence[Sequence[np.ndarray]],
+    headings: Sequence[str],
+    scheme: LabelScheme,
+    path: str | os.PathLike,
+    tile_width: int = 420,
+    captions: Sequence[str] = (),
+) -> None:
+    """Draw pictures in rows, with headings above and the classes' legend below.
+
+    Args:
+        rows: (H, W, 3) uint8 RGB, a column each; those of the first are photographs.
+        path: PNG to write.
+        tile_width: of each column, in pixels.
+        captions: of each row, written on its first picture.
+    """
+    margin, header = 8, 28
+    heights = [round(tile_width * row[0].shape[0] / row[0].shape[1]) for row in rows]
+    width = len(headings) * (tile_width + margin) + margin
     font = ImageFont.load_default(15)
     legend = draw_legend(scheme, width)
     height = header + sum(heights) + margin * len(rows) + legend.height
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, heading in enumerate(("input", "truth", "prediction")):
+    for column, heading in enumerate(headings):
         draw.text((margin + column * (tile_width + margin), 6), heading, "black", font)
     top = header
-    for row, tile_height in zip(tiles, heights, strict=True):
+    for number, (row, tile_height) in enumerate(zip(rows, heights, strict=True)):
         for column, pixels in enumerate(row):
             resample = Image.Resampling.BILINEAR if column == 0 else Image.Resampling.NEAREST
             tile = Image.fromarray(pixels).resize((tile_width, tile_height), resample)
             sheet.paste(tile, (margin + column * (tile_width + margin), top))
+        if captions:
+            place = (margin + 6, top + 4)
+            draw.text(place, captions[number], "white", font, stroke_width=2, stroke_fill="black")
         top += tile_height + margin
     sheet.paste(legend, (0, top))
     with write_atomically(path) as temporary:

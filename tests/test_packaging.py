@@ -50,9 +50,12 @@ def built(tmp_path_factory) -> dict[str, Path]:
 def test_wheel_holds_what_the_library_needs(built):
     with zipfile.ZipFile(built["wheel"]) as archive:
         names = set(archive.namelist())
-    for needed in ("lednet/py.typed", "lednet/evaluation/page.html", "lednet/evaluation/dataset.html",
-                   "lednet/released/camvid-d20/model.safetensors"):  # fmt: skip
-        assert needed in names
+    assert {
+        "lednet/py.typed",
+        "lednet/evaluation/page.html",
+        "lednet/evaluation/dataset.html",
+        "lednet/released/camvid-d20/model.safetensors",
+    } <= names
     code = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("lednet/**/*.py")}
     assert {name for name in names if name.endswith(".py")} == code
     (metadata,) = (name for name in names if name.endswith("METADATA"))

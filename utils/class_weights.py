@@ -5,7 +5,8 @@
     python utils/class_weights.py --dataset folders --datadir mine --format json > weights.json
 
 A class's weight is 1 / ln(c + share), its share being one of all pixels, void included: what
-train/main.py --class-weights computed --class-weights-offset C takes. Only labels are read.
+train/main.py --class-weights computed takes, c being 1.2 in stage 1 and 1.1 after it. Only
+labels are read.
 """
 
 import argparse

@@ -143,6 +143,11 @@ def scores_of(files: list[Path], meta: dict[str, Any]) -> list[dict[str, Any]]:
     return scores
 
 
+def heading(score: dict[str, Any]) -> str:
+    averaged = score.get("flip") or score.get("scales", [1.0]) != [1.0]
+    return score["subset"] + (", scales averaged" if averaged else "")
+
+
 def figure(value: float | None) -> str:
     return "absent" if value is None else f"{value:.3f}"
 
@@ -169,7 +174,7 @@ def card(name: str, config: dict[str, Any], parameters: int) -> str:
     meta = config["meta"]
     training, scores, encoder = meta["training"], meta["scores"], meta["encoder_from"]
     rows = [
-        "| " + " | ".join(["class", *(score["subset"] for score in scores)]) + " |",
+        "| " + " | ".join(["class", *map(heading, scores)]) + " |",
         "|---" * (1 + len(scores)) + "|",
         *(
             "| " + " | ".join([c, *(figure(score["class_iou"][c]) for score in scores)]) + " |"

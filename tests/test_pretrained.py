@@ -9,7 +9,7 @@ from conftest import ROOT
 from make_golden import GOLDEN, released_answer
 
 from lednet import LEDNet, UserError, load_network
-from lednet.data.labels import camvid_scheme
+from lednet.data.labels import camvid_scheme, cityscapes_scheme
 from lednet.model import count_parameters
 from lednet.pretrained import (
     CONFIG,
@@ -178,7 +178,10 @@ def test_training_goes_on_from_released_weights_and_says_so(run_inside, camvid, 
     assert "val (trained on), 7 images" in card and "Trained on train and val." in card
 
 
-RELEASED = {"camvid-d20": (922_535, camvid_scheme().classes)}
+RELEASED = {
+    "camvid-d20": (922_535, camvid_scheme().classes),
+    "cityscapes-demo-d20": (925_663, cityscapes_scheme().classes),
+}
 """Parameters and classes of each, as its card states them."""
 
 

@@ -10,6 +10,7 @@ import threading
 import wave
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -658,6 +659,8 @@ def test_videos_without_pyav(predict, monkeypatch, photos, tmp_path):
     make_video(tmp_path / "photos/clip.mp4", 2)
     monkeypatch.setitem(sys.modules, "av", None)
     assert_refused(predict(photos), "pip install av")
+    monkeypatch.setitem(sys.modules, "av", SimpleNamespace(__version__="14.2.0"))
+    assert_refused(predict(photos), "PyAV 14.2.0 is too old")
     assert not (tmp_path / "out").exists()
     (photos / "clip.mp4").unlink()
     assert predict(photos).returncode == 0  # images do not need it

@@ -13,10 +13,11 @@ from lednet.errors import UserError
 from lednet.files import write_atomically
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
+OLDEST_AV = 17
 ENCODER = "libx264"
 ENCODER_OPTIONS = {"preset": "ultrafast", "crf": "18"}
-"""A fifth of the time of "veryfast", for files that are half as large again, at a quality that
-keeps class colours apart."""
+"""A fifth of the time of "veryfast", at a quality that keeps class colours apart, for files that
+are up to twice as large."""
 CAMERA_FORMAT = "v4l2"
 BT709 = 1
 """Number of that standard in the three tables of H.264 that say what colours mean."""
@@ -30,12 +31,14 @@ TOLERANCE = 3
 def import_av() -> ModuleType:
     """
     Raises:
-        UserError: PyAV is not installed.
+        UserError: PyAV is not installed, or too old.
     """
     try:
         import av
     except ImportError as error:
         raise UserError("videos and cameras need PyAV: pip install av") from error
+    if int(av.__version__.split(".")[0]) < OLDEST_AV:
+        raise UserError(f"PyAV {av.__version__} is too old: pip install -U av")
     return av
 
 

@@ -18,7 +18,7 @@ For a video the pictures are .mp4, at its frame rate, and the shares <name>_shar
 
 The same command goes on where it was interrupted. A camera is recorded until Ctrl-C. An image
 that cannot be read is passed over and named at the end, with exit status 2. On two CPU cores
-some 15 images a second of 480x360 with the weights camvid-d20.
+some 12 images a second of 480x360 with the weights camvid-d20.
 """
 
 import argparse

@@ -31,7 +31,7 @@ from lednet.data.labels import (
     camvid_scheme,
     cityscapes_scheme,
 )
-from lednet.data.pairs import cityscapes_pairs, folder_pairs
+from lednet.data.pairs import cityscapes_pairs
 from lednet.data.transforms import (
     PRESETS,
     SHIFT,
@@ -448,7 +448,7 @@ def test_class_files_that_make_no_sense_are_refused(tmp_path, text):
 def test_subfolders_are_searched(own_camvid):
     (own_camvid / "train/a").mkdir()
     (own_camvid / "train/train_000.png").rename(own_camvid / "train/a/train_000.png")
-    assert len(folder_pairs(own_camvid / "train", own_camvid / "trainannot")) == 5
+    assert len(open_dataset("camvid", own_camvid, "train")) == 5
 
 
 # transforms

@@ -14,7 +14,7 @@ from test_bad_input import assert_refused
 from lednet import LEDNet, UserError
 from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, cityscapes_scheme
 from lednet.deploy.predictor import Predictor
-from lednet.evaluation.draw import colorize, draw_legend, output_scheme, overlay, with_legend
+from lednet.evaluation.draw import Painter, colorize, draw_legend, output_scheme, overlay
 from lednet.evaluation.report import contact_sheet
 from lednet.weights import load_network, save_checkpoint
 
@@ -46,10 +46,16 @@ def test_overlay_refuses_a_share_above_one():
         overlay(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1), np.uint8), SCHEME, 1.5)
 
 
+def colored(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
+    """Class colours with the legend below."""
+    return Painter(scheme).draw("color", np.zeros((*label.shape, 3), np.uint8), label)
+
+
 @pytest.mark.parametrize("width", [200, 480, 1024, 2048])
 def test_legend_stands_below_an_untouched_picture(width):
-    image = np.random.default_rng(0).integers(0, 256, (20, width, 3)).astype(np.uint8)
-    picture = with_legend(image, cityscapes_scheme())
+    label = np.random.default_rng(0).integers(0, 20, (20, width)).astype(np.uint8)
+    image = colorize(label, cityscapes_scheme())
+    picture = colored(label, cityscapes_scheme())
     assert picture.shape[0] > 20 and picture.shape[1:] == (width, 3)
     np.testing.assert_array_equal(picture[:20], image)
     shown = {tuple(color) for color in picture[20:].reshape(-1, 3).tolist()}
@@ -57,9 +63,9 @@ def test_legend_stands_below_an_untouched_picture(width):
 
 
 def test_legend_of_a_picture_narrower_than_a_name_is_whole():
-    image = np.full((5, 10, 3), 9, np.uint8)
-    picture = with_legend(image, SCHEME)
-    np.testing.assert_array_equal(picture[:5, :10], image)
+    label = np.full((5, 10), 9, np.uint8)
+    picture = colored(label, SCHEME)
+    np.testing.assert_array_equal(picture[:5, :10], colorize(label, SCHEME))
     assert (picture[:5, 10:] == 255).all()
     assert (picture[:, -1] == 255).all()  # no letter is cut off
     assert not (picture[5:, 40:] == 255).all()
@@ -74,9 +80,7 @@ def test_legend_wraps_and_grows_with_its_letters():
 
 def test_letters_grow_with_the_picture():
     scheme = LabelScheme("two", ("grass", "snow"), ((0, 200, 0), (250, 250, 250)), {0: 0, 1: 1})
-    small, large = (
-        len(with_legend(np.zeros((1, width, 3), np.uint8), scheme)) for width in (512, 2048)
-    )
+    small, large = (len(colored(np.zeros((1, width), np.uint8), scheme)) for width in (512, 2048))
     assert large > 1.8 * small
 
 

@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="share of the class's colour in overlays, 0 to 1 (0.5)")
     parser.add_argument("--legend", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--photo", choices=("jpg", "png"), default="jpg",
-                        help="file type of overlay and side; png is exact, ten times slower and "
+                        help="file type of overlay and side; png is exact, slower and "
                              "larger (jpg)")
     parser.add_argument("--overwrite", action="store_true",
                         help="begin anew what is there already")

@@ -236,15 +236,6 @@ def list_folders(image_folder: str | os.PathLike, label_folder: str | os.PathLik
     return Listing(images, labels, folders, str(label_folder))
 
 
-def folder_pairs(image_folder: str | os.PathLike, label_folder: str | os.PathLike) -> list[Pair]:
-    """Pairs of two folders, see `list_folders`, sorted by name.
-
-    Raises:
-        UserError: as `cityscapes_pairs`.
-    """
-    return match(list_folders(image_folder, label_folder))
-
-
 def hold_out(pairs: list[Pair], held_out: bool, every: int = 0, names: str = "") -> list[Pair]:
     """Split training pairs in two: some are held out for validation.
 

@@ -124,20 +124,6 @@ def draw_legend(
     return legend
 
 
-def with_legend(image: np.ndarray, scheme: LabelScheme, void: bool = True) -> np.ndarray:
-    """Put the legend below a picture, its letters as large as the picture's width asks for.
-
-    It shows all classes, so that the pictures of one network keep one layout.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-
-    Returns:
-        (H + legend, W, 3) uint8; wider, white on the right, where W is less than a name.
-    """
-    return _stack(image, _legend_for(image.shape[1], scheme, void))
-
-
 def _legend_for(width: int, scheme: LabelScheme, void: bool) -> np.ndarray:
     return np.asarray(draw_legend(scheme, width, max(13, width / 72), void))
 
@@ -160,7 +146,9 @@ class Painter:
 
     Args:
         alpha: share of the class's colour in an overlay, 0 to 1.
-        legend: whether it stands below; an overlay's leaves void out, which is not drawn.
+        legend: whether it stands below, its letters as large as the picture's width asks for. It
+            shows all classes, so that the pictures of one network keep one layout; an overlay's
+            leaves void out, which is not drawn.
     """
 
     def __init__(self, scheme: LabelScheme, alpha: float = 0.5, legend: bool = True):
@@ -168,7 +156,8 @@ class Painter:
         self._legends: dict[tuple[int, bool], np.ndarray] = {}
 
     def draw(self, kind: str, image: np.ndarray, label: np.ndarray) -> np.ndarray:
-        """The picture of one of `PICTURES`, RGB uint8.
+        """The picture of one of `PICTURES`, RGB uint8; with a legend, one that is narrower than a
+        name becomes wider, white on the right.
 
         Args:
             image: (H, W, 3) uint8 RGB.

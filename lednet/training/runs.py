@@ -170,7 +170,7 @@ class RunFolder:
             ) from error
 
     def write_options(self, options: dict[str, Any], repository: Path, world: World) -> None:
-        """Record the command, every option, and what and where the run depends on."""
+        """Record the command, every option, and what the run depends on and runs on."""
         if not self.main:
             return
         launcher = ["python"]

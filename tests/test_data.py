@@ -22,7 +22,6 @@ from lednet.data.datasets import (
     open_dataset,
     open_training_data,
     pixel_shares,
-    read_class_file,
     read_label,
 )
 from lednet.data.labels import (
@@ -31,6 +30,7 @@ from lednet.data.labels import (
     camvid_scheme,
     cityscapes_scheme,
 )
+from lednet.data.layouts import read_class_file
 from lednet.data.pairs import cityscapes_pairs
 from lednet.data.transforms import (
     PRESETS,

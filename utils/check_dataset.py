@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.data.datasets import DATASETS
 from lednet.data.doctor import Diagnosis, diagnose
 from lednet.data.findings import SEVERITIES, counted
+from lednet.data.layouts import DATASETS
 from lednet.data.splits import open_splits
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.dataset_page import (

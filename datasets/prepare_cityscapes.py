@@ -33,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--datadir", type=Path, help="data set's folder (datasets/<dataset>)")
     parser.add_argument("--annotations", choices=TRAINING_PARTS, default="fine",
                         help="Cityscapes: coarse is train_extra and train, both is train, finely "
-                        "annotated, and train_extra, coarsely; each with fine val")
+                        "annotated, and train_extra, coarsely; each with fine val. VOC: aug is "
+                        "trainaug")
     parser.add_argument("--labels", choices=("auto", "labelIds", "labelTrainIds"), default="auto",
                         help="what Cityscapes label files hold (told by their names)")
     parser.add_argument("--classes", type=Path, help="class file of own data (classes.yaml)")

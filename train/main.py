@@ -83,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=TRAINING_PARTS,
         default="fine",
         help="Cityscapes: coarse trains on train_extra and train, coarsely annotated; both on "
-        "train, finely, and train_extra, coarsely; fine val validates all",
+        "train, finely, and train_extra, coarsely; fine val validates all. VOC: aug trains on "
+        "trainaug",
     )
     data.add_argument(
         "--labels",

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
 from lednet.data.layouts import DEFAULT_SIZES, list_split
-from lednet.data.pairs import Pair, ground_truth, hold_out, match
+from lednet.data.pairs import Pair, ground_truth, hold_out, list_examples, match
 from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
 
@@ -319,11 +319,11 @@ def open_dataset(
     """Open one split of a data set, its files paired and none of them read yet.
 
     Args:
-        name: "cityscapes", "camvid" or "folders" (own data: `images` and `labels`,
-            with or without a folder for each split inside, and a class file).
+        name: a key of `lednet.data.layouts.DATASETS`; "folders" is own data (`images` and
+            `labels`, with or without a folder for each split inside, and a class file).
         root: the data set's folder.
         split: "train", "val", "test" or, for Cityscapes' coarse images, "train_extra".
-        annotations: "fine" or, of Cityscapes, "coarse".
+        annotations: "fine" or, of Cityscapes, "coarse", of VOC, "aug".
         labels: "auto" (by the file names), "labelIds" or "labelTrainIds" (Cityscapes).
         class_file: classes of own data; default `classes.yaml` in `root`.
         val_every: instead of a validation folder, hold out every n-th training image as
@@ -345,8 +345,10 @@ TRAINING_PARTS = {
     "fine": (("train", "fine"),),
     "coarse": (("train_extra", "coarse"), ("train", "coarse")),
     "both": (("train", "fine"), ("train_extra", "coarse")),
+    "aug": (("train", "aug"),),
 }
-"""What is trained on: splits and the annotations of each; all but "fine" are Cityscapes only."""
+"""What is trained on: splits and the annotations of each. "coarse" and "both" are of Cityscapes,
+"aug" of VOC."""
 
 
 def cache_split(annotations: str) -> str:
@@ -367,15 +369,16 @@ def open_training_data(
     """What training reads: training data and validation data, at working size.
 
     Args:
-        height, width: of the working size in pixels; by default that of the published
-            numbers, or of own data's first image.
+        height, width: of the working size in pixels; by default that of `DEFAULT_SIZES`, or of
+            own data's first image.
         annotations: a key of `TRAINING_PARTS`; those of the validation data are always fine.
         with_val: train on the validation data too, for a final model; its score on them is then
             none of a generalisation.
         options: `labels`, `class_file`, `val_every` and `val_names` of `open_dataset`.
 
     Raises:
-        UserError: see `open_dataset`; or the parts' labels are of different kinds.
+        UserError: see `open_dataset`; or the parts' labels are of different kinds, or training
+            and validation share images without `with_val`.
     """
     kinds = TRAINING_PARTS[annotations]
     parts = [open_dataset(name, root, split, annotations=kind, **options) for split, kind in kinds]
@@ -387,6 +390,13 @@ def open_training_data(
             "the same, or name what both hold with --labels"
         )
     val = open_dataset(name, root, "val", **options)
+    shared = {p.image for part in parts for p in part.pairs} & {p.image for p in val.pairs}
+    if shared and not with_val:
+        raise UserError(
+            f"{len(shared)} of {len(val)} validation images of {root} are among those trained on "
+            f"({list_examples(path.name for path in shared)}): mend the lists, or hold out by "
+            "--val-names, or add --with-val"
+        )
     parts += [val] * with_val
     train = SegmentationDataset([pair for part in parts for pair in part.pairs], scheme)
     default = DEFAULT_SIZES.get(name) or train.read(0)[0].shape[:2]

@@ -1,7 +1,7 @@
 """The data sets that are built in: where their files lie, and what the values of labels mean."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +9,18 @@ import yaml
 from PIL import Image
 
 from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, cityscapes_scheme
-from lednet.data.pairs import Listing, detect_cityscapes_encoding, list_cityscapes, list_folders
+from lednet.data.pairs import (
+    Listing,
+    detect_cityscapes_encoding,
+    list_cityscapes,
+    list_folders,
+    list_voc,
+    voc_list,
+)
 from lednet.errors import UserError
+
+CLASS_FILES = Path(__file__).parent / "classes"
+"""Of data sets whose classes are published as tables."""
 
 
 def read_class_file(path: str | os.PathLike) -> LabelScheme:
@@ -38,10 +48,9 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
         rows = list(content["classes"])
         names = tuple(str(row["name"]) for row in rows)
         ids = [int(row.get("id", i)) for i, row in enumerate(rows)]
-        colors = tuple(
-            tuple(int(c) for c in row.get("color", _generated_color(i)))
-            for i, row in enumerate(rows)
-        )
+        colors = [
+            [int(c) for c in row.get("color", _generated_color(i))] for i, row in enumerate(rows)
+        ]
         ignored = [int(i) for i in content.get("ignore", [])]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(
@@ -56,13 +65,14 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
         raise UserError(f"{path}: a color is three numbers, 0 to 255")
     file_ids = {file_id: index for index, file_id in enumerate(ids)}
     file_ids.update(dict.fromkeys(ignored, IGNORE_INDEX))
-    return LabelScheme(path.stem, names, colors, file_ids)
+    return LabelScheme(path.stem, names, tuple((r, g, b) for r, g, b in colors), file_ids)
 
 
 def _generated_color(index: int) -> tuple[int, int, int]:
     """A colour for each class index, far apart in hue (golden-angle steps)."""
     hue = round(index * 0.618034 * 255) % 256
-    return Image.new("HSV", (1, 1), (hue, 170, 220)).convert("RGB").getpixel((0, 0))
+    red, green, blue = Image.new("HSV", (1, 1), (hue, 170, 220)).convert("RGB").tobytes()
+    return red, green, blue
 
 
 class Query(NamedTuple):
@@ -99,6 +109,48 @@ def _folders(query: Query) -> tuple[LabelScheme, Listing]:
     return scheme, list_folders(root / "images" / inside, root / "labels" / inside)
 
 
+def _root_of(root: Path, inner: Sequence[str], sign: str, archive: str) -> Path:
+    """The folder that holds `sign`: `root`, or one of those inside as the archive unpacks.
+
+    Raises:
+        UserError: none does, or several do.
+    """
+    found = [folder for name in ("", *inner) if ((folder := root / name) / sign).is_dir()]
+    if not found:
+        raise UserError(
+            f"no {sign} in {root} or its {' or '.join(inner)}: unpack {archive} there, or name "
+            "another folder with --datadir"
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"both {found[0]} and {found[1]} hold {sign}: name the one to take with --datadir"
+        )
+    return found[0]
+
+
+def _voc_root(root: Path) -> Path:
+    inner = ("VOC2012", "VOCdevkit/VOC2012")
+    return _root_of(root, inner, "ImageSets/Segmentation", "VOCtrainval_11-May-2012.tar")
+
+
+def _voc(query: Query) -> tuple[LabelScheme, Listing]:
+    listing = list_voc(_voc_root(query.root), query.split, query.annotations)
+    return read_class_file(CLASS_FILES / "VOC.yaml"), listing
+
+
+def _ade20k_folder(root: Path, kind: str, split: str) -> Path:
+    """Of a split's "images" or "annotations"."""
+    root = _root_of(root, ("ADEChallengeData2016",), "images", "ADEChallengeData2016.zip")
+    return root / kind / {"train": "training", "val": "validation"}.get(split, split)
+
+
+def _ade20k(query: Query) -> tuple[LabelScheme, Listing]:
+    images, labels = (
+        _ade20k_folder(query.root, kind, query.split) for kind in ("images", "annotations")
+    )
+    return read_class_file(CLASS_FILES / "ADE20K.yaml"), list_folders(images, labels)
+
+
 class Layout(NamedTuple):
     """How a data set lies on disk.
 
@@ -123,12 +175,19 @@ DATASETS = {
         ("fine", "coarse"),
     ),
     "camvid": Layout(_camvid, lambda root, split: root / split, (360, 480)),
+    "voc": Layout(
+        _voc, lambda root, split: voc_list(_voc_root(root), split), (512, 512), ("fine", "aug"),
+    ),
+    "ade20k": Layout(
+        _ade20k, lambda root, split: _ade20k_folder(root, "images", split), (512, 512),
+    ),
     "folders": Layout(_folders, lambda root, split: root / "images" / split, None),
 }
 # fmt: on
 
 DEFAULT_SIZES = {name: layout.size for name, layout in DATASETS.items() if layout.size}
-"""(height, width) that the published numbers of each data set refer to."""
+"""(height, width) that the published numbers of each data set refer to; of those whose images
+come in many sizes, upright and lying, the square that others train on."""
 
 
 def list_split(

@@ -20,6 +20,13 @@ from lednet.errors import UserError
 HELD_BACK = ("val", "test")
 """Splits that must show nothing of what the others show."""
 
+CHECKED = {
+    "fine": ("train", "val", "test"),
+    "coarse": ("train", "train_extra", "val"),
+    "aug": ("train", "val"),
+}
+"""Splits of a data set by the annotations that are to be checked."""
+
 BLANK = 3
 """Grey levels between darkest and lightest pixel of a thumbnail up to which it shows nothing."""
 
@@ -92,10 +99,7 @@ def splits_there(name: str, root: Path, annotations: str, holds_out: bool) -> li
     """Names of a data set's splits; [""] for own data without any."""
     if holds_out:
         return ["train", "val"]
-    splits = (
-        ("train", "train_extra", "val") if annotations == "coarse" else ("train", "val", "test")
-    )
-    there = [split for split in splits if DATASETS[name].place(root, split).exists()]
+    there = [split for split in CHECKED[annotations] if DATASETS[name].place(root, split).exists()]
     return there or ([""] if name == "folders" else ["train"])
 
 

@@ -318,8 +318,8 @@ def test_from_the_tree_to_predictions(name, annotations, classes, request, run_i
     assert len(scores["class_iou"]) == classes and scores["images"] == 2
 
     images = root / ("JPEGImages" if name == "voc" else "images/validation")
-    run("test/eval_cityscapes_color.py", "--weights", weights, "--input", images, "--no-legend", "--out",
-        tmp_path / "colored", "--device", "cpu")  # fmt: skip
+    run("test/eval_cityscapes_color.py", "--weights", weights, "--input", images, "--out",
+        tmp_path / "colored", "--no-legend", "--device", "cpu")  # fmt: skip
     colors = read_class_file(CLASS_FILES / f"{'VOC' if name == 'voc' else 'ADE20K'}.yaml").palette
     for image in images.iterdir():
         (drawn,) = tmp_path.joinpath("colored").glob(f"{image.stem}_color.png")

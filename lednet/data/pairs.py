@@ -130,10 +130,15 @@ def ground_truth(annotations: str) -> str:
     return f"gt{annotations.capitalize()}"
 
 
+def archive_of(kind: str, split: str) -> str:
+    """The download that a folder of Cityscapes comes from."""
+    return CITYSCAPES_ARCHIVES.get(f"{kind}/{split}", CITYSCAPES_ARCHIVES[kind])
+
+
 def _cityscapes_folder(root: str | os.PathLike, kind: str, split: str) -> Path:
     """Folder of a split's images ("leftImg8bit") or labels ("gtFine", "gtCoarse")."""
     folder = f"{kind}/{split}"
-    archive = CITYSCAPES_ARCHIVES.get(folder, CITYSCAPES_ARCHIVES[kind])
+    archive = archive_of(kind, split)
     next_step = f"unpack {archive} into {root}, or name another folder with --datadir"
     if folder == "gtFine/train_extra":
         next_step = "choose coarse annotations, train_extra has no others"

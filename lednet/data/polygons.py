@@ -5,7 +5,6 @@ pixel for pixel.
 """
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +71,7 @@ def read_polygons(path: str | os.PathLike) -> Annotation:
 def _annotation(content: Any) -> Annotation:
     height, width = (_field(content, key, int) for key in ("imgHeight", "imgWidth"))
     if min(height, width) < 1 or height * width > MAX_PIXELS:
-        raise _Malformed(f"an image of {width}x{height} pixels")
+        raise _Malformed(f"an image of no pixels, or of more than {MAX_PIXELS}")
     objects = []
     for number, row in enumerate(_field(content, "objects", list)):
         try:
@@ -106,7 +105,7 @@ def _point(corner: Any) -> Point:
     if not isinstance(corner, list) or len(corner) != 2:
         raise _Malformed("a corner is not [x, y]")
     for value in corner:
-        if type(value) not in (int, float) or math.isnan(value) or abs(value) > FARTHEST:
+        if type(value) not in (int, float) or not abs(value) <= FARTHEST:  # nor NaN
             raise _Malformed(f"a corner is not of numbers up to {FARTHEST}")
     return corner[0], corner[1]
 

@@ -418,7 +418,7 @@ def test_pretraining_learns_colours_and_writes_the_encoder(pretrained):
     assert {"classifier.weight", "classifier.bias"} <= best.keys()
     assert all(torch.equal(best[key], value) for key, value in content["state_dict"].items())
     records = [json.loads(x) for x in (pretrained / "log.jsonl").read_text().splitlines()]
-    assert max(record["val_top1"] for record in records) > 0.9
+    assert max(record["val_top1"] for record in records) > 0.7  # by chance, a third
     assert all(record["val_top5"] == 1 for record in records)  # of three classes
     assert (pretrained / "curves.png").exists()
 

@@ -49,7 +49,7 @@ def test_options_become_defaults_that_flags_override(tmp_path):
         ("{augment: wild}", "augment cannot be 'wild'"),
         ("{compile: 1}", "compile cannot be 1"),
         ("7", "must hold `about` and `options`"),
-        ("{lr: [}", "is no YAML file"),
+        ("{lr: [}", "is neither YAML nor JSON"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path, options, words):

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
+from lednet.data.images import open_image
 from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, cityscapes_scheme
 from lednet.data.pairs import (
     Listing,
@@ -28,6 +28,7 @@ from lednet.data.pairs import (
 )
 from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
+from lednet.files import read_yaml
 
 DATASETS = ("cityscapes", "camvid", "folders")
 DEFAULT_SIZES = {"cityscapes": (512, 1024), "camvid": (360, 480)}
@@ -51,24 +52,6 @@ warnings.filterwarnings(
     "(possibly )?corrupt EXIF|truncated file read|metadata warning|palette images with transp",
     module=r"PIL\.",
 )
-
-
-def open_image(path: Path) -> Image.Image:
-    """Open and decode an image file.
-
-    Raises:
-        UserError: missing, truncated, no image, or one of more than 178 million pixels.
-    """
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError as error:
-        raise UserError(f"no file {path}: it was there when the run began; restore it") from error
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} is damaged ({error}): copy it again") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large ({error}): shrink or remove it") from error
-    return image
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -314,12 +297,9 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
         UserError: no such file, no such structure, an id outside 0..255 or used twice.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # YAML includes JSON
-    except OSError as error:
-        raise UserError(f"no class file {path}: name one with --classes") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is neither YAML nor JSON: see datasets/README.md") from error
+    if not path.is_file():
+        raise UserError(f"no class file {path}: name one with --classes")
+    content = read_yaml(path)
     try:
         rows = list(content["classes"])
         names = tuple(str(row["name"]) for row in rows)
@@ -329,7 +309,7 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
             for i, row in enumerate(rows)
         )
         ignored = [int(i) for i in content.get("ignore", [])]
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} must hold `classes`, a list of {{name, id, color}}: see datasets/README.md"
         ) from error

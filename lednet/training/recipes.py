@@ -16,9 +16,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lednet.errors import UserError
+from lednet.files import read_yaml
 
 ABOUT = ("data", "command", "hours", "score")
 """What every recipe says of itself."""
@@ -48,10 +47,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not YAML, or lacks something.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML file that can be read: mend it") from error
+    content = read_yaml(path)
     content = content if isinstance(content, dict) else {}
     about, options = content.get("about"), content.get("options")
     if not isinstance(about, dict) or not isinstance(options, dict):
@@ -74,7 +70,7 @@ def set_recipe(parser: argparse.ArgumentParser, path: Path) -> None:
             raise UserError(f"{path}: there is no option {name}; --help lists them")
         try:
             parser.set_defaults(**{name: _typed(action, value)})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: {name} cannot be {value!r}; see --help") from error
 
 

@@ -27,7 +27,13 @@ from lednet.data.pairs import (
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.stream import in_order
 from lednet.errors import UserError
-from lednet.evaluation.cityscapes import NUM_IDS, BenchmarkScores, ImageCounts, count_image
+from lednet.evaluation.cityscapes import (
+    AVERAGE_INSTANCE_SIZE,
+    NUM_IDS,
+    BenchmarkScores,
+    ImageCounts,
+    count_image,
+)
 from lednet.evaluation.upload import frame_name, prediction_name, write_label_ids
 
 
@@ -159,7 +165,8 @@ class FrameResult:
                     matrix[true_id, predicted_id] = pixels
                 counts[key] = ImageCounts(matrix)
         if "instances" in entry:
-            counts["full"].instances = np.array(entry["instances"])
+            instances = np.array(entry["instances"], np.float64)
+            counts["full"].instances = instances.reshape(len(AVERAGE_INSTANCE_SIZE), 4)
         return cls(entry["name"], **counts)
 
 

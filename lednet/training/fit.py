@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ class Course:
         if not {"meta", "trainer", "progress"} <= content.keys():
             raise UserError(f"{path} holds weights alone: start a new run with --state {path}")
         meta, state = content["meta"], content["progress"]
-        if not {*PROGRESS_KEYS} <= state.keys():
+        if not _is_progress(meta, state):
             raise UserError(
                 f"{path} was written by another version: resume with that, or start a new run "
                 f"with --state {path}"
@@ -112,6 +113,27 @@ class Course:
             f"resuming {progress.stage} after epoch {progress.epoch}{within} ({path.name})"
         )
         return progress, content["trainer"]
+
+
+def _is_progress(meta: dict[str, Any], state: Any) -> bool:
+    """Whether a checkpoint's "meta" and "progress" are what `_Fit` wrote."""
+    told = {**meta, **state} if isinstance(state, dict) else {}
+    if not {*_PROGRESS} <= told.keys():
+        return False
+    kinds = all(isinstance(told[key], kind) for key, kind in _PROGRESS.items())
+    return kinds and all(isinstance(record, dict) for record in told["records"])
+
+
+_PROGRESS: dict[str, type | UnionType] = {
+    "stage": str,
+    "epoch": int,
+    "mean": list | tuple,
+    "std": list | tuple,
+    "steps": int,
+    "best_score": int | float,
+    "records": list,
+    "tally": dict | None,
+}
 
 
 class Equipment(NamedTuple):
@@ -151,9 +173,23 @@ def train_stages(
                 trainer_state = None
             equipment = equip(stage)
             if trainer_state is not None:
-                equipment.trainer.load_state_dict(trainer_state)
+                _restore(equipment.trainer, trainer_state)
             _Fit(course, stage, equipment, progress).train()
     return progress
+
+
+def _restore(trainer: Trainer, state: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: `state` is that of another network or other options.
+    """
+    try:
+        trainer.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            "the checkpoint's optimizer does not fit this run: resume with the options that it "
+            "was begun with, or start a new run from its weights with --state"
+        ) from error
 
 
 class _Fit:

@@ -63,15 +63,24 @@ def set_recipe(parser: argparse.ArgumentParser, path: Path) -> None:
     Raises:
         UserError: an option is unknown, or its value none that the flag takes.
     """
-    actions = {action.dest: action for action in parser._actions}
-    for name, value in read_recipe(path)["options"].items():
+    set_options(parser, read_recipe(path)["options"], path)
+
+
+def set_options(parser: argparse.ArgumentParser, options: dict[str, Any], source: Path) -> None:
+    """Make `options` the defaults of `parser`, as if they had been typed.
+
+    Raises:
+        UserError: an option is unknown, or its value none that the flag takes; names `source`.
+    """
+    actions = {action.dest: action for action in reversed(parser._actions)}  # the first of a name
+    for name, value in options.items():
         action = actions.get(name)
         if action is None:
-            raise UserError(f"{path}: there is no option {name}; --help lists them")
+            raise UserError(f"{source}: there is no option {name}; --help lists them")
         try:
             parser.set_defaults(**{name: _typed(action, value)})
         except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{path}: {name} cannot be {value!r}; see --help") from error
+            raise UserError(f"{source}: {name} cannot be {value!r}; see --help") from error
 
 
 def _typed(action: argparse.Action, value: Any) -> Any:

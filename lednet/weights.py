@@ -119,7 +119,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     content = read_pretrained(path.parent) if path.name == TENSORS else _read_bundle(path)
     if "meta" in content:
-        _require_meta(content["meta"], path)
+        require_meta(content["meta"], path)
     return content
 
 
@@ -184,7 +184,7 @@ def _all_tensors(state: dict) -> bool:
     )
 
 
-def _require_meta(meta: Any, source: Path) -> None:
+def require_meta(meta: Any, source: str | os.PathLike) -> None:
     """
     Raises:
         UserError: `meta` is no dictionary, or what a network is run and shown with has

@@ -292,7 +292,7 @@ class _Build:
         if not path.is_file() or not entry_path.is_file():
             return False
         entry, indices = _read_entry(entry_path), self._indices(number)
-        if entry is None:
+        if entry is None or entry["bytes"] != path.stat().st_size:
             return False
         up_to_date = entry["stamps"] == self.files.stamps(indices.start, indices.stop)
         return up_to_date and entry["checksum"] == _checksum(path, entry["facts"])

@@ -147,7 +147,9 @@ def read_yaml(path: str | os.PathLike) -> Any:
         return yaml.load(content.decode(), Loader=_PlainLoader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a tag such as !!timestamp before another word raises anything
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())

@@ -43,7 +43,7 @@ def test_options_become_defaults_that_flags_override(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("{speed: 3}", "no option speed"),
+        ("{speed: 3}", "no option 'speed'"),
         ("{lr: fast}", "lr cannot be 'fast'"),
         ("{num_epochs: [1]}", "num_epochs cannot be"),
         ("{augment: wild}", "augment cannot be 'wild'"),

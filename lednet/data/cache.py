@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -406,7 +407,9 @@ def _other_option(manifest: Mapping[str, Any], source: Source) -> str | None:
     for name, wanted in _options(source).items():
         found = manifest.get(name)
         if found != wanted:
-            return name + (f" ({found}, not {wanted})" if name in ("version", "size") else "")
+            return name + (
+                f" ({reprlib.repr(found)}, not {wanted})" if name in ("version", "size") else ""
+            )
     return None
 
 

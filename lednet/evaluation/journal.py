@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,10 +63,10 @@ class Journal:
     def _require_same_settings(self, found: dict[str, Any]) -> None:
         for key in self.settings | found:
             if self.settings.get(key) != found.get(key):
+                other, ours = (reprlib.repr(told.get(key)) for told in (found, self.settings))
                 raise UserError(
-                    f"{self.folder} holds results with {key} {found.get(key)}, not "
-                    f"{self.settings.get(key)}: add --overwrite to begin anew, or choose another "
-                    "--out"
+                    f"{self.folder} holds results with {key} {other}, not {ours}: add "
+                    "--overwrite to begin anew, or choose another --out"
                 )
 
     def add(self, entry: dict[str, Any]) -> None:

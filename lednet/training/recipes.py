@@ -13,6 +13,7 @@ An option is called as its flag, with underscores. What a recipe does not set is
 """
 
 import argparse
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,13 @@ def set_options(parser: argparse.ArgumentParser, options: dict[str, Any], source
     for name, value in options.items():
         action = actions.get(name)
         if action is None:
-            raise UserError(f"{source}: there is no option {name}; --help lists them")
+            raise UserError(f"{source}: there is no option {reprlib.repr(name)}; --help lists them")
         try:
             parser.set_defaults(**{name: _typed(action, value)})
         except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{source}: {name} cannot be {value!r}; see --help") from error
+            raise UserError(
+                f"{source}: {name} cannot be {reprlib.repr(value)}; see --help"
+            ) from error
 
 
 def _typed(action: argparse.Action, value: Any) -> Any:

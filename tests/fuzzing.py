@@ -22,6 +22,7 @@ MOST_MEMORY = 1 << 30
 
 def fewer(divisor: int) -> settings:
     """For a property whose inputs take long."""
+    assert settings.default is not None
     return settings(max_examples=max(1, settings.default.max_examples // divisor))
 
 

@@ -1,11 +1,12 @@
 # make demo    set up, then train and score on toy streets
 # make test    set up, then run the tests
+# make docs    set up, then build the documentation site
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint test-oldest clean-demo
+.PHONY: setup demo test docs lint test-oldest clean-demo
 
 setup: $(VENV)/.installed
 
@@ -21,6 +22,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+docs: setup
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 lint: setup
 	$(BIN)/ruff check .

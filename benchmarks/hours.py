@@ -29,7 +29,7 @@ FINE, EXTRA, VAL = 2975, 19_998, 500
 """Cityscapes images: train, train_extra, val."""
 IMAGENET_TRAIN, IMAGENET_VAL = 1_281_167, 50_000
 CORE_PAIRS = 13.8
-"""Cityscapes pairs that one core reads from files in a second (benchmarks/README.md)."""
+"""Cityscapes pairs that one core reads from files in a second (docs/speed.md)."""
 
 
 class Way(NamedTuple):

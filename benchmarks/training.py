@@ -36,7 +36,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.datasets import DATASETS, SegmentationDataset, open_dataset
+from lednet.data.datasets import SegmentationDataset, open_dataset
+from lednet.data.layouts import DATASETS
 from lednet.data.transforms import Augmentation
 from lednet.deploy.speed import describe_device, peak_memory_mb, synchronize
 from lednet.errors import UserError, exit_on_user_error

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lednet.data.cache import CachedDataset, build_cache, command_line
-from lednet.data.datasets import DATASETS, TRAINING_PARTS, cache_split, open_training_data
+from lednet.data.datasets import TRAINING_PARTS, cache_split, open_training_data
+from lednet.data.layouts import DATASETS
 from lednet.errors import UserError, exit_on_user_error
 
 
@@ -32,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--datadir", type=Path, help="data set's folder (datasets/<dataset>)")
     parser.add_argument("--annotations", choices=TRAINING_PARTS, default="fine",
                         help="Cityscapes: coarse is train_extra and train, both is train, finely "
-                        "annotated, and train_extra, coarsely; each with fine val")
+                        "annotated, and train_extra, coarsely; each with fine val. VOC: aug is "
+                        "trainaug")
     parser.add_argument("--labels", choices=("auto", "labelIds", "labelTrainIds"), default="auto",
                         help="what Cityscapes label files hold (told by their names)")
     parser.add_argument("--classes", type=Path, help="class file of own data (classes.yaml)")

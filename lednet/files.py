@@ -18,12 +18,16 @@ MAX_YAML = 256 * 2**10
 
 
 @contextlib.contextmanager
-def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
+def write_atomically(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, moved over `path` when the block ends well.
 
     Nothing is left behind when the block fails; an existing file stays as it was.
     The temporary name keeps the suffix, so that libraries which choose a format
     by it still do.
+
+    Args:
+        durable: also when the power fails right after. Waiting for the disk takes some
+            milliseconds, too many for thousands of files that can be made again.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
@@ -33,8 +37,9 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(
@@ -63,6 +68,25 @@ def write_folder_atomically(path: str | os.PathLike) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_space(folder: Path, needed: int, what: str, flag: str) -> None:
+    """Refuse to begin what would not fit on the disk of `folder`, which need not be there yet.
+
+    Args:
+        needed: bytes.
+        what, flag: that needs them, and that names the folder, for the message.
+
+    Raises:
+        UserError: the disk has less.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UserError(
+            f"{what} needs {needed / 1e9:.1f} GB, and the disk of {folder} has "
+            f"{free / 1e9:.1f} GB left: free some, or choose another {flag}"
+        )
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from lednet.data.datasets import DEFAULT_SIZES
+from lednet.data.layouts import DEFAULT_SIZES
 from lednet.data.inputs import find_inputs
 from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor

@@ -23,8 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from lednet.data.datasets import DEFAULT_SIZES, read_image
+from lednet.data.datasets import read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
+from lednet.data.layouts import DEFAULT_SIZES
 from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.speed import speed_card, speed_rows

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.data.datasets import DEFAULT_SIZES
+from lednet.data.layouts import DEFAULT_SIZES
 from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.speed import speed_card, speed_rows

@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from lednet.data.datasets import DATASETS, DEFAULT_SIZES, SegmentationDataset, open_dataset
+from lednet.data.datasets import SegmentationDataset, open_dataset
+from lednet.data.layouts import DATASETS, DEFAULT_SIZES
 from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor
 from lednet.errors import UserError, exit_on_user_error

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lednet.data.cache import MANIFEST, CachedDataset, build_cache
-from lednet.data.datasets import open_dataset, read_class_file
+from lednet.data.datasets import open_dataset
 from lednet.data.imagefolder import ImageFolderDataset
 from lednet.data.labels import IGNORE_INDEX
+from lednet.data.layouts import read_class_file
 from lednet.errors import UserError
 from lednet.evaluation.benchmark import FrameResult
 from lednet.evaluation.journal import Journal

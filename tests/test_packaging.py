@@ -16,6 +16,8 @@ assert "site" in lednet.__file__, lednet.__file__
 net, meta = lednet.load_network("camvid-d20")
 print(net(torch.rand(1, 3, 32, 48)).shape[1], meta["dataset"])
 import lednet.deploy.export, lednet.evaluation.page, lednet.training.fit
+from lednet.data.layouts import CLASS_FILES, read_class_file
+assert read_class_file(CLASS_FILES / "ADE20K.yaml").num_classes == 150
 """
 
 
@@ -52,6 +54,7 @@ def test_wheel_holds_what_the_library_needs(built):
         names = set(archive.namelist())
     assert {
         "lednet/py.typed",
+        "lednet/data/classes/ADE20K.yaml",
         "lednet/evaluation/page.html",
         "lednet/evaluation/dataset.html",
         "lednet/released/camvid-d20/model.safetensors",

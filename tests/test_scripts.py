@@ -181,6 +181,7 @@ def test_coarse_annotations_train(toy_cityscapes, tmp_path):
 SCRIPTS = (
     "train/main.py",
     "datasets/prepare_cityscapes.py",
+    "datasets/prepare_cityscapes_zips.py",
     "test/eval_iou.py",
     "test/eval_cityscapes_server.py",
     "test/eval_cityscapes_color.py",

@@ -26,13 +26,13 @@ import numpy as np
 
 from lednet.data.cache import CachedDataset, command_line
 from lednet.data.datasets import (
-    DATASETS,
     TRAINING_PARTS,
     SkippingDataset,
     cache_split,
     open_training_data,
     pixel_shares,
 )
+from lednet.data.layouts import DATASETS
 from lednet.data.transforms import PRESETS, Augmentation
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import plain_values, write_text
@@ -83,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=TRAINING_PARTS,
         default="fine",
         help="Cityscapes: coarse trains on train_extra and train, coarsely annotated; both on "
-        "train, finely, and train_extra, coarsely; fine val validates all",
+        "train, finely, and train_extra, coarsely; fine val validates all. VOC: aug trains on "
+        "trainaug",
     )
     data.add_argument(
         "--labels",

@@ -22,10 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.data.datasets import DATASETS
 from lednet.data.doctor import Diagnosis, diagnose
 from lednet.data.findings import SEVERITIES, counted
-from lednet.data.splits import open_splits
+from lednet.data.layouts import DATASETS
+from lednet.data.splits import CHECKED, open_splits
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.dataset_page import (
     summary,
@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     parser.add_argument("--dataset", choices=DATASETS, default="cityscapes")
     parser.add_argument("--datadir", type=Path, help="data set's folder (datasets/<dataset>)")
-    parser.add_argument("--annotations", choices=("fine", "coarse"), default="fine",
-                        help="Cityscapes: coarse checks train_extra too")
+    parser.add_argument("--annotations", choices=CHECKED, default="fine",
+                        help="Cityscapes: coarse checks train_extra too. VOC: aug is trainaug")
     parser.add_argument("--labels", choices=("auto", "labelIds", "labelTrainIds"), default="auto",
                         help="what Cityscapes label files hold (told by their names)")
     parser.add_argument("--classes", type=Path, help="class file of own data (classes.yaml)")

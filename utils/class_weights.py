@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import yaml
 
-from lednet.data.datasets import DATASETS, TRAINING_PARTS, open_training_data, pixel_shares
+from lednet.data.datasets import TRAINING_PARTS, open_training_data, pixel_shares
+from lednet.data.layouts import DATASETS
 from lednet.errors import UserError, exit_on_user_error
 from lednet.training.loss import WEIGHT_OFFSETS, class_weights
 

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.data.datasets import DEFAULT_SIZES
+from lednet.data.layouts import DEFAULT_SIZES
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.draw import output_scheme
 from lednet.model import LEDNet, count_parameters

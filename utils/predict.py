@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from lednet.data.datasets import DEFAULT_SIZES
+from lednet.data.layouts import DEFAULT_SIZES
 from lednet.data.imagefolder import SUFFIXES
 from lednet.data.inputs import find_inputs
 from lednet.data.labels import LabelScheme, cityscapes_label_ids, cityscapes_scheme

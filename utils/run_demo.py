@@ -106,7 +106,7 @@ Look at
   {run}/summary.json            these figures, for programs
   {run}/best.pth                the weights
 
-Next, with real data (README.md says where to get it)
+Next, with real data (datasets/README.md says where to get it)
   python train/main.py --datadir /data/cityscapes --savedir cityscapes-d20
   python train/main.py --dataset camvid --datadir /data/camvid --savedir camvid-d20
   python test/eval_cityscapes_server.py --weights save/cityscapes-d20 --datadir /data/cityscapes

@@ -19,7 +19,6 @@ import math
 import os
 import reprlib
 import shlex
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from lednet.data.labels import LabelScheme
 from lednet.data.pairs import Pair
 from lednet.errors import UserError
-from lednet.files import read_json, write_atomically, write_text
+from lednet.files import read_json, require_space, write_atomically, write_text
 
 VERSION = 2
 MANIFEST = "manifest.json"
@@ -232,12 +231,7 @@ def build_cache(
         _Build(folder / name, source, rebuild, shard_pairs) for name, source in splits.items()
     ]
     needed = sum(build.bytes_to_come for build in builds)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"the cache needs {needed / 1e9:.1f} GB, and the disk of {folder} has "
-            f"{free / 1e9:.1f} GB left: free some, or choose another --cache"
-        )
+    require_space(folder, needed, "the cache", "--cache")
     for build in builds:
         build.run(workers)
 

@@ -15,24 +15,11 @@ from torchvision import tv_tensors
 from tqdm import tqdm
 
 from lednet.data.images import open_image
-from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, cityscapes_scheme
-from lednet.data.pairs import (
-    Listing,
-    Pair,
-    detect_cityscapes_encoding,
-    ground_truth,
-    hold_out,
-    list_cityscapes,
-    list_folders,
-    match,
-)
+from lednet.data.labels import IGNORE_INDEX, LabelScheme
+from lednet.data.layouts import DEFAULT_SIZES, list_split
+from lednet.data.pairs import Pair, ground_truth, hold_out, list_examples, match
 from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
-from lednet.files import read_yaml
-
-DATASETS = ("cityscapes", "camvid", "folders")
-DEFAULT_SIZES = {"cityscapes": (512, 1024), "camvid": (360, 480)}
-"""(height, width) that the published numbers of each data set refer to."""
 
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -283,98 +270,6 @@ def count_classes(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
     return np.append(counts[: scheme.num_classes], counts[IGNORE_INDEX])
 
 
-def read_class_file(path: str | os.PathLike) -> LabelScheme:
-    """Read the classes of an own data set from a YAML or JSON file.
-
-    `classes` is a list of {name, id, color} (`id` defaults to the position, `color`
-    to a generated one), `ignore` a list of ids that do not count:
-
-        classes:
-          - {name: road, id: 0, color: [128, 64, 128]}
-          - {name: field, id: 1}
-        ignore: [255]
-
-    Raises:
-        UserError: no such file, no such structure, an id outside 0..255 or used twice.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no class file {path}: name one with --classes")
-    content = read_yaml(path)
-    try:
-        rows = list(content["classes"])
-        names = tuple(str(row["name"]) for row in rows)
-        ids = [int(row.get("id", i)) for i, row in enumerate(rows)]
-        colors = tuple(
-            tuple(int(c) for c in row.get("color", _generated_color(i)))
-            for i, row in enumerate(rows)
-        )
-        ignored = [int(i) for i in content.get("ignore", [])]
-    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{path} must hold `classes`, a list of {{name, id, color}}: see datasets/README.md"
-        ) from error
-    every = ids + ignored
-    if not ids or len(set(every)) < len(every) or not all(0 <= i <= 255 for i in every):
-        raise UserError(f"{path}: ids must be 0 to 255, each used once, and at least one class")
-    if len(ids) >= IGNORE_INDEX:
-        raise UserError(f"{path}: {len(ids)} classes are more than the 254 that fit")
-    if any(len(c) != 3 or not all(0 <= v <= 255 for v in c) for c in colors):
-        raise UserError(f"{path}: a color is three numbers, 0 to 255")
-    file_ids = {file_id: index for index, file_id in enumerate(ids)}
-    file_ids.update(dict.fromkeys(ignored, IGNORE_INDEX))
-    return LabelScheme(path.stem, names, colors, file_ids)
-
-
-def _generated_color(index: int) -> tuple[int, int, int]:
-    """A colour for each class index, far apart in hue (golden-angle steps)."""
-    hue = round(index * 0.618034 * 255) % 256
-    return Image.new("HSV", (1, 1), (hue, 170, 220)).convert("RGB").getpixel((0, 0))
-
-
-def list_split(
-    name: str,
-    root: str | os.PathLike,
-    split: str,
-    *,
-    annotations: str = "fine",
-    labels: str = "auto",
-    class_file: str | os.PathLike | None = None,
-    holds_out: bool = False,
-) -> tuple[LabelScheme, Listing]:
-    """Which files make up a split, and what the values of their labels mean.
-
-    Args:
-        holds_out: "val" is to be held out of "train", which need then not have a folder of
-            its own.
-        The others as of `open_dataset`; of own data without splits, `split` is "".
-
-    Raises:
-        UserError: see `lednet.data.pairs` and `read_class_file`.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"no folder {root}: give the data set's folder with --datadir")
-    if annotations != "fine" and name != "cityscapes":
-        raise UserError(f"{name} has no {annotations} annotations: choose fine")
-    folder = "train" if holds_out and split == "val" else split
-    if name == "cityscapes":
-        if labels == "auto":
-            labels = (
-                "labelIds"  # unused: there are none to read
-                if folder == "test"
-                else detect_cityscapes_encoding(root, folder, annotations)
-            )
-        return cityscapes_scheme(labels), list_cityscapes(root, folder, annotations, labels)
-    if name == "camvid":
-        return camvid_scheme(), list_folders(root / folder, root / f"{folder}annot")
-    if name == "folders":
-        scheme = read_class_file(class_file or root / "classes.yaml")
-        inside = folder if (root / "images" / folder).is_dir() or not holds_out else ""
-        return scheme, list_folders(root / "images" / inside, root / "labels" / inside)
-    raise ValueError(f"data set must be one of {DATASETS}, not {name!r}")
-
-
 def hold_out_split(
     pairs: list[Pair], split: str, val_every: int, val_names: str | None, place: str
 ) -> list[Pair]:
@@ -408,11 +303,11 @@ def open_dataset(
     """Open one split of a data set, its files paired and none of them read yet.
 
     Args:
-        name: "cityscapes", "camvid" or "folders" (own data: `images` and `labels`,
-            with or without a folder for each split inside, and a class file).
+        name: a key of `lednet.data.layouts.DATASETS`; "folders" is own data (`images` and
+            `labels`, with or without a folder for each split inside, and a class file).
         root: the data set's folder.
         split: "train", "val", "test" or, for Cityscapes' coarse images, "train_extra".
-        annotations: "fine" or, of Cityscapes, "coarse".
+        annotations: "fine" or, of Cityscapes, "coarse", of VOC, "aug".
         labels: "auto" (by the file names), "labelIds" or "labelTrainIds" (Cityscapes).
         class_file: classes of own data; default `classes.yaml` in `root`.
         val_every: instead of a validation folder, hold out every n-th training image as
@@ -434,8 +329,10 @@ TRAINING_PARTS = {
     "fine": (("train", "fine"),),
     "coarse": (("train_extra", "coarse"), ("train", "coarse")),
     "both": (("train", "fine"), ("train_extra", "coarse")),
+    "aug": (("train", "aug"),),
 }
-"""What is trained on: splits and the annotations of each; all but "fine" are Cityscapes only."""
+"""What is trained on: splits and the annotations of each. "coarse" and "both" are of Cityscapes,
+"aug" of VOC."""
 
 
 def cache_split(annotations: str) -> str:
@@ -456,15 +353,16 @@ def open_training_data(
     """What training reads: training data and validation data, at working size.
 
     Args:
-        height, width: of the working size in pixels; by default that of the published
-            numbers, or of own data's first image.
+        height, width: of the working size in pixels; by default that of `DEFAULT_SIZES`, or of
+            own data's first image.
         annotations: a key of `TRAINING_PARTS`; those of the validation data are always fine.
         with_val: train on the validation data too, for a final model; its score on them is then
             none of a generalisation.
         options: `labels`, `class_file`, `val_every` and `val_names` of `open_dataset`.
 
     Raises:
-        UserError: see `open_dataset`; or the parts' labels are of different kinds.
+        UserError: see `open_dataset`; or the parts' labels are of different kinds, or training
+            and validation share images without `with_val`.
     """
     kinds = TRAINING_PARTS[annotations]
     parts = [open_dataset(name, root, split, annotations=kind, **options) for split, kind in kinds]
@@ -476,6 +374,13 @@ def open_training_data(
             "the same, or name what both hold with --labels"
         )
     val = open_dataset(name, root, "val", **options)
+    shared = {p.image for part in parts for p in part.pairs} & {p.image for p in val.pairs}
+    if shared and not with_val:
+        raise UserError(
+            f"{len(shared)} of {len(val)} validation images of {root} are among those trained on "
+            f"({list_examples(path.name for path in shared)}): mend the lists, or hold out by "
+            "--val-names, or add --with-val"
+        )
     parts += [val] * with_val
     train = SegmentationDataset([pair for part in parts for pair in part.pairs], scheme)
     default = DEFAULT_SIZES.get(name) or train.read(0)[0].shape[:2]

@@ -9,15 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from lednet.data.datasets import hold_out_split, list_split
+from lednet.data.datasets import hold_out_split
 from lednet.data.findings import Finding, Findings
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
+from lednet.data.layouts import DATASETS, list_split
 from lednet.data.looks import Look
 from lednet.data.pairs import Listing, Pair
 from lednet.errors import UserError
 
 HELD_BACK = ("val", "test")
 """Splits that must show nothing of what the others show."""
+
+CHECKED = {
+    "fine": ("train", "val", "test"),
+    "coarse": ("train", "train_extra", "val"),
+    "aug": ("train", "val"),
+}
+"""Splits of a data set by the annotations that are to be checked."""
 
 BLANK = 3
 """Grey levels between darkest and lightest pixel of a thumbnail up to which it shows nothing."""
@@ -91,11 +99,7 @@ def splits_there(name: str, root: Path, annotations: str, holds_out: bool) -> li
     """Names of a data set's splits; [""] for own data without any."""
     if holds_out:
         return ["train", "val"]
-    folder = {"cityscapes": root / "leftImg8bit", "folders": root / "images"}.get(name, root)
-    splits = (
-        ("train", "train_extra", "val") if annotations == "coarse" else ("train", "val", "test")
-    )
-    there = [split for split in splits if (folder / split).is_dir()]
+    there = [split for split in CHECKED[annotations] if DATASETS[name].place(root, split).exists()]
     return there or ([""] if name == "folders" else ["train"])
 
 

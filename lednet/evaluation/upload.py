@@ -21,12 +21,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from lednet.data.archives import open_zip
+from lednet.data.cityscapes_tree import FRAMES
 from lednet.data.labels import CITYSCAPES_LABELS
 from lednet.data.pairs import IMAGE_SUFFIXES
 from lednet.errors import UserError
 from lednet.files import write_atomically
 
-NUM_FILES = {"test": 1525, "val": 500}
+NUM_FILES = {subset: FRAMES[subset] for subset in ("test", "val")}
 """Images of each subset."""
 
 CITIES = {
@@ -166,13 +168,7 @@ def check_upload(
             _File(f.relative_to(path).as_posix(), f.stat().st_size, f.read_bytes) for f in found
         ]
         return _check(path, files, subset, frames, size, progress)
-    try:
-        archive = zipfile.ZipFile(path)
-    except OSError as error:
-        raise UserError(f"cannot open {path}: {error.strerror or error}; check the path") from error
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
-        raise UserError(f"{path} is no zip, or damaged ({error}): make it again") from error
-    with archive:
+    with open_zip(path) as archive:
         members = sorted(archive.infolist(), key=lambda member: member.filename)
         files = [
             _File(m.filename, m.file_size, lambda m=m: _read_member(archive, m))

@@ -1,0 +1,360 @@
+"""Pascal VOC and ADE20K: official trees and tables, their traps, the whole flow on toy trees."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_bad_input import assert_refused
+from torchvision.models._meta import _VOC_CATEGORIES
+
+from lednet import UserError
+from lednet.data.datasets import SegmentationDataset, open_dataset, open_training_data
+from lednet.data.labels import IGNORE_INDEX
+from lednet.data.layouts import CLASS_FILES, read_class_file
+
+SIZES = [(40, 56), (56, 40), (48, 48)]  # (height, width)
+VOC_SPLITS = {
+    "train": ["2007_000032", "2007_000039", "2008_000002"],
+    "val": ["2007_000033", "2007_000042"],
+}
+
+
+def save_image(path: Path, label: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = (label[..., None].astype(int) * [37, 91, 11] + 20) % 256
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def save_label(path: Path, label: np.ndarray, palette: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(label)
+    if palette is not None:
+        image.putpalette(palette.tobytes())
+    image.save(path)
+
+
+def bands(ids: list[int], size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8: a band of rows for each id."""
+    rows = np.repeat(np.array(ids, np.uint8), -(-size[0] // len(ids)))[: size[0]]
+    return np.repeat(rows[:, None], size[1], axis=1)
+
+
+@pytest.fixture
+def voc(tmp_path) -> Path:
+    """The folder that VOC's archive unpacks to, with an image that no list names."""
+    root = tmp_path / "data/VOCdevkit/VOC2012"
+    palette = read_class_file(CLASS_FILES / "VOC.yaml").palette
+    names = [name for split in VOC_SPLITS.values() for name in split]
+    for i, name in enumerate(names):
+        label = bands([0, i + 1, 255, 20 - i], SIZES[i % 3])
+        save_image(root / f"JPEGImages/{name}.jpg", label)
+        save_label(root / f"SegmentationClass/{name}.png", label, palette)
+    save_image(root / "JPEGImages/2007_000027.jpg", label)
+    for split, names in VOC_SPLITS.items():
+        write_list(root, split, names)
+    return root
+
+
+def write_list(root: Path, split: str, names: list[str]) -> None:
+    path = root / f"ImageSets/Segmentation/{split}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name}\n" for name in names))
+
+
+@pytest.fixture
+def augmented(voc) -> Path:
+    """With the labels that SBD adds: of all images but those of val, in grey."""
+    names = ["2007_000027", *VOC_SPLITS["train"]]
+    write_list(voc, "trainaug", names)
+    for i, name in enumerate(names):
+        with Image.open(voc / f"JPEGImages/{name}.jpg") as image:
+            size = image.height, image.width
+        save_label(voc / f"SegmentationClassAug/{name}.png", bands([0, 7 + i, 255], size))
+    return voc
+
+
+@pytest.fixture
+def ade20k(tmp_path) -> Path:
+    """The folder that ADE20K's archive unpacks to, with a grey image."""
+    root = tmp_path / "data/ADEChallengeData2016"
+    for split, short, count in (("training", "train", 4), ("validation", "val", 2)):
+        for i in range(count):
+            label = bands([0, 1 + i, 150 - i, 75], SIZES[i % 3])
+            name = f"ADE_{short}_{i + 1:08d}"
+            save_image(root / f"images/{split}/{name}.jpg", label)
+            save_label(root / f"annotations/{split}/{name}.png", label)
+    Image.open(root / "images/training/ADE_train_00000002.jpg").convert("L").save(
+        root / "images/training/ADE_train_00000002.jpg"
+    )
+    return root
+
+
+# Tables
+
+
+def test_voc_table_is_the_official_one():
+    scheme = read_class_file(CLASS_FILES / "VOC.yaml")
+    assert scheme.name == "VOC"
+    assert scheme.classes == ("background", *_VOC_CATEGORIES[1:])
+    assert {scheme.lut[i] for i in range(21)} == set(range(21))
+    assert scheme.lut[255] == IGNORE_INDEX and scheme.lut[21] == scheme.lut[254] == -1
+    for index, color in enumerate(scheme.colors):
+        # The development kit deals the bits of the index out to red, green and blue in turn.
+        bits = [[index >> (3 * turn + channel) & 1 for turn in range(8)] for channel in range(3)]
+        assert color == tuple(sum(b << (7 - turn) for turn, b in enumerate(row)) for row in bits)
+
+
+def test_ade20k_table_has_the_rows_of_the_official_one():
+    scheme = read_class_file(CLASS_FILES / "ADE20K.yaml")
+    assert scheme.name == "ADE20K" and len(set(scheme.classes)) == scheme.num_classes == 150
+    assert all(scheme.lut[i + 1] == i for i in range(150))
+    assert scheme.lut[0] == IGNORE_INDEX and scheme.lut[151] == scheme.lut[255] == -1
+    rows = dict(zip(scheme.classes, scheme.colors, strict=True))
+    for index, name, color in (
+        (1, "wall", (120, 120, 120)),
+        (3, "sky", (6, 230, 230)),
+        (13, "person", (150, 5, 61)),
+        (21, "car", (0, 102, 200)),
+        (45, "chest of drawers", (6, 51, 255)),
+        (50, "fireplace", (250, 10, 15)),
+        (90, "television", (0, 255, 194)),
+        (105, "fountain", (8, 184, 170)),
+        (126, "pot", (245, 0, 255)),
+        (150, "flag", (92, 0, 255)),
+    ):
+        assert scheme.classes[index - 1] == name and rows[name] == color
+    # It gives one colour twice: to road and skyscraper.
+    assert len(set(scheme.colors)) == 149 and rows["road"] == rows["skyscraper"]
+
+
+# Trees
+
+
+def stems(data: SegmentationDataset) -> list[str]:
+    assert all(pair.image.stem == pair.label.stem for pair in data.pairs)
+    return [pair.image.stem for pair in data.pairs]
+
+
+def test_voc_split_is_what_its_list_names(voc):
+    for folder in (voc, voc.parent, voc.parent.parent):
+        for split, names in VOC_SPLITS.items():
+            assert stems(open_dataset("voc", folder, split)) == names
+    write_list(voc, "trainval", ["2007_000042", "", "2007_000032"])
+    assert stems(open_dataset("voc", voc, "trainval")) == ["2007_000032", "2007_000042"]
+    write_list(voc, "test", ["2007_000027"])
+    (pair,) = open_dataset("voc", voc, "test").pairs
+    assert pair.label is None
+
+
+def test_voc_palette_counts_by_index_and_its_border_is_void(voc):
+    image, label = open_dataset("voc", voc, "train").read(0)
+    assert image.shape == (*SIZES[0], 3) and label.dtype == np.uint8
+    assert np.array_equal(label, bands([0, 1, IGNORE_INDEX, 20], SIZES[0]))
+
+
+def test_ade20k_id_0_is_void_and_the_first_class_is_1(ade20k):
+    for folder in (ade20k, ade20k.parent):
+        data = open_dataset("ade20k", folder, "train")
+        assert len(data) == 4 and len(open_dataset("ade20k", folder, "val")) == 2
+    assert np.array_equal(data.read(0)[1], bands([IGNORE_INDEX, 0, 149, 74], SIZES[0]))
+    assert data.read(1)[0].shape == (*SIZES[1], 3)  # of a grey JPEG
+
+
+@pytest.mark.parametrize("name", ["voc", "ade20k"])
+def test_images_of_many_sizes_are_brought_to_one(name, request):
+    root = request.getfixturevalue(name)
+    train, val = open_training_data(name, root)
+    assert train.size == val.size == (512, 512)
+    train.size = (32, 24)
+    assert {tuple(plane.shape[-2:] for plane in pair) for pair in train} == {((32, 24), (32, 24))}
+
+
+def test_augmented_voc_trains_on_its_own_list_and_labels_and_validates_on_val(augmented):
+    train, val = open_training_data("voc", augmented, annotations="aug")
+    assert stems(train) == ["2007_000027", *VOC_SPLITS["train"]]
+    assert {pair.label.parent.name for pair in train.pairs} == {"SegmentationClassAug"}
+    assert np.array_equal(train.read(1)[1], bands([0, 8, IGNORE_INDEX], SIZES[0]))
+    assert stems(val) == VOC_SPLITS["val"]
+    assert {pair.label.parent.name for pair in val.pairs} == {"SegmentationClass"}
+    assert stems(open_training_data("voc", augmented)[0]) == VOC_SPLITS["train"]
+
+
+def test_list_of_paths_is_read_as_names(augmented):
+    names = ["2007_000027", "2007_000032"]
+    lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in names]
+    write_list(augmented, "trainaug", lines)
+    assert stems(open_dataset("voc", augmented, "train", annotations="aug")) == sorted(names)
+
+
+# Refusals
+
+
+def test_folders_that_hold_no_tree_or_two_are_refused(voc, ade20k, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"VOC2012: unpack VOCtrainval_11-May-2012\.tar there"):
+        open_dataset("voc", tmp_path / "empty", "train")
+    with pytest.raises(UserError, match=r"unpack ADEChallengeData2016\.zip there"):
+        open_dataset("ade20k", tmp_path / "empty", "train")
+    with pytest.raises(UserError, match=r"no folder .*nowhere: give the data set's folder"):
+        open_dataset("voc", tmp_path / "nowhere", "train")
+    data = voc.parent.parent
+    (data / "VOC2012/ImageSets/Segmentation").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"both .* hold ImageSets/Segmentation: name the one"):
+        open_dataset("voc", data, "train")
+
+
+def test_files_that_a_voc_list_names_must_be_there(voc):
+    (voc / "SegmentationClass/2007_000039.png").unlink()
+    with pytest.raises(UserError, match=r"train\.txt: 1 of 3 images have no label \(2007_000039\)"):
+        open_dataset("voc", voc, "train")
+    (voc / "JPEGImages/2007_000039.jpg").unlink()  # neither image nor label: still told
+    with pytest.raises(UserError, match=r"names 1 images that are not in .* \(2007_000039\)"):
+        open_dataset("voc", voc, "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, r"no file .*val\.txt: unpack"),
+        (b"", r"val\.txt names no images: unpack"),
+        (b"\n \n", r"val\.txt names no images: unpack"),
+        (b"\xff", r"cannot read .*val\.txt"),
+    ],
+)
+def test_lists_without_names_are_refused(voc, content, words):
+    path = voc / "ImageSets/Segmentation/val.txt"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        open_dataset("voc", voc, "val")
+
+
+def test_lists_cannot_lead_out_of_the_tree(voc, tmp_path):
+    save_image(tmp_path / "secret.jpg", np.zeros(SIZES[0], np.uint8))
+    write_list(voc, "val", ["../../../../secret"])
+    with pytest.raises(UserError, match=r"names 1 images that are not in .* \(secret\)"):
+        open_dataset("voc", voc, "val")
+
+
+def test_what_a_data_set_does_not_have_is_refused(voc, ade20k, camvid, toy_cityscapes):
+    with pytest.raises(UserError, match=r"no file .*trainaug\.txt: add SBD's"):
+        open_training_data("voc", voc, annotations="aug")
+    with pytest.raises(UserError, match="voc has no coarse annotations: choose fine or aug"):
+        open_training_data("voc", voc, annotations="coarse")
+    for name, root, kinds in (
+        ("ade20k", ade20k, "fine"),
+        ("camvid", camvid, "fine"),
+        ("cityscapes", toy_cityscapes, "fine or coarse"),
+    ):
+        with pytest.raises(UserError, match=f"{name} has no aug annotations: choose {kinds}$"):
+            open_training_data(name, root, annotations="aug")
+    with pytest.raises(UserError, match=r"no folder .*images/test"):
+        open_dataset("ade20k", ade20k, "test")
+
+
+def test_images_both_trained_on_and_validated_are_refused(augmented):
+    write_list(augmented, "val", [VOC_SPLITS["train"][0], *VOC_SPLITS["val"]])
+    with pytest.raises(UserError, match=r"1 of 3 validation images .* \(2007_000032\.jpg\)"):
+        open_training_data("voc", augmented)
+    # Held out by number, they would be others of train than of trainaug.
+    with pytest.raises(UserError, match=r"1 of 1 validation images .* are among those trained on"):
+        open_training_data("voc", augmented, annotations="aug", val_every=3)
+    train, val = open_training_data("voc", augmented, annotations="aug", val_names="2007_000039")
+    assert stems(val) == ["2007_000039"] and len(train) == 3
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (np.full(SIZES[0], 21, np.uint8), "holds the id 21, which VOC does not have"),
+        (np.zeros(SIZES[0], np.uint16), "has mode I;16, not 8-bit ids"),
+        (np.zeros((*SIZES[0], 3), np.uint8), "has mode RGB, not 8-bit ids"),
+        (np.zeros((8, 8), np.uint8), "both must have one size"),
+    ],
+)
+def test_labels_that_are_none_are_refused(voc, label, words):
+    Image.fromarray(label).save(voc / "SegmentationClass/2007_000032.png")
+    with pytest.raises(UserError, match=f"2007_000032.*{words}"):
+        open_dataset("voc", voc, "train").read(0)
+
+
+def test_ade20k_pairs_by_name(ade20k):
+    (ade20k / "annotations/training/ADE_train_00000003.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 4 images have no label \(ADE_train_00000003\)"):
+        open_dataset("ade20k", ade20k, "train")
+
+
+# The whole flow
+
+
+@pytest.mark.parametrize(
+    ("name", "annotations", "classes"), [("voc", "aug", 21), ("ade20k", "fine", 150)]
+)
+def test_from_the_tree_to_predictions(name, annotations, classes, request, run_inside, tmp_path):
+    root = request.getfixturevalue("augmented" if annotations == "aug" else name)
+    data = ("--dataset", name, "--datadir", root.parent)
+    aug = ("--annotations", annotations)
+    small = ("--height", 32, "--width", 32)
+
+    def run(script: str, *flags: object) -> str:
+        result = run_inside(script, *flags)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    run("datasets/prepare_cityscapes.py", *data, *aug, *small, "--cache", tmp_path / "cache",
+        "--workers", 0)  # fmt: skip
+    run("train/main.py", *data, *aug, *small, "--cache", tmp_path / "cache", "--savedir",
+        tmp_path / "run", "--num-epochs", 1, "--batch-size", 2, "--num-workers", 0,
+        "--device", "cpu")  # fmt: skip
+    meta = json.loads(run("utils/class_weights.py", *data, *aug, "--format", "json"))
+    assert len(meta["shares"]) == classes + 1 and meta["labels"] == 4
+
+    weights = tmp_path / "run/best.pth"
+    run("test/eval_iou.py", "--weights", weights, *data, "--device", "cpu", "--num-workers", 0,
+        "--json", tmp_path / "val.json", "--sheet", tmp_path / "sheet.png")  # fmt: skip
+    scores = json.loads((tmp_path / "val.json").read_text())
+    assert scores["scored_at"] == "full" and scores["network_size"] == [32, 32]
+    assert len(scores["class_iou"]) == classes and scores["images"] == 2
+
+    images = root / ("JPEGImages" if name == "voc" else "images/validation")
+    run("test/eval_cityscapes_color.py", "--weights", weights, "--input", images, "--out",
+        tmp_path / "colored", "--no-legend", "--device", "cpu")  # fmt: skip
+    colors = read_class_file(CLASS_FILES / f"{'VOC' if name == 'voc' else 'ADE20K'}.yaml").palette
+    for image in images.iterdir():
+        (drawn,) = tmp_path.joinpath("colored").glob(f"{image.stem}_color.png")
+        pixels = np.array(Image.open(drawn).convert("RGB"))
+        with Image.open(image) as original:
+            assert pixels.shape[:2] == (original.height, original.width)
+        assert {*map(tuple, pixels.reshape(-1, 3))} <= {*map(tuple, colors)}
+
+
+@pytest.mark.parametrize("name", ["voc", "ade20k"])
+def test_doctor_finds_a_clean_tree_clean_and_a_wrong_id(name, request, run_inside, tmp_path):
+    root = request.getfixturevalue(name)
+
+    def check() -> tuple[int, dict]:
+        result = run_inside("utils/check_dataset.py", "--dataset", name, "--datadir", root,
+                            "--out", tmp_path / "out", "--workers", 0, "--fail-on",
+                            "error")  # fmt: skip
+        assert result.returncode in (0, 1), result.stderr
+        return result.returncode, json.loads((tmp_path / "out/report.json").read_text())
+
+    assert check()[0] == 0
+    folder, scheme = root / "annotations/training", "ADE20K"
+    if name == "voc":
+        folder, scheme = root / "SegmentationClass", "VOC"
+    path = sorted(folder.iterdir())[0]
+    with Image.open(path) as image:
+        Image.fromarray(np.full((image.height, image.width), 200, np.uint8)).save(path)
+    status, report = check()
+    assert status == 1
+    assert f"values that {scheme} does not have" in json.dumps(report)
+
+
+def test_refusal_as_the_shell_sees_it(run_inside, voc, tmp_path):
+    (voc / "ImageSets/Segmentation/train.txt").unlink()
+    result = run_inside("train/main.py", "--dataset", "voc", "--datadir", voc, "--savedir",
+                        tmp_path / "run", "--device", "cpu")  # fmt: skip
+    assert_refused(result, "train.txt", "--datadir")
+    assert not (tmp_path / "run").exists()

@@ -226,8 +226,8 @@ def test_networks_of_odd_shapes(place, data):
         ["decoder.mid.0.weight", "decoder.down1.0.weight", "decoder.lateral1.0.weight",
          "encoder.0.conv.weight", *data.draw(st.sampled_from([[], [sorted(FULL)[7]]]))]
     ), max_size=3)):  # fmt: skip
-        shape = data.draw(st.lists(st.sampled_from([0, 1, 3, 128, 10**4, 10**6]), max_size=4))
-        sound = data.draw(st.booleans()) and len(shape) < 3 and 10**6 not in shape
+        shape = data.draw(st.lists(st.sampled_from([0, 1, 3, 128, 10**4]), max_size=4))
+        sound = data.draw(st.booleans()) and len(shape) < 2
         state[name] = torch.zeros(shape) if sound else torch.zeros(1).expand(shape or [1])
     meta = data.draw(altered(META))
     path = write(place / "full.pth", saved({"state_dict": state, "meta": meta}))

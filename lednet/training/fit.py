@@ -1,5 +1,6 @@
 """A run from its first step, or any later one, to its last."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -120,8 +121,13 @@ def _is_progress(meta: dict[str, Any], state: Any) -> bool:
     told = {**meta, **state} if isinstance(state, dict) else {}
     if not {*_PROGRESS} <= told.keys():
         return False
-    kinds = all(isinstance(told[key], kind) for key, kind in _PROGRESS.items())
-    return kinds and all(isinstance(record, dict) for record in told["records"])
+    if not all(isinstance(told[key], kind) for key, kind in _PROGRESS.items()):
+        return False
+    try:
+        json.dumps(told["records"], allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return all(isinstance(record, dict) for record in told["records"])
 
 
 _PROGRESS: dict[str, type | UnionType] = {

@@ -2,11 +2,13 @@
 
 import io
 import struct
+import time
 import zipfile
 import zlib
 from pathlib import Path
 
 import av
+import fuzzing
 import numpy as np
 import pytest
 from fuzzing import Hang, damaged, ends_well, fewer, foreign
@@ -57,6 +59,7 @@ GREY, RGB = Image.fromarray(NOISE[..., 0]), Image.fromarray(NOISE[..., :3])
 RGBA = Image.fromarray(NOISE)
 PALETTE = GREY.convert("P")
 DEEP = Image.fromarray(NOISE[..., 0].astype(np.uint16) * 1000)
+FLOATS = encoded(Image.fromarray(np.float32(NOISE[..., 0])), "TIFF")
 PNGS = [
     encoded(GREY, "PNG"),
     encoded(PALETTE, "PNG", transparency=b"\0\1\2"),
@@ -77,7 +80,7 @@ OTHERS = [
     encoded(RGB, "WEBP", lossless=True, save_all=True, append_images=[RGB.rotate(90)]),
     *(encoded(RGB, "TIFF", compression=name, exif=exif())
       for name in (None, "tiff_lzw", "tiff_deflate", "packbits", "jpeg")),
-    encoded(Image.fromarray(np.float32(NOISE[..., 0])), "TIFF"),
+    FLOATS,
     encoded(DEEP, "TIFF", save_all=True, append_images=[DEEP]),
     encoded(RGB.convert("LAB"), "TIFF"),
 ]  # fmt: skip
@@ -109,6 +112,14 @@ def read_all(path: Path) -> None:
 def write(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
+
+
+@pytest.mark.parametrize("i", range(len(PNGS + OTHERS)))
+def test_sound_images_are_read(place, i):
+    path = write(place / "sound.png", (PNGS + OTHERS)[i])
+    read_all(path)
+    if (PNGS + OTHERS)[i] is not FLOATS:
+        assert sorted(read_image(path).shape) == [3, 9, 14]  # Pillow turns TIFFs upright
 
 
 @given(content=foreign([*PNGS, *OTHERS]))
@@ -376,6 +387,21 @@ def test_a_playlist_that_is_called_a_video_reads_no_other_file(place, text):
         VideoReader(path)
 
 
-def test_what_hangs_is_no_result():
+# the measure itself
+
+
+def test_only_results_and_sentences_are_good_ends(monkeypatch):
+    monkeypatch.setattr(fuzzing, "SECONDS", 1)
+    assert ends_well(lambda: 7, "x") == 7
     with pytest.raises(Hang):
-        ends_well(lambda: (_ for _ in ()).throw(Hang()), "x")
+        ends_well(lambda: time.sleep(30), "x")
+    with pytest.raises(ZeroDivisionError):
+        ends_well(lambda: 1 / 0, "x")
+
+    def refuse(sentence: str) -> None:
+        raise UserError(sentence)
+
+    assert ends_well(lambda: refuse("x is damaged"), "x") is None
+    for sentence in ("it is damaged", "x is\ndamaged", ""):
+        with pytest.raises(AssertionError):
+            ends_well(lambda sentence=sentence: refuse(sentence), "x")

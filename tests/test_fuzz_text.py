@@ -88,6 +88,15 @@ def arm(content: bytes, place: Path) -> bytes:
     return content.replace(b"{trap}", str(place / SPRUNG).encode())
 
 
+@pytest.mark.parametrize("dump", [yaml.safe_dump, json.dumps])
+def test_sound_files_are_read(place, dump):
+    scheme = read_class_file(write(place / "classes.yaml", dump(CLASSES).encode()))
+    assert scheme.classes == ("road", "field", "water") and scheme.lut[7] == 1
+    mine = parser()
+    set_recipe(mine, write(place / "mine.yaml", dump(RECIPE).encode()))
+    assert mine.parse_args([]).num_epochs == 7
+
+
 @given(content=yaml_files(CLASSES))
 def test_class_files(place, content):
     path = write(place / "classes.yaml", arm(content, place))

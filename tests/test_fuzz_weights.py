@@ -85,6 +85,13 @@ def open_it(path: Path) -> None:
         ends_well(lambda: load_network(path), path.name)
 
 
+@pytest.mark.parametrize("content", SOUND)
+def test_sound_checkpoints_are_read(place, content):
+    path = write(place / "w.pth", content)
+    report = load_weights(small_net(), path)
+    assert report.complete and len(report.loaded) == len(STATE)
+
+
 @given(content=foreign(SOUND))
 def test_damaged_checkpoints(place, content):
     open_it(write(place / "w.pth", content))

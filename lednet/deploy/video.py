@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from types import ModuleType
@@ -147,8 +148,11 @@ class VideoReader:
         stream, container = self._stream, self._container
         if stream.duration and stream.time_base:
             return ((stream.start_time or 0) + stream.duration) * stream.time_base
-        if "DURATION" in stream.metadata:  # Matroska: 00:00:01.001000000
-            hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        # Matroska's, as 00:00:01.001000000
+        if told := re.fullmatch(
+            r"(\d{1,9}):(\d{1,9}):(\d{1,9}\.?\d{0,9})", stream.metadata.get("DURATION", "")
+        ):
+            hours, minutes, seconds = told.groups()
             return Fraction(seconds) + 60 * int(minutes) + 3600 * int(hours)
         if len(container.streams) == 1 and container.duration:
             return Fraction((container.start_time or 0) + container.duration, 10**6)

@@ -173,7 +173,7 @@ def check_upload(
         files = [
             _File(m.filename, m.file_size, lambda m=m: _read_member(archive, m))
             for m in members
-            if not m.is_dir()
+            if not m.filename.endswith("/")
         ]
         folders = sorted({m.filename.split("/")[0] + "/" for m in members if "/" in m.filename})
         flat = _problem(folders, "folder", "in the zip", "put the images at its top level")

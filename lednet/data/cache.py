@@ -379,8 +379,9 @@ def _read_entry(path: Path) -> dict[str, Any] | None:
         entry = read_json(path)
         stamps, facts = entry["stamps"], np.array(entry["facts"], dtype=np.int64)
         named = all(isinstance(stamp[0], str) for stamp in stamps)
-        whole = named and facts.ndim == 2 and len(facts) == len(stamps)
-        return entry if whole and {"bytes", "checksum"} <= entry.keys() else None
+        sized = isinstance(entry["bytes"], int) and isinstance(entry["checksum"], str)
+        whole = named and sized and facts.ndim == 2 and len(facts) == len(stamps)
+        return entry if whole else None
     except (UserError, KeyError, TypeError, IndexError, ValueError, OverflowError):
         return None
 

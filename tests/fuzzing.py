@@ -113,7 +113,7 @@ def altered(draw: Callable, whole: Any, others: st.SearchStrategy = values) -> A
             if not keys:
                 break
             key = draw(st.sampled_from(keys))
-            if isinstance(part[key], dict | list) and draw(st.booleans()):
+            if isinstance(part[key], dict | list) and draw(st.integers(0, 3)):
                 part = part[key]
                 continue
             change = draw(st.sampled_from(["replace", "replace", "remove", "double"]))

@@ -1,9 +1,10 @@
 """A run from its first step, or any later one, to its last."""
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -127,7 +128,9 @@ def _is_progress(meta: dict[str, Any], state: Any) -> bool:
         json.dumps(told["records"], allow_nan=False)
     except (TypeError, ValueError, RecursionError):
         return False
-    return all(isinstance(record, dict) for record in told["records"])
+    tally = told["tally"]
+    counted = tally is None or isinstance(tally.get("step"), int)
+    return counted and all(isinstance(record, dict) for record in told["records"])
 
 
 _PROGRESS: dict[str, type | UnionType] = {
@@ -179,22 +182,25 @@ def train_stages(
                 trainer_state = None
             equipment = equip(stage)
             if trainer_state is not None:
-                _restore(equipment.trainer, trainer_state)
+                with as_saved():
+                    equipment.trainer.load_state_dict(trainer_state)
             _Fit(course, stage, equipment, progress).train()
     return progress
 
 
-def _restore(trainer: Trainer, state: dict[str, Any]) -> None:
-    """
+@contextlib.contextmanager
+def as_saved() -> Iterator[None]:
+    """Take over a part of a checkpoint.
+
     Raises:
-        UserError: `state` is that of another network or other options.
+        UserError: it is that of another network or other options.
     """
     try:
-        trainer.load_state_dict(state)
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(
-            "the checkpoint's optimizer does not fit this run: resume with the options that it "
-            "was begun with, or start a new run from its weights with --state"
+            "the checkpoint is of other options than this run: resume with those that it was "
+            "begun with, or start a new run from its weights with --state"
         ) from error
 
 
@@ -240,7 +246,8 @@ class _Fit:
         task, world = trainer.task, trainer.world
         tally = trainer.new_tally()
         if progress.tally is not None:
-            tally.restore(progress.tally, world)
+            with as_saved():
+                tally.restore(progress.tally, world)
             progress.tally = None
         loader.sampler.epoch = epoch
         loader.sampler.start = min(tally.images // world.size, loader.sampler.share)

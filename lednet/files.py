@@ -9,7 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lednet.errors import UserError
+
+MAX_YAML = 256 * 2**10
+"""Bytes of what is written by hand: 254 classes take a tenth; parsing slows down with size."""
 
 
 @contextlib.contextmanager
@@ -137,5 +142,39 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}; correct or remove it") from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML of trees alone: a few aliases of aliases stand for more than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name), which are not taken")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: str | os.PathLike) -> Any:
+    """Parse the YAML or JSON file at `path`, without aliases, of at most `MAX_YAML` bytes.
+
+    Raises:
+        UserError: no such file, too large, or not YAML.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_YAML + 1)
+        if len(content) > MAX_YAML:
+            raise UserError(
+                f"{path} is over {MAX_YAML >> 10} KiB, too large to be read: shorten it"
+            )
+        return yaml.load(content.decode(), Loader=_PlainLoader)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except UserError:
+        raise
+    except Exception as error:  # a tag such as !!timestamp before another word raises anything
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{path} is neither YAML nor JSON ({reason}{where}): correct it") from error

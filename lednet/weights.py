@@ -6,17 +6,21 @@ original release (their key names, checkpoint bundle and `module.` prefix).
 
 import hashlib
 import io
+import math
 import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lednet.data.images import max_pixels
 from lednet.data.labels import LabelScheme
 from lednet.errors import UserError
 from lednet.files import write_atomically
@@ -113,8 +117,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             tensors, numbers, strings and plain containers.
     """
     path = Path(path)
-    if path.name == TENSORS:
-        return read_pretrained(path.parent)
+    content = read_pretrained(path.parent) if path.name == TENSORS else _read_bundle(path)
+    if "meta" in content:
+        require_meta(content["meta"], path)
+    return content
+
+
+def _read_bundle(path: Path) -> dict[str, Any]:
+    """`read_checkpoint` of a file that `torch.save` wrote."""
     try:
         require_intact(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -137,6 +147,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not _all_tensors(state):
         raise UserError(f"{path} holds no state dict: give a file written by training")
+    if sum(value.numel() * value.element_size() for value in state.values()) > _size(path):
+        raise UserError(f"{path} has tensors larger than the file: save it again as a state dict")
     content["state_dict"] = {_our_name(key): value for key, value in state.items()}
     return content
 
@@ -146,17 +158,75 @@ def require_intact(path: Path) -> None:
     writes and does not read.
 
     Raises:
-        zipfile.BadZipFile: they differ. Files from before PyTorch 1.6 carry none.
+        zipfile.BadZipFile: they differ, or are together larger than the file: PyTorch
+            compresses none. Files from before PyTorch 1.6 carry none.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > _size(path):
+                raise zipfile.BadZipFile("compressed")
             damaged = archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(damaged)
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
 def _all_tensors(state: dict) -> bool:
-    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    return all(
+        isinstance(key, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_quantized or value.is_meta or value.is_complex())
+        for key, value in state.items()
+    )
+
+
+def require_meta(meta: Any, source: str | os.PathLike) -> None:
+    """
+    Raises:
+        UserError: `meta` is no dictionary, or what a network is run and shown with has
+            another form than training wrote.
+    """
+    if not isinstance(meta, dict):
+        raise UserError(f'the "meta" of {source} is no dictionary: give a file written by training')
+    for key, is_sound in _META.items():
+        if key in meta and not is_sound(meta[key]):
+            raise UserError(
+                f'the "{key}" of {source} is damaged or of another kind: give a file written by '
+                "training"
+            )
+
+
+def _is_list(value: Any, is_sound: Callable[[Any], bool], count: int | None = None) -> bool:
+    fits = isinstance(value, list | tuple) and count in (None, len(value))
+    return fits and all(map(is_sound, value))
+
+
+def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, int) and least <= value <= most
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e6
+
+
+_META: dict[str, Callable[[Any], bool]] = {
+    "size": lambda value: (
+        _is_list(value, lambda side: _is_whole(side, 1), 2) and math.prod(value) <= max_pixels()
+    ),
+    "classes": lambda value: _is_list(value, lambda name: isinstance(name, str)),
+    "colors": lambda value: _is_list(value, _is_color),
+    "mean": lambda value: _is_list(value, _is_finite, 3),
+    "std": lambda value: _is_list(value, lambda v: _is_finite(v) and v > 0, 3),
+}
+"""What entries of "meta" must be like, as far as there is code that relies on it."""
+
+
+def _is_color(value: Any) -> bool:
+    return _is_list(value, lambda part: _is_whole(part, 0, 255), 3)
 
 
 def _our_name(key: str) -> str:
@@ -200,13 +270,20 @@ def load_state(
     Raises:
         UserError: a key is missing, unexpected or of another shape; names `source`.
     """
+    report = _require_fit(net, state, source, part)
+    net.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
+    return report
+
+
+def _require_fit(
+    net: nn.Module, state: dict[str, Tensor], source: str | os.PathLike, part: str = ""
+) -> KeyReport:
     report = compare_keys(net, state, part)
     if not report.complete:
         raise UserError(
             f"{source} does not fit {_describe(net)} ({report}): {report.examples()}; choose the "
             "weights' own variant and number of classes, or other weights"
         )
-    net.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
     return report
 
 
@@ -280,11 +357,14 @@ def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
         num_classes = state["decoder.mid.0.weight"].shape[0]
         width = state["decoder.down1.0.weight"].shape[0]
         light = state["decoder.lateral1.0.weight"].shape[-1] > 1
-    except (KeyError, IndexError) as error:
+        build = partial(LEDNet, num_classes, *(("d20",) if light else ("d128", width)))
+        with torch.device("meta"):
+            _require_fit(build(), state, path)  # before memory is taken for what they claim
+    except (KeyError, IndexError, ValueError) as error:
         raise UserError(
             f"{path} holds no LEDNet decoder: give the weights of a full network"
         ) from error
-    net = LEDNet(num_classes, "d20") if light else LEDNet(num_classes, "d128", width)
+    net = build()
     load_state(net, state, path)
     return net.eval(), checkpoint.get("meta", {})
 

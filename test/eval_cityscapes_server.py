@@ -156,7 +156,7 @@ def run_network(
         Journal.clear(args.out)
         shutil.rmtree(folder, ignore_errors=True)
     world.barrier()
-    journal = Journal(args.out, settings(args, predictor), world.rank)
+    journal = Journal(args.out, settings(args, predictor), world.rank, check=FrameResult.from_json)
     world.barrier()  # all have read before one writes
     wanted = {frame.name for frame in frames}
     done = {

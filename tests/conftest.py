@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from make_toy_cityscapes import write_toy_cityscapes
 from PIL import Image
 
@@ -17,6 +18,21 @@ from lednet.weights import save_checkpoint
 
 # On these small tensors a second thread only waits, and for long where cores are shared.
 torch.set_num_threads(1)
+
+FUZZ_EXAMPLES = "LEDNET_FUZZ_EXAMPLES"
+"""Environment variable: inputs that hypothesis tries for each property, at random; without it,
+the same hundred each time."""
+
+settings.register_profile(
+    "lednet",
+    max_examples=int(os.environ.get(FUZZ_EXAMPLES, 100)),
+    derandomize=FUZZ_EXAMPLES not in os.environ,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("lednet")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import threading
-import wave
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -293,9 +292,12 @@ def test_files_that_are_no_videos(tmp_path, content):
 
 
 def test_a_sound_file_holds_no_video(tmp_path):
-    with wave.open(str(tmp_path / "sound.mkv"), "wb") as sound:
-        sound.setparams((1, 2, 8000, 0, "NONE", ""))
-        sound.writeframes(bytes(8000))
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+        sound.rate = 8000
+        for part in (sound, None):
+            container.mux(stream.encode(part))
     with pytest.raises(UserError, match="holds no video"):
         VideoReader(tmp_path / "sound.mkv")
 

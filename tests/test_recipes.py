@@ -43,13 +43,13 @@ def test_options_become_defaults_that_flags_override(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("{speed: 3}", "no option speed"),
+        ("{speed: 3}", "no option 'speed'"),
         ("{lr: fast}", "lr cannot be 'fast'"),
         ("{num_epochs: [1]}", "num_epochs cannot be"),
         ("{augment: wild}", "augment cannot be 'wild'"),
         ("{compile: 1}", "compile cannot be 1"),
         ("7", "must hold `about` and `options`"),
-        ("{lr: [}", "is no YAML file"),
+        ("{lr: [}", "is neither YAML nor JSON"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path, options, words):

@@ -173,7 +173,13 @@ def open_run(args: argparse.Namespace, world: World) -> Run:
         "alpha": args.alpha,
         "legend": args.legend,
     }
-    journal = Journal(args.out, settings, world.rank)
+
+    def check(entry: dict[str, Any]) -> None:
+        _path, _size, _time = entry["source"]
+        if "pixels" in entry:  # an image's
+            class_shares([entry["pixels"]], scheme)
+
+    journal = Journal(args.out, settings, world.rank, check)
     world.barrier()  # all have read before one writes
     return Run(args, world, predictor, scheme, journal)
 

@@ -12,10 +12,12 @@ in any way, goes on where it was. Opening and building hold one shard's entries 
 ImageNet has 1.3 million.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import reprlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -102,9 +104,13 @@ class CachedDataset(Dataset):
         self._maps: dict[int, np.ndarray] = {}
         if not (self.folder / MANIFEST).is_file():
             raise UserError(f"no cache in {folder}: build it with `{command}`")
-        self._manifest = read_json(self.folder / MANIFEST)
+        self._manifest = _read_manifest(self.folder)
         if other := _other_option(self._manifest, source):
             self._refuse(f"the cache in {folder} differs in its {other}", " --rebuild")
+        for key in ("shards", "shard_pairs"):
+            count = self._manifest.get(key)
+            if not isinstance(count, int) or count < 1:
+                self._refuse(f"{self.folder / MANIFEST} is damaged", " --rebuild")
         files, facts = _Files(source.pairs), []
         for number, entry in enumerate(self._entries()):
             start = number * self._manifest["shard_pairs"]
@@ -115,10 +121,14 @@ class CachedDataset(Dataset):
             if found != entry["bytes"]:
                 self._refuse(f"{path} has {found} of its {entry['bytes']} bytes")
             facts.append(np.array(entry["facts"], dtype=np.int64))
+        planes, first_facts = source.encode(0)
+        for number, rows in enumerate(facts):
+            if rows.shape[1] != len(first_facts):
+                self._refuse(f"{self.folder / _entry_name(number)} is damaged")
         self.facts = np.concatenate(facts)
         if len(self.facts) < len(source):
             self._refuse_files(files)
-        if not all(map(torch.equal, self[0], source[0])):
+        if self.facts[0].tolist() != first_facts or not torch.equal(self._planes(0), planes):
             image = self.pairs[0].image
             self._refuse(f"{image} is now read otherwise than into {folder}", " --rebuild")
 
@@ -136,7 +146,10 @@ class CachedDataset(Dataset):
             path = self.folder / _entry_name(number)
             if not path.is_file():
                 self._refuse(f"the cache in {self.folder} is unfinished")
-            yield read_json(path)
+            entry = _read_entry(path)
+            if entry is None:
+                self._refuse(f"{path} is damaged")
+            yield entry
 
     def verify(self) -> None:
         """Read all shards and compare their checksums.
@@ -155,11 +168,22 @@ class CachedDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         index = range(len(self))[index]
+        return self.source.decode(self._planes(index), self.facts[index].tolist())
+
+    def _planes(self, index: int) -> Tensor:
         number, row = divmod(index, self._manifest["shard_pairs"])
         if number not in self._maps:  # each process maps for itself
-            self._maps[number] = np.load(self.folder / _shard_name(number), mmap_mode="r")
-        planes = torch.from_numpy(np.array(self._maps[number][row]))
-        return self.source.decode(planes, self.facts[index].tolist())
+            self._maps[number] = self._map(number)
+        return torch.from_numpy(np.array(self._maps[number][row]))
+
+    def _map(self, number: int) -> np.ndarray:
+        path, step = self.folder / _shard_name(number), self._manifest["shard_pairs"]
+        shape = (len(range(len(self))[number * step :][:step]), *self.source.encoded_shape)
+        with contextlib.suppress(Exception):  # a parser, on bytes of any kind
+            planes = np.lib.format.open_memmap(path, mode="r")
+            if planes.dtype == np.uint8 and planes.shape == shape:
+                return planes
+        self._refuse(f"{path} is damaged")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # pickled, a map would be its whole file
@@ -250,7 +274,7 @@ class _Build:
 
     def _sound_shards(self, count: int) -> list[int]:
         """Those of the first `count` shards that are there, up to date and undamaged."""
-        if other := _other_option(read_json(self.folder / MANIFEST), self.source):
+        if other := _other_option(_read_manifest(self.folder), self.source):
             raise UserError(
                 f"the cache in {self.folder} differs in its {other}: choose another --cache, "
                 "or add --rebuild to replace it"
@@ -262,7 +286,9 @@ class _Build:
         path, entry_path = self.folder / _shard_name(number), self.folder / _entry_name(number)
         if not path.is_file() or not entry_path.is_file():
             return False
-        entry, indices = read_json(entry_path), self._indices(number)
+        entry, indices = _read_entry(entry_path), self._indices(number)
+        if entry is None or entry["bytes"] != path.stat().st_size:
+            return False
         up_to_date = entry["stamps"] == self.files.stamps(indices.start, indices.stop)
         return up_to_date and entry["checksum"] == _checksum(path, entry["facts"])
 
@@ -338,6 +364,28 @@ def _entry_name(number: int) -> str:
     return f"{number:06d}.json"
 
 
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest in `folder` holds; nothing where it is damaged."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except UserError:
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _read_entry(path: Path) -> dict[str, Any] | None:
+    """What the JSON file of a shard holds; None where it is damaged."""
+    try:
+        entry = read_json(path)
+        stamps, facts = entry["stamps"], np.array(entry["facts"], dtype=np.int64)
+        named = all(isinstance(stamp[0], str) for stamp in stamps)
+        sized = isinstance(entry["bytes"], int) and isinstance(entry["checksum"], str)
+        whole = named and sized and facts.ndim == 2 and len(facts) == len(stamps)
+        return entry if whole else None
+    except (UserError, KeyError, TypeError, IndexError, ValueError, OverflowError):
+        return None
+
+
 def _checksum(path: Path, facts: list[list[int]]) -> str:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "blake2b")
@@ -354,7 +402,9 @@ def _other_option(manifest: Mapping[str, Any], source: Source) -> str | None:
     for name, wanted in _options(source).items():
         found = manifest.get(name)
         if found != wanted:
-            return name + (f" ({found}, not {wanted})" if name in ("version", "size") else "")
+            return name + (
+                f" ({reprlib.repr(found)}, not {wanted})" if name in ("version", "size") else ""
+            )
     return None
 
 
@@ -391,5 +441,5 @@ def _change(old: Sequence[Stamp], new: Sequence[Stamp]) -> str:
             return f"{name} is new"
         for i in (0, 3):
             if before[name][i : i + 3] != after[name][i : i + 3]:
-                return f"{after[name][i]} has changed"
+                return f"{[*after[name][i:], name][0]} has changed"
     return "the order of the files has changed"

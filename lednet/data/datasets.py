@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
+from lednet.data.images import open_image
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
 from lednet.data.layouts import DEFAULT_SIZES, list_split
 from lednet.data.pairs import Pair, ground_truth, hold_out, list_examples, match
@@ -35,27 +36,10 @@ ORIENTATIONS = {
 # is. For good: a filter that comes and goes makes Python forget which warnings it has shown once.
 warnings.filterwarnings(
     "ignore",
-    "(possibly )?corrupt EXIF|truncated file read|metadata warning|palette images with transp",
+    "(possibly )?corrupt EXIF|truncated file read|metadata warning|tag data larger than file"
+    "|palette images with transp",
     module=r"PIL\.",
 )
-
-
-def open_image(path: Path) -> Image.Image:
-    """Open and decode an image file.
-
-    Raises:
-        UserError: missing, truncated, no image, or one of more than 178 million pixels.
-    """
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError as error:
-        raise UserError(f"no file {path}: it was there when the run began; restore it") from error
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} is damaged ({error}): copy it again") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large ({error}): shrink or remove it") from error
-    return image
 
 
 def read_image(path: Path) -> np.ndarray:

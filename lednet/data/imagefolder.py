@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from lednet.data.datasets import open_image, to_rgb
+from lednet.data.datasets import to_rgb
+from lednet.data.images import open_image
 from lednet.data.pairs import Pair, list_examples
 from lednet.errors import UserError
 

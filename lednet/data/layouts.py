@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from PIL import Image
 
 from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, cityscapes_scheme
@@ -18,6 +17,7 @@ from lednet.data.pairs import (
     voc_list,
 )
 from lednet.errors import UserError
+from lednet.files import read_yaml
 
 CLASS_FILES = Path(__file__).parent / "classes"
 """Of data sets whose classes are published as tables."""
@@ -38,12 +38,9 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
         UserError: no such file, no such structure, an id outside 0..255 or used twice.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # YAML includes JSON
-    except OSError as error:
-        raise UserError(f"no class file {path}: name one with --classes") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is neither YAML nor JSON: see datasets/README.md") from error
+    if not path.is_file():
+        raise UserError(f"no class file {path}: name one with --classes")
+    content = read_yaml(path)
     try:
         rows = list(content["classes"])
         names = tuple(str(row["name"]) for row in rows)
@@ -52,7 +49,7 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
             [int(c) for c in row.get("color", _generated_color(i))] for i, row in enumerate(rows)
         ]
         ignored = [int(i) for i in content.get("ignore", [])]
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} must hold `classes`, a list of {{name, id, color}}: see datasets/README.md"
         ) from error

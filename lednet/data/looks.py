@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lednet.data.datasets import to_rgb, turning
+from lednet.data.images import open_header
 from lednet.data.lookalikes import THUMBNAIL
 from lednet.data.pairs import Pair
 from lednet.errors import UserError
@@ -61,7 +62,7 @@ def look_at(pair: Pair) -> Look:
 
 
 def _see_image(look: Look, file: Path) -> None:
-    with Image.open(file) as image:
+    with open_header(file) as image:
         size, mode = image.size, image.mode
         image.draft(None, _JPEG_SIZE)
         image.load()
@@ -78,7 +79,7 @@ def _see_image(look: Look, file: Path) -> None:
 
 
 def _see_label(look: Look, file: Path) -> None:
-    with Image.open(file) as label:
+    with open_header(file) as label:
         label.load()
         look.label_size, look.label_mode = label.size, label.mode
         if label.mode not in LABEL_MODES:

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lednet.data.datasets import open_image, to_rgb
+from lednet.data.datasets import to_rgb
+from lednet.data.images import open_image
 from lednet.data.labels import LabelScheme
 from lednet.deploy.backends import choose_backend, exported_core, make_core, open_exported
 from lednet.deploy.formats import Exported, is_exported

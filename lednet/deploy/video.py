@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from types import ModuleType
@@ -9,10 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lednet.data.images import max_pixels
 from lednet.errors import UserError
 from lednet.files import write_atomically
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
+CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,h264,hevc"
+"""FFmpeg's names of what is opened, by content and never by suffix: a playlist called .mp4 would
+have it read other files, or the network."""
 OLDEST_AV = 17
 ENCODER = "libx264"
 ENCODER_OPTIONS = {"preset": "ultrafast", "crf": "18"}
@@ -100,7 +105,7 @@ class VideoReader:
         problem: after the last frame, None or a sentence: frames are missing.
 
     Raises:
-        VideoError: not a video.
+        VideoError: not a video, or frames of more than `lednet.data.images.max_pixels()`.
         UserError: PyAV is not installed.
     """
 
@@ -110,7 +115,11 @@ class VideoReader:
         try:
             # A name with a colon is no protocol's.
             url = self.source if format else f"file:{self.source}"
-            self._container = self._av.open(url, format=format)
+            safety = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+            options = {} if format else safety
+            self._container = self._av.open(
+                url, format=format, options=options, metadata_errors="replace"
+            )
         except self._av.error.FFmpegError as error:
             raise VideoError(
                 f"{source} cannot be read as a video ({error.strerror}): check it, or copy it again"
@@ -119,6 +128,11 @@ class VideoReader:
         if self._stream is None or self._stream.codec_context is None:
             self._container.close()
             raise VideoError(f"{source} holds no video that this PyAV can read: give another file")
+        context, limit = self._stream.codec_context, max_pixels()
+        if context.width * context.height > limit:
+            self._container.close()
+            raise VideoError(f"{source} has frames of more than {limit:,} pixels: shrink it")
+        context.options = {"max_pixels": str(limit)}  # the size may change on the way
         self._stream.thread_type = "AUTO"
         self.rate = self._stream.average_rate or self._stream.guessed_rate or DEFAULT_RATE
         self._clock = Clock(self.rate, self._stream.time_base)
@@ -134,8 +148,11 @@ class VideoReader:
         stream, container = self._stream, self._container
         if stream.duration and stream.time_base:
             return ((stream.start_time or 0) + stream.duration) * stream.time_base
-        if "DURATION" in stream.metadata:  # Matroska: 00:00:01.001000000
-            hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        # Matroska's, as 00:00:01.001000000
+        if told := re.fullmatch(
+            r"(\d{1,9}):(\d{1,9}):(\d{1,9}\.?\d{0,9})", stream.metadata.get("DURATION", "")
+        ):
+            hours, minutes, seconds = told.groups()
             return Fraction(seconds) + 60 * int(minutes) + 3600 * int(hours)
         if len(container.streams) == 1 and container.duration:
             return Fraction((container.start_time or 0) + container.duration, 10**6)

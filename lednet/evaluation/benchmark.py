@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from lednet.data.datasets import open_image, read_image, read_label
+from lednet.data.datasets import read_image, read_label
+from lednet.data.images import open_image
 from lednet.data.labels import LabelScheme, cityscapes_id_scheme, cityscapes_label_ids
 from lednet.data.pairs import (
     cityscapes_labels,
@@ -26,7 +27,13 @@ from lednet.data.pairs import (
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.stream import in_order
 from lednet.errors import UserError
-from lednet.evaluation.cityscapes import NUM_IDS, BenchmarkScores, ImageCounts, count_image
+from lednet.evaluation.cityscapes import (
+    AVERAGE_INSTANCE_SIZE,
+    NUM_IDS,
+    BenchmarkScores,
+    ImageCounts,
+    count_image,
+)
 from lednet.evaluation.upload import frame_name, prediction_name, write_label_ids
 
 
@@ -158,7 +165,8 @@ class FrameResult:
                     matrix[true_id, predicted_id] = pixels
                 counts[key] = ImageCounts(matrix)
         if "instances" in entry:
-            counts["full"].instances = np.array(entry["instances"])
+            instances = np.array(entry["instances"], np.float64)
+            counts["full"].instances = instances.reshape(len(AVERAGE_INSTANCE_SIZE), 4)
         return cls(entry["name"], **counts)
 
 

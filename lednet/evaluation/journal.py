@@ -2,12 +2,18 @@
 
 import json
 import os
+import reprlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lednet.errors import UserError
+
+_DAMAGED = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError
+)  # fmt: skip
+"""What code that expects another line raises."""
 
 
 class Journal:
@@ -20,15 +26,22 @@ class Journal:
         folder: made with the first line.
         settings: everything that the results depend on; plain JSON values.
         rank: of this process among those that write.
+        check: is given each entry that is read, and fails on one that is damaged.
 
     Attributes:
         entries: lines found at the start, by the image's name.
 
     Raises:
-        UserError: the folder holds results of other settings.
+        UserError: the folder holds results of other settings, or a file of it is damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike, settings: dict[str, Any], rank: int = 0):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        settings: dict[str, Any],
+        rank: int = 0,
+        check: Callable[[dict[str, Any]], object] = lambda entry: None,
+    ):
         self.folder = Path(folder)
         self.settings = json.loads(json.dumps(settings))  # as they are read again: no tuples
         self.path = self.folder / f"progress-{rank}.jsonl"
@@ -36,17 +49,24 @@ class Journal:
         self._begun = False
         self._lock = threading.Lock()
         for path in sorted(self.folder.glob("progress-*.jsonl")):
-            first, *rest = list(_whole_lines(path)) or [self.settings]
-            self._require_same_settings(first)
-            self.entries.update((entry["name"], entry) for entry in rest)
+            try:
+                first, *rest = list(_whole_lines(path)) or [self.settings]
+                self._require_same_settings(first)
+                for entry in rest:
+                    check(entry)
+                    self.entries[str(entry["name"])] = entry
+            except _DAMAGED as error:
+                raise UserError(
+                    f"{path} is damaged: add --overwrite to begin anew, or choose another --out"
+                ) from error
 
     def _require_same_settings(self, found: dict[str, Any]) -> None:
         for key in self.settings | found:
             if self.settings.get(key) != found.get(key):
+                other, ours = (reprlib.repr(told.get(key)) for told in (found, self.settings))
                 raise UserError(
-                    f"{self.folder} holds results with {key} {found.get(key)}, not "
-                    f"{self.settings.get(key)}: add --overwrite to begin anew, or choose another "
-                    "--out"
+                    f"{self.folder} holds results with {key} {other}, not {ours}: add "
+                    "--overwrite to begin anew, or choose another --out"
                 )
 
     def add(self, entry: dict[str, Any]) -> None:

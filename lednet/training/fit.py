@@ -1,11 +1,14 @@
 """A run from its first step, or any later one, to its last."""
 
+import contextlib
+import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +95,7 @@ class Course:
         if not {"meta", "trainer", "progress"} <= content.keys():
             raise UserError(f"{path} holds weights alone: start a new run with --state {path}")
         meta, state = content["meta"], content["progress"]
-        if not {*PROGRESS_KEYS} <= state.keys():
+        if not _is_progress(meta, state):
             raise UserError(
                 f"{path} was written by another version: resume with that, or start a new run "
                 f"with --state {path}"
@@ -112,6 +115,34 @@ class Course:
             f"resuming {progress.stage} after epoch {progress.epoch}{within} ({path.name})"
         )
         return progress, content["trainer"]
+
+
+def _is_progress(meta: dict[str, Any], state: Any) -> bool:
+    """Whether a checkpoint's "meta" and "progress" are what `_Fit` wrote."""
+    told = {**meta, **state} if isinstance(state, dict) else {}
+    if not {*_PROGRESS} <= told.keys():
+        return False
+    if not all(isinstance(told[key], kind) for key, kind in _PROGRESS.items()):
+        return False
+    try:
+        json.dumps(told["records"], allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    tally = told["tally"]
+    counted = tally is None or isinstance(tally.get("step"), int)
+    return counted and all(isinstance(record, dict) for record in told["records"])
+
+
+_PROGRESS: dict[str, type | UnionType] = {
+    "stage": str,
+    "epoch": int,
+    "mean": list | tuple,
+    "std": list | tuple,
+    "steps": int,
+    "best_score": int | float,
+    "records": list,
+    "tally": dict | None,
+}
 
 
 class Equipment(NamedTuple):
@@ -151,9 +182,26 @@ def train_stages(
                 trainer_state = None
             equipment = equip(stage)
             if trainer_state is not None:
-                equipment.trainer.load_state_dict(trainer_state)
+                with as_saved():
+                    equipment.trainer.load_state_dict(trainer_state)
             _Fit(course, stage, equipment, progress).train()
     return progress
+
+
+@contextlib.contextmanager
+def as_saved() -> Iterator[None]:
+    """Take over a part of a checkpoint.
+
+    Raises:
+        UserError: it is that of another network or other options.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            "the checkpoint is of other options than this run: resume with those that it was "
+            "begun with, or start a new run from its weights with --state"
+        ) from error
 
 
 class _Fit:
@@ -198,7 +246,8 @@ class _Fit:
         task, world = trainer.task, trainer.world
         tally = trainer.new_tally()
         if progress.tally is not None:
-            tally.restore(progress.tally, world)
+            with as_saved():
+                tally.restore(progress.tally, world)
             progress.tally = None
         loader.sampler.epoch = epoch
         loader.sampler.start = min(tally.images // world.size, loader.sampler.share)

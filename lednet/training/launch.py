@@ -14,7 +14,7 @@ from lednet.training.checkpoints import Checkpoints
 from lednet.training.distributed import World, join_world, leave_world, lost_processes
 from lednet.training.engine import Optimization
 from lednet.training.loading import worker_failures
-from lednet.training.recipes import recipe_path, set_recipe
+from lednet.training.recipes import recipe_path, set_options, set_recipe
 from lednet.training.runs import RunFolder, holds_run, read_options
 from lednet.training.stopping import Keeper, Stopped, StopRequest
 
@@ -130,7 +130,8 @@ def parse_flags(
         recipes: folder of the recipes that have names.
 
     Raises:
-        UserError: a number is out of its range, or there is nothing to resume.
+        UserError: a number is out of its range, there is nothing to resume, or its options
+            are damaged.
     """
     set_recipe(parser, recipe_path(BASE_RECIPE, recipes))  # first: --help shows its values
     args = parser.parse_args()
@@ -141,9 +142,11 @@ def parse_flags(
     if resume == "auto" and not holds_run(run_path(args)):
         resume = None
     if resume:
-        saved = {"recipe": BASE_RECIPE} | read_options(run_path(args))
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults(**{key: value for key, value in saved.items() if key in known})
+        path = run_path(args)
+        saved = {"recipe": BASE_RECIPE} | read_options(path)
+        known = {action.dest for action in parser._actions} - {"resume"}
+        options = {key: value for key, value in saved.items() if key in known}
+        set_options(parser, options, path / "options.json")
     args = parser.parse_args()
     args.resume = resume
     if resume and args.recipe != saved["recipe"]:

@@ -13,12 +13,12 @@ An option is called as its flag, with underscores. What a recipe does not set is
 """
 
 import argparse
+import reprlib
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lednet.errors import UserError
+from lednet.files import read_yaml
 
 ABOUT = ("data", "command", "hours", "score")
 """What every recipe says of itself."""
@@ -48,10 +48,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not YAML, or lacks something.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML file that can be read: mend it") from error
+    content = read_yaml(path)
     content = content if isinstance(content, dict) else {}
     about, options = content.get("about"), content.get("options")
     if not isinstance(about, dict) or not isinstance(options, dict):
@@ -67,15 +64,26 @@ def set_recipe(parser: argparse.ArgumentParser, path: Path) -> None:
     Raises:
         UserError: an option is unknown, or its value none that the flag takes.
     """
-    actions = {action.dest: action for action in parser._actions}
-    for name, value in read_recipe(path)["options"].items():
+    set_options(parser, read_recipe(path)["options"], path)
+
+
+def set_options(parser: argparse.ArgumentParser, options: dict[str, Any], source: Path) -> None:
+    """Make `options` the defaults of `parser`, as if they had been typed.
+
+    Raises:
+        UserError: an option is unknown, or its value none that the flag takes; names `source`.
+    """
+    actions = {action.dest: action for action in reversed(parser._actions)}  # the first of a name
+    for name, value in options.items():
         action = actions.get(name)
         if action is None:
-            raise UserError(f"{path}: there is no option {name}; --help lists them")
+            raise UserError(f"{source}: there is no option {reprlib.repr(name)}; --help lists them")
         try:
             parser.set_defaults(**{name: _typed(action, value)})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: {name} cannot be {value!r}; see --help") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"{source}: {name} cannot be {reprlib.repr(value)}; see --help"
+            ) from error
 
 
 def _typed(action: argparse.Action, value: Any) -> Any:

@@ -67,10 +67,14 @@ def read_options(path: Path) -> dict[str, Any]:
     """Options of the run in the folder `path`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or its file is damaged.
     """
     require_run(path)
-    return read_json(path / "options.json")["options"]
+    content = read_json(path / "options.json")
+    options = content.get("options") if isinstance(content, dict) else None
+    if not isinstance(options, dict):
+        raise UserError(f"{path / 'options.json'} holds no options: start a new run")
+    return options
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -82,8 +86,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     require_run(path)
     try:
         lines = (path / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+        records = [json.loads(line) for line in lines]
+        if not all(isinstance(record, dict) and "stage" in record for record in records):
+            raise ValueError("a line is no record of an epoch")
+        return records
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path / 'log.jsonl'} ({error}): train on") from error
 
 

@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from lednet.deploy.graph import BytesToLabels, BytesToLogits
 from lednet.errors import UserError
 from lednet.model import LEDNet
+from lednet.weights import require_meta
 
 TRACED_SHAPE = (2, 160, 224)
 """(N, H, W) of the example that a dynamic graph is traced with."""
@@ -45,6 +46,10 @@ class RunOptions(NamedTuple):
     threads: int | None = None
     device: str = "cpu"
     precision: str = "fp32"
+
+
+_STRANGE = (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError)
+"""What metadata of another kind lead to."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +106,28 @@ class Exported:
                 key: value if key in ("lednet", "output", "dataset") else json.loads(value)
                 for key, value in self.metadata.items()
             }
-            return told | {"size": tuple(told["size"]), "precision": told["precision"]}
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{self.path} does not say what network it holds: write it with "
-                "utils/export_model.py"
-            ) from error
+            require_meta(told, self.path)
+            return (
+                told
+                | {key: told[key] for key in ("output", "precision")}
+                | {"size": tuple(told["size"])}
+            )
+        except _STRANGE as error:
+            raise self._unknown() from error
+
+    def _unknown(self) -> UserError:
+        return UserError(
+            f"{self.path} does not say what network it holds: write it with utils/export_model.py"
+        )
 
     def skeleton(self) -> LEDNet:
         """The network that the file was written from, without weights (on "meta")."""
         meta = self.meta
-        with torch.device("meta"):
-            return LEDNet(meta["outputs"], meta["variant"], meta["pyramid_channels"]).eval()
+        try:
+            with torch.device("meta"):
+                return LEDNet(meta["outputs"], meta["variant"], meta["pyramid_channels"]).eval()
+        except _STRANGE as error:
+            raise self._unknown() from error
 
 
 def import_optional(name: str) -> ModuleType:

@@ -101,10 +101,10 @@ def load_onnx(path: str | os.PathLike, run_options: RunOptions) -> Exported:
             raise UserError("onnxruntime has no CUDA here: pip install onnxruntime-gpu instead")
     with opening(path):
         session = ort.InferenceSession(str(path), options, providers=providers)
-    image = session.get_inputs()[0]
-    bounds = tuple((n, n) if isinstance(n, int) else (1, None) for n in image.shape[:3])
-    metadata = dict(session.get_modelmeta().custom_metadata_map)
+        image = session.get_inputs()[0]
+        batch, height, width, _ = ((n, n) if isinstance(n, int) else (1, None) for n in image.shape)
+        metadata = dict(session.get_modelmeta().custom_metadata_map)
     return Exported(
-        Path(path), "onnxruntime", bounds, metadata,
+        Path(path), "onnxruntime", (batch, height, width), metadata,
         lambda images: session.run(None, {image.name: images})[0],
     )  # fmt: skip

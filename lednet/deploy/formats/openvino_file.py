@@ -121,12 +121,18 @@ def load_openvino(path: str | os.PathLike, options: RunOptions) -> Exported:
     with opening(path):
         model = openvino.Core().read_model(path)
         request = compile_openvino(model, config).create_infer_request()
-    lengths = list(model.input(0).partial_shape)[:3]
-    bounds = tuple((n.min_length, n.max_length if n.max_length > 0 else None) for n in lengths)
-    metadata = {}
-    if model.has_rt_info(["lednet"]):
-        told = model.get_rt_info(["lednet"]).astype(dict)
-        metadata = {key: model.get_rt_info(["lednet", key]).astype(str) for key in told}
+        batch, height, width, _ = (
+            (n.min_length, n.max_length if n.max_length > 0 else None)
+            for n in model.input(0).partial_shape
+        )
+        metadata = {}
+        if model.has_rt_info(["lednet"]):
+            told = model.get_rt_info(["lednet"]).astype(dict)
+            metadata = {key: model.get_rt_info(["lednet", key]).astype(str) for key in told}
     return Exported(
-        Path(path), "openvino", bounds, metadata, lambda images: request.infer([images])[0].copy()
+        Path(path),
+        "openvino",
+        (batch, height, width),
+        metadata,
+        lambda images: request.infer([images])[0].copy(),
     )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lednet.deploy.formats.common import Bounds, Exported, RunOptions, Shape, opening, trace
+from lednet.deploy.formats.inert import inert_copy
 from lednet.deploy.graph import BytesToLogits
 
 
@@ -31,28 +32,30 @@ def write_torch(
 
 
 def load_torch(path: str | os.PathLike, options: RunOptions) -> Exported:
-    """Open an archive of `write_torch`, on the CPU, with PyTorch's own number of threads.
+    """Open an archive of `write_torch`, on the CPU, with PyTorch's own number of threads. What
+    else an archive may hold is never run.
 
     Raises:
         UserError: no such file, or no such archive.
     """
     extra = {"lednet.json": ""}
-    with opening(path):
-        program = torch.export.load(path, extra_files=extra)
-    module = program.module()
-    image = next(
-        node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
-    )
 
     def bounds(n: Any) -> Bounds:
         if isinstance(n, int):
             return n, n
         return max(1, int(program.range_constraints[n.node.expr].lower)), None
 
+    with opening(path):
+        program = torch.export.load(inert_copy(Path(path)), extra_files=extra)
+        module = program.module()
+        image = next(
+            node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
+        )
+        batch, height, width, _ = map(bounds, image.meta["val"].shape)
+        metadata = json.loads(extra["lednet.json"] or "{}")
+
     @torch.no_grad()
     def run(images: np.ndarray) -> np.ndarray:
         return module(torch.from_numpy(images)).numpy()
 
-    metadata = json.loads(extra["lednet.json"] or "{}")
-    shape = image.meta["val"].shape[:3]
-    return Exported(Path(path), "torch.export", tuple(map(bounds, shape)), metadata, run)
+    return Exported(Path(path), "torch.export", (batch, height, width), metadata, run)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import threading
-import wave
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ from lednet.data.labels import cityscapes_label_ids, cityscapes_scheme
 from lednet.deploy import video
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.stream import overlap
-from lednet.deploy.video import Clock, VideoReader, write_video
+from lednet.deploy.video import Clock, VideoError, VideoReader, write_video
 from lednet.evaluation.draw import Painter, output_scheme
 from lednet.evaluation.predictions import VideoFiles
 from lednet.weights import load_network, save_checkpoint
@@ -293,11 +292,30 @@ def test_files_that_are_no_videos(tmp_path, content):
 
 
 def test_a_sound_file_holds_no_video(tmp_path):
-    with wave.open(str(tmp_path / "sound.mkv"), "wb") as sound:
-        sound.setparams((1, 2, 8000, 0, "NONE", ""))
-        sound.writeframes(bytes(8000))
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), "s16", "mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
     with pytest.raises(UserError, match="holds no video"):
         VideoReader(tmp_path / "sound.mkv")
+
+
+@pytest.mark.parametrize("content", ["ffconcat version 1.0\nfile a.mp4\n", "#EXTM3U\na.mp4\n"])
+def test_a_list_of_other_files_is_no_video(tmp_path, content):
+    make_video(tmp_path / "a.mp4", 3)
+    (tmp_path / "list.mp4").write_text(content)
+    with pytest.raises(UserError, match=r"list\.mp4 cannot be read as a video"):
+        VideoReader(tmp_path / "list.mp4")
+
+
+def test_the_limit_of_pixels_holds_before_a_frame_is_decoded(tmp_path):
+    make_video(tmp_path / "v.mp4", 3)
+    with VideoReader(tmp_path / "v.mp4", max_pixels=48 * 64) as reader:
+        assert len(list(reader)) == 3
+    with pytest.raises(VideoError, match="64x48, and 3,071 pixels"):
+        VideoReader(tmp_path / "v.mp4", max_pixels=48 * 64 - 1)
 
 
 # Inputs by name

@@ -13,6 +13,9 @@ from lednet.errors import UserError
 from lednet.files import write_atomically
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
+CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf"
+"""FFmpeg's names of what these files are. It knows play lists too, which would make it open other
+files, so a file is read as nothing else."""
 OLDEST_AV = 17
 ENCODER = "libx264"
 ENCODER_OPTIONS = {"preset": "ultrafast", "crf": "18"}
@@ -92,6 +95,7 @@ class VideoReader:
     Args:
         source: a file, or a camera's device.
         format: that of a camera, `CAMERA_FORMAT`; a file's is told by its content.
+        max_pixels: of a frame, if there is a limit; it holds before one is decoded.
 
     Attributes:
         rate: frames a second, on average.
@@ -100,17 +104,24 @@ class VideoReader:
         problem: after the last frame, None or a sentence: frames are missing.
 
     Raises:
-        VideoError: not a video.
+        VideoError: not a video, or frames of more than `max_pixels`.
         UserError: PyAV is not installed.
     """
 
-    def __init__(self, source: str | os.PathLike, format: str | None = None):
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        format: str | None = None,
+        max_pixels: int | None = None,
+    ):
         self.source = os.fspath(source)
         self._av = import_av()
         try:
-            # A name with a colon is no protocol's.
-            url = self.source if format else f"file:{self.source}"
-            self._container = self._av.open(url, format=format)
+            if format:
+                self._container = self._av.open(self.source, format=format)
+            else:  # a name with a colon is no protocol's
+                only = {"format_whitelist": CONTAINERS}
+                self._container = self._av.open(f"file:{self.source}", container_options=only)
         except self._av.error.FFmpegError as error:
             raise VideoError(
                 f"{source} cannot be read as a video ({error.strerror}): check it, or copy it again"
@@ -119,6 +130,8 @@ class VideoReader:
         if self._stream is None or self._stream.codec_context is None:
             self._container.close()
             raise VideoError(f"{source} holds no video that this PyAV can read: give another file")
+        if max_pixels is not None:
+            self._limit_frames(max_pixels)
         self._stream.thread_type = "AUTO"
         self.rate = self._stream.average_rate or self._stream.guessed_rate or DEFAULT_RATE
         self._clock = Clock(self.rate, self._stream.time_base)
@@ -128,6 +141,17 @@ class VideoReader:
         self.expected: int | None = self._stream.frames or by_length
         self.problem: str | None = None
         self._damaged = False
+
+    def _limit_frames(self, max_pixels: int) -> None:
+        codec = self._stream.codec_context
+        if codec.width * codec.height > max_pixels:
+            self._container.close()
+            raise VideoError(
+                f"{self.source} has frames of {codec.width}x{codec.height}, and {max_pixels:,} "
+                "pixels are the limit: make it smaller"
+            )
+        # For frames that grow on the way; with room, as FFmpeg counts sides that it rounds up.
+        codec.options = {"max_pixels": str(4 * max_pixels)}
 
     def _promised_end(self) -> Fraction | None:
         """When the last frame ends, in seconds of the stream's own time."""

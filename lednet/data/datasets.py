@@ -48,7 +48,8 @@ ORIENTATIONS = {
 # is. For good: a filter that comes and goes makes Python forget which warnings it has shown once.
 warnings.filterwarnings(
     "ignore",
-    "(possibly )?corrupt EXIF|truncated file read|metadata warning|palette images with transp",
+    "(possibly )?corrupt EXIF|truncated file read|metadata warning|tag data larger|"
+    "palette images with transp",
     module=r"PIL\.",
 )
 

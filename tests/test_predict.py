@@ -310,6 +310,16 @@ def test_a_list_of_other_files_is_no_video(tmp_path, content):
         VideoReader(tmp_path / "list.mp4")
 
 
+@pytest.mark.parametrize("damage", [b"\xff0:00:00.", b"V0:00:00."])
+def test_a_damaged_length_is_taken_for_an_unknown_one(tmp_path, damage):
+    path = make_video(tmp_path / "v.mkv", 3)
+    data = path.read_bytes()
+    assert data.count(b"00:00:00.") == 1
+    path.write_bytes(data.replace(b"00:00:00.", damage))
+    with VideoReader(path) as reader:
+        assert len(list(reader)) == 3
+
+
 def test_the_limit_of_pixels_holds_before_a_frame_is_decoded(tmp_path):
     make_video(tmp_path / "v.mp4", 3)
     with VideoReader(tmp_path / "v.mp4", max_pixels=48 * 64) as reader:

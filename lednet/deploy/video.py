@@ -121,7 +121,9 @@ class VideoReader:
                 self._container = self._av.open(self.source, format=format)
             else:  # a name with a colon is no protocol's
                 only = {"format_whitelist": CONTAINERS}
-                self._container = self._av.open(f"file:{self.source}", container_options=only)
+                self._container = self._av.open(
+                    f"file:{self.source}", container_options=only, metadata_errors="replace"
+                )
         except self._av.error.FFmpegError as error:
             raise VideoError(
                 f"{source} cannot be read as a video ({error.strerror}): check it, or copy it again"
@@ -159,8 +161,9 @@ class VideoReader:
         if stream.duration and stream.time_base:
             return ((stream.start_time or 0) + stream.duration) * stream.time_base
         if "DURATION" in stream.metadata:  # Matroska: 00:00:01.001000000
-            hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-            return Fraction(seconds) + 60 * int(minutes) + 3600 * int(hours)
+            with contextlib.suppress(ValueError):  # damaged
+                hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+                return Fraction(seconds) + 60 * int(minutes) + 3600 * int(hours)
         if len(container.streams) == 1 and container.duration:
             return Fraction((container.start_time or 0) + container.duration, 10**6)
         return None

@@ -231,7 +231,7 @@ def test_other_host_names_are_refused(server, host):
 
 def test_what_a_server_is_called_goes_by_its_address():
     pytest.importorskip("nicegui", reason="needs nicegui: pip install nicegui")
-    from lednet.evaluation.demo_page import is_own_name
+    from lednet.evaluation.guard import is_own_name
 
     assert is_own_name("10.0.0.7:8080", "0.0.0.0") and is_own_name("[fe80::1]:8080", "::")
     assert is_own_name("box:8080", "box") and is_own_name("[::1]", "10.0.0.7")
@@ -284,6 +284,7 @@ def test_bad_options_are_refused(run_inside, folder, server):
     assert_refused(run("--weights", folder / "none.pth"), "none.pth")
     assert_refused(run("--weights", folder / "noise.png"), "noise.png")
     assert_refused(run("--max-upload", -1), "--max-upload")
+    assert_refused(run("--port", 0), "--port")
     own = ("--weights", folder / "w.pth", "--backend", "eager")
     assert_refused(run(*own, "--port", server), f"port {server}", "--port")
 

@@ -47,7 +47,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max-frames", type=int, default=3000, help="of a video (3000)")
     # fmt: on
     args = parser.parse_args()
-    for name in ("max_upload", "max_pixels", "max_seconds", "max_frames"):
+    for name in ("port", "max_upload", "max_pixels", "max_seconds", "max_frames"):
         if not 0 < getattr(args, name) < float("inf"):
             raise UserError(
                 f"--{name.replace('_', '-')} must be positive: leave it out, or raise it"

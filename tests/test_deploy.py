@@ -1,12 +1,15 @@
 """Folding changes nothing, tiles join without a seam, and the speed card says what it measured."""
 
 import ctypes
+import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from make_golden import formula_state
 from PIL import Image
 from torch import nn
@@ -269,6 +272,25 @@ def installed(backend: str) -> None:
     packages = ("onnx", "onnxscript", backend) if backend in ("onnxruntime", "openvino") else ()
     for package in packages:
         pytest.importorskip(package, reason=f"needs {package} (requirements-deploy.txt)")
+
+
+def test_engines_do_not_report_to_their_makers(tmp_path):
+    """In a process that has not imported them yet; ONNX Runtime's report begins as a file."""
+    for name in ("onnxruntime", "openvino"):
+        installed(name)
+    program = (
+        "import sys, torch\n"
+        "from lednet import LEDNet\n"
+        "from lednet.deploy.predictor import Predictor\n"
+        "for backend in ('onnxruntime', 'openvino'):\n"
+        "    Predictor(LEDNet(3).eval(), (32, 32), backend=backend)(torch.zeros(3, 9, 9).byte())\n"
+        "print('openvino.tools.ovc.telemetry_stub' in sys.modules)\n"
+    )
+    environ = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    result = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert result.stdout == "True\n", result.stderr
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith("torch")] == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

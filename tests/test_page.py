@@ -1,11 +1,13 @@
 """The evaluation's page: what is in the file, and how it behaves in a real browser."""
 
 import base64
+import contextlib
 import io
 import re
 import shutil
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,15 +210,21 @@ def test_wrong_numbers_of_classes_are_refused(tmp_path):
         write_report(tmp_path / "r.html", toy_report(), [ImageRow("short", 0.5, (0.5,), {})])
 
 
-@pytest.fixture(scope="module")
-def browser():
+@contextlib.contextmanager
+def chromium(*flags: str) -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("needs a browser: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=[*QUIET, *flags])
         yield running
         running.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as running:
+        yield running
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from lednet.data.labels import cityscapes_label_ids, cityscapes_scheme
 from lednet.deploy import video
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.stream import overlap
-from lednet.deploy.video import Clock, VideoReader, write_video
+from lednet.deploy.video import Clock, VideoError, VideoReader, write_video
 from lednet.evaluation.draw import Painter, output_scheme
 from lednet.evaluation.predictions import VideoFiles
 from lednet.weights import load_network, save_checkpoint
@@ -300,6 +300,32 @@ def test_a_sound_file_holds_no_video(tmp_path):
             container.mux(stream.encode(part))
     with pytest.raises(UserError, match="holds no video"):
         VideoReader(tmp_path / "sound.mkv")
+
+
+@pytest.mark.parametrize("content", ["ffconcat version 1.0\nfile a.mp4\n", "#EXTM3U\na.mp4\n"])
+def test_a_list_of_other_files_is_no_video(tmp_path, content):
+    make_video(tmp_path / "a.mp4", 3)
+    (tmp_path / "list.mp4").write_text(content)
+    with pytest.raises(UserError, match=r"list\.mp4 cannot be read as a video"):
+        VideoReader(tmp_path / "list.mp4")
+
+
+@pytest.mark.parametrize("damage", [b"\xff0:00:00.", b"V0:00:00."])
+def test_a_damaged_length_is_taken_for_an_unknown_one(tmp_path, damage):
+    path = make_video(tmp_path / "v.mkv", 3)
+    data = path.read_bytes()
+    assert data.count(b"00:00:00.") == 1
+    path.write_bytes(data.replace(b"00:00:00.", damage))
+    with VideoReader(path) as reader:
+        assert len(list(reader)) == 3
+
+
+def test_the_limit_of_pixels_holds_before_a_frame_is_decoded(tmp_path):
+    make_video(tmp_path / "v.mp4", 3)
+    with VideoReader(tmp_path / "v.mp4", max_pixels=48 * 64) as reader:
+        assert len(list(reader)) == 3
+    with pytest.raises(VideoError, match="64x48, and 3,071 pixels"):
+        VideoReader(tmp_path / "v.mp4", max_pixels=48 * 64 - 1)
 
 
 # Inputs by name

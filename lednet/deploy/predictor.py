@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ class Predictor:
         height: int | None = None,
         width: int | None = None,
         **options: Any,
-    ) -> "Predictor":
+    ) -> Self:
         """A predictor for the weights, the run's folder or the exported file at `path`.
 
         Args:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lednet.data.images import max_pixels
+from lednet.data import images
 from lednet.errors import UserError
 from lednet.files import write_atomically
 
@@ -97,6 +97,8 @@ class VideoReader:
     Args:
         source: a file, or a camera's device.
         format: that of a camera, `CAMERA_FORMAT`; a file's is told by its content.
+        max_pixels: of a frame, `lednet.data.images.max_pixels()` if not given; the limit holds
+            before one is decoded.
 
     Attributes:
         rate: frames a second, on average.
@@ -105,20 +107,27 @@ class VideoReader:
         problem: after the last frame, None or a sentence: frames are missing.
 
     Raises:
-        VideoError: not a video, or frames of more than `lednet.data.images.max_pixels()`.
+        VideoError: not a video, or frames of more than `max_pixels`.
         UserError: PyAV is not installed.
     """
 
-    def __init__(self, source: str | os.PathLike, format: str | None = None):
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        format: str | None = None,
+        max_pixels: int | None = None,
+    ):
         self.source = os.fspath(source)
         self._av = import_av()
         try:
             # A name with a colon is no protocol's.
             url = self.source if format else f"file:{self.source}"
             safety = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-            options = {} if format else safety
             self._container = self._av.open(
-                url, format=format, options=options, metadata_errors="replace"
+                url,
+                format=format,
+                container_options={} if format else safety,
+                metadata_errors="replace",
             )
         except self._av.error.FFmpegError as error:
             raise VideoError(
@@ -128,11 +137,7 @@ class VideoReader:
         if self._stream is None or self._stream.codec_context is None:
             self._container.close()
             raise VideoError(f"{source} holds no video that this PyAV can read: give another file")
-        context, limit = self._stream.codec_context, max_pixels()
-        if context.width * context.height > limit:
-            self._container.close()
-            raise VideoError(f"{source} has frames of more than {limit:,} pixels: shrink it")
-        context.options = {"max_pixels": str(limit)}  # the size may change on the way
+        self._limit_frames(images.max_pixels() if max_pixels is None else max_pixels)
         self._stream.thread_type = "AUTO"
         self.rate = self._stream.average_rate or self._stream.guessed_rate or DEFAULT_RATE
         self._clock = Clock(self.rate, self._stream.time_base)
@@ -142,6 +147,17 @@ class VideoReader:
         self.expected: int | None = self._stream.frames or by_length
         self.problem: str | None = None
         self._damaged = False
+
+    def _limit_frames(self, max_pixels: int) -> None:
+        codec = self._stream.codec_context
+        if codec.width * codec.height > max_pixels:
+            self._container.close()
+            raise VideoError(
+                f"{self.source} has frames of {codec.width}x{codec.height}, and {max_pixels:,} "
+                "pixels are the limit: make it smaller"
+            )
+        # For frames that grow on the way; with room, as FFmpeg counts sides that it rounds up.
+        codec.options = {"max_pixels": str(4 * max_pixels)}
 
     def _promised_end(self) -> Fraction | None:
         """When the last frame ends, in seconds of the stream's own time."""

@@ -14,8 +14,8 @@ from lednet.data.findings import SEVERITIES, counted, relative_name
 from lednet.data.labels import IGNORE_INDEX
 from lednet.data.lookalikes import Lookalike, most_telling
 from lednet.data.splits import Split
-from lednet.evaluation.draw import overlay, shrink
-from lednet.evaluation.page import Figure, webp, write_page
+from lednet.evaluation.draw import data_uri, overlay, shrink
+from lednet.evaluation.page import Figure, write_page
 from lednet.evaluation.report import tile_sheet
 
 _WIDTH = 480  # of a picture, in pixels
@@ -230,7 +230,7 @@ def _list(values: Iterator[str], limit: int = 8) -> str:
 
 
 def _picture(pixels: np.ndarray) -> str:
-    return webp(Image.fromarray(pixels), quality=80)
+    return data_uri(Image.fromarray(pixels), "WEBP", quality=80)
 
 
 def _twins(diagnosis: Diagnosis) -> Iterator[tuple[str, list[tuple[str, str]]]]:

@@ -1,5 +1,7 @@
 """Label maps as pictures: class colours, overlays, the legend that explains them."""
 
+import base64
+import io
 import os
 from typing import Any
 
@@ -185,3 +187,16 @@ def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:
             image.save(temporary, format="PNG", compress_level=1)
         else:
             image.save(temporary, format="JPEG", **_JPEG)
+
+
+def data_uri(picture: Image.Image, format: str = "JPEG", **options: Any) -> str:
+    """A picture as text for a page.
+
+    Args:
+        format: of PIL.
+        options: of PIL for this format.
+    """
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **(options or (_JPEG if format == "JPEG" else {})))
+    encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f"data:image/{format.lower()};base64,{encoded}"

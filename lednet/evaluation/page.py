@@ -4,7 +4,6 @@ The file needs no network and no other file. `page.html` is its template, which 
 `layout.html`; style sheet and scripts are put into it.
 """
 
-import base64
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from lednet.data.labels import IGNORE_INDEX, Color, LabelScheme
-from lednet.evaluation.draw import shrink
+from lednet.evaluation.draw import data_uri, shrink
 from lednet.files import write_atomically
 
 ERROR_COLOR: Color = (255, 96, 32)
@@ -113,13 +112,6 @@ def _check_length(name: str, values: Sequence, classes: int) -> None:
         raise ValueError(f"{name} has {len(values)} values for {classes} classes")
 
 
-def webp(pixels: Image.Image, **options: Any) -> str:
-    """A picture as a data URI."""
-    buffer = io.BytesIO()
-    pixels.save(buffer, "WEBP", **options)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
 def encode_panes(
     image: np.ndarray,
     truth: np.ndarray,
@@ -159,8 +151,11 @@ def encode_panes(
         "error": error,
     }
     return {
-        "input": webp(pixels, quality=80),
-        **{key: webp(Image.fromarray(value), lossless=True) for key, value in labels.items()},
+        "input": data_uri(pixels, "WEBP", quality=80),
+        **{
+            key: data_uri(Image.fromarray(value), "WEBP", lossless=True)
+            for key, value in labels.items()
+        },
     }
 
 

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,11 +132,13 @@ class Exported:
 
 
 def import_optional(name: str) -> ModuleType:
-    """An optional package.
+    """An optional package, kept from telling its maker that it is used.
 
     Raises:
         UserError: not installed, with the command that installs it.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of ONNX Runtime
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # of OpenVINO
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -37,7 +37,6 @@ from lednet.data.transforms import PRESETS, Augmentation
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import plain_values, write_text
 from lednet.model import VARIANTS, LEDNet, count_parameters
-from lednet.training.dashboard import Dashboard
 from lednet.training.distributed import World, synchronize_batch_norm
 from lednet.training.engine import Pretrained, Trainer, seed_everything
 from lednet.training.fit import Course, Equipment, train_stages
@@ -46,6 +45,7 @@ from lednet.training.launch import (
     add_recipe_flags,
     add_run_flags,
     launch,
+    open_dashboard,
     open_run,
     optimization_of,
     parse_flags,
@@ -334,6 +334,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
     }
     course = Course(net, stages, folder, checkpoints, meta, args.seed, keeper)
     course.keep_every, course.validate_every = args.epochs_save, args.validate_every
+    course.dashboard = open_dashboard(args, folder, scheme)
     state = course.resume() if args.resume else ()
     if not args.resume:
         start_weights(args, course)
@@ -363,8 +364,6 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
             args.augment, course.meta["mean"], course.meta["std"], stage.size
         )
         task = Segmentation(criterion, augmentation, scheme.classes)
-        if args.visualize and world.is_main and course.dashboard is None:
-            course.dashboard = Dashboard(folder.path.name, task, scheme, port=args.port)
         trainer = Trainer(
             model, task, stage.epochs, world, optimization_of(args), args.iou_train, pretrained
         )

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lednet.data.datasets import SkippingDataset
+from lednet.deploy.speed import peak_memory_mb
 from lednet.errors import UserError
 from lednet.evaluation.report import plot_curves
 from lednet.training.checkpoints import Checkpoints
@@ -230,6 +231,7 @@ class _Fit:
             **{f"val_{key}": value for key, value in scored.items()},
             "images_per_second": trained["images_per_second"],
             "seconds": end - begin,
+            **_peak_memory(world.device),
             **{key: trained[key] for key in ("skipped",) if key in trained},
             **self._damaged(),
         }
@@ -245,7 +247,7 @@ class _Fit:
             self._save(None)
             self.run.say(self._line(record, improved, end - start))
             if self.course.dashboard is not None:
-                self.course.dashboard.show(record, trainer.scored, self.val_loader)
+                self.course.dashboard.show(progress.records, task, trainer.scored, self.val_loader)
         if number := self.keeper.stop():
             raise Stopped(number)
 
@@ -333,6 +335,14 @@ class _Fit:
             + (f"  {record['skipped']} steps skipped" if "skipped" in record else "")
             + ("  best" if improved else "")
         )
+
+
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    """The most that the main process, and tensors on its GPU, took so far, in MB."""
+    peaks = {"process_memory_mb": round(peak_memory_mb(torch.device("cpu")))}
+    if device.type == "cuda":
+        peaks["gpu_memory_mb"] = round(peak_memory_mb(device))
+    return peaks
 
 
 def _show(value: float | None) -> str:

@@ -87,9 +87,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"cannot read {path / 'log.jsonl'} ({error}): train on") from error
 
 
-CLOCK_KEYS = ("images_per_second", "seconds")
+MEASURED_KEYS = ("images_per_second", "seconds", "process_memory_mb", "gpu_memory_mb")
 """Of an epoch's record in log.jsonl, what differs between two runs that do the same. `seconds`
-are those of training and validation since the run was last started."""
+are those of training and validation since the run was last started; memory is the most that the
+main process, and tensors on its GPU, took since then, in MB (10^6 bytes)."""
 
 
 class RunFolder:
@@ -104,6 +105,7 @@ class RunFolder:
     | `checkpoint_<steps>.pth` | to resume from; the last few |
     | `best.pth`, `encoder_best.pth` ... | weights of the best validation score of each stage |
     | `curves.png` | loss and score |
+    | `tensorboard/` | event files, if asked for |
 
     Args:
         path: the folder, made if need be.

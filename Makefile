@@ -25,6 +25,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The lower end of the supported versions (the last PyTorch for Pascal GPUs from PyPI).
 test-oldest:

@@ -149,7 +149,7 @@ def open_data(
         options, defaults = vars(args), vars(build_parser().parse_args([]))
         script = ROOT / "datasets/prepare_imagenet.py"
         command = command_line(script, options, defaults, CLASSIFICATION_FLAGS)
-        data = CachedDataset(args.cache / split, data, command)
+        return CachedDataset(args.cache / split, data, command)
     return data
 
 

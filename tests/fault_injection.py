@@ -125,7 +125,8 @@ class Run:
     ):
         self.site, self.first, self.mending = site, site.step(), contextlib.ExitStack()
         self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe would outlive its end
-        command = [sys.executable, *launcher, ROOT / script[0], *script[1:], *site.flags, *flags]
+        path = ROOT / str(script[0])
+        command = [sys.executable, *launcher, path, *script[1:], *site.flags, *flags]
         self.process = subprocess.Popen(
             [str(word) for word in command],
             stdout=self.output,

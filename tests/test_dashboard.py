@@ -140,7 +140,7 @@ def test_pictures_show_input_target_and_prediction(data):
             return torch.nn.functional.one_hot(torch.full(x[:, 0].shape, 3), 12).movedim(-1, 1)
 
     dashboard = Dashboard([], data.scheme, images=1)
-    (picture,) = dashboard._pictures(task(data), Three(12), Loader(data))
+    (picture,) = dashboard._pictures(data.scheme, task(data), Three(12), Loader(data))
     image, target = data[0]
     assert picture.shape == (48, 64 + 4 + 64 + 4 + 64, 3)
     np.testing.assert_array_equal(picture[:, :64], image.permute(1, 2, 0))
@@ -149,7 +149,7 @@ def test_pictures_show_input_target_and_prediction(data):
     assert (picture[:, 64:68] == 255).all() and (picture[:, 132:136] == 255).all()
 
     data.size = (2 * PICTURE_HEIGHT, 64)
-    (picture,) = dashboard._pictures(task(data), Three(12), Loader(data))
+    (picture,) = dashboard._pictures(data.scheme, task(data), Three(12), Loader(data))
     assert picture.shape == (PICTURE_HEIGHT, 100, 3)
 
 

@@ -23,11 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+from torch import nn
 
 from lednet.data.cache import CachedDataset, command_line
 from lednet.data.datasets import (
     DATASETS,
     TRAINING_PARTS,
+    SegmentationDataset,
     SkippingDataset,
     cache_split,
     open_training_data,
@@ -252,6 +254,8 @@ class Data:
     """What a stage trains and validates on, at working size; fills in --height and --width."""
 
     def __init__(self, args: argparse.Namespace, annotations: str):
+        train: SegmentationDataset | CachedDataset
+        val: SegmentationDataset | CachedDataset
         train, val = open_training_data(
             args.dataset,
             args.datadir or ROOT / "datasets" / args.dataset,
@@ -264,7 +268,7 @@ class Data:
             val_names=args.val_names,
             with_val=args.with_val,
         )
-        args.height, args.width = train.size
+        _, args.height, args.width = train.encoded_shape
         self.scheme, self.workers = train.scheme, max(1, args.num_workers)
         if args.cache:
             defaults = vars(build_parser().parse_args([]))
@@ -353,7 +357,8 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
             f"{stage.title}: {stage.epochs} epochs of {len(data.train)} training and "
             f"{len(data.val)} validation images of {scheme.name} at {height}x{width}"
         )
-        model, pretrained = net.encoder_stage(), None
+        model: nn.Module = net.encoder_stage()
+        pretrained = None
         if stage.part == "decoder":
             model = net
             pretrained = Pretrained(net.encoder, args.encoder_lr_factor, args.freeze_encoder)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import yaml
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
@@ -19,12 +18,14 @@ from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, citysca
 from lednet.data.pairs import (
     Listing,
     Pair,
+    PairDataset,
     detect_cityscapes_encoding,
     ground_truth,
     hold_out,
     list_cityscapes,
     list_folders,
     match,
+    present,
 )
 from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
@@ -118,7 +119,7 @@ def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
 def turning(image: Image.Image) -> Image.Transpose | None:
     """What brings the image upright as its EXIF says, if that can be read and asks for it."""
     try:
-        return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 0))
     except Exception:  # a parser of many kinds, on bytes of any kind
         return None
 
@@ -157,7 +158,7 @@ def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
     return label.astype(np.uint8)
 
 
-class SegmentationDataset(Dataset):
+class SegmentationDataset(PairDataset):
     """Images with their label maps: (uint8 (3, H, W), uint8 (H, W)).
 
     With a size, `lednet.data.cache` takes it.
@@ -175,9 +176,6 @@ class SegmentationDataset(Dataset):
         self.pairs = list(pairs)
         self.scheme = scheme
         self.size = size
-
-    def __len__(self) -> int:
-        return len(self.pairs)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image (H, W, 3) and label (H, W) as they are on disk, the label as class indices."""
@@ -206,7 +204,8 @@ class SegmentationDataset(Dataset):
 
     def count_label(self, index: int) -> np.ndarray:
         """Pixels of each class in a label file, (num_classes + 1,) int64, void last."""
-        return count_classes(read_label(self.pairs[index].label, self.scheme), self.scheme)
+        file = present(self.pairs[index].label, "labels")
+        return count_classes(read_label(file, self.scheme), self.scheme)
 
     def class_counts(self, workers: int = 4) -> np.ndarray:
         """Those of all label files, (len, num_classes + 1) int64, at the files' own size.
@@ -215,14 +214,19 @@ class SegmentationDataset(Dataset):
         """
         return _count_labels(self.count_label, len(self), workers)
 
+    def _fixed_size(self) -> tuple[int, int]:
+        if self.size is None:
+            raise ValueError("only samples of one size can be cached: give the data a size")
+        return self.size
+
     @property
     def encoded_shape(self) -> tuple[int, int, int]:
         """Of a pair in a cache: red, green, blue and the class index."""
-        return (4, *self.size)
+        return (4, *self._fixed_size())
 
     def cache_options(self) -> dict[str, Any]:
         return {
-            "size": list(self.size),
+            "size": list(self._fixed_size()),
             "classes": list(self.scheme.classes),
             "label values": sorted(map(list, self.scheme.file_ids.items())),
         }
@@ -238,7 +242,7 @@ class SegmentationDataset(Dataset):
         return planes[:3], planes[3]
 
 
-class SkippingDataset(Dataset):
+class SkippingDataset(PairDataset):
     """Training data in which a sample that cannot be read is replaced by the next that can.
 
     Attributes:
@@ -246,7 +250,7 @@ class SkippingDataset(Dataset):
             counted, shared by loading processes.
     """
 
-    def __init__(self, data: Dataset):
+    def __init__(self, data: PairDataset):
         self.data = data
         self.pairs = data.pairs
         if hasattr(data, "scheme"):
@@ -342,13 +346,14 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
         raise UserError(f"{path}: a color is three numbers, 0 to 255")
     file_ids = {file_id: index for index, file_id in enumerate(ids)}
     file_ids.update(dict.fromkeys(ignored, IGNORE_INDEX))
-    return LabelScheme(path.stem, names, colors, file_ids)
+    return LabelScheme(path.stem, names, tuple((r, g, b) for r, g, b in colors), file_ids)
 
 
 def _generated_color(index: int) -> tuple[int, int, int]:
     """A colour for each class index, far apart in hue (golden-angle steps)."""
     hue = round(index * 0.618034 * 255) % 256
-    return Image.new("HSV", (1, 1), (hue, 170, 220)).convert("RGB").getpixel((0, 0))
+    red, green, blue = Image.new("HSV", (1, 1), (hue, 170, 220)).convert("RGB").tobytes()
+    return red, green, blue
 
 
 def list_split(

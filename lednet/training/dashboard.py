@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lednet.data.labels import LabelScheme
 from lednet.deploy.predictor import predict_at
 from lednet.evaluation.draw import colorize
+from lednet.training.loading import Loader
 from lednet.training.tasks import Task
 
 Curve = list[tuple[int, float]]
@@ -80,7 +80,7 @@ class Dashboard:
         self._each(lambda display: display.open())
 
     def show(
-        self, records: Sequence[dict[str, Any]], task: Task, model: nn.Module, loader: DataLoader
+        self, records: Sequence[dict[str, Any]], task: Task, model: nn.Module, loader: Loader
     ) -> None:
         """Show an epoch that has ended.
 
@@ -93,7 +93,9 @@ class Dashboard:
             return
         stage, epoch = records[-1]["stage"], records[-1]["epoch"]
         charts = charts_of([record for record in records if record["stage"] == stage], task)
-        pictures = self._pictures(task, model, loader) if self.scheme is not None else []
+        pictures = []
+        if self.scheme is not None:
+            pictures = self._pictures(self.scheme, task, model, loader)
         view = View(stage, epoch, charts, pictures)
         self._each(lambda display: display.show(view))
 
@@ -110,7 +112,9 @@ class Dashboard:
                 )
 
     @torch.inference_mode()
-    def _pictures(self, task: Task, model: nn.Module, loader: DataLoader) -> list[np.ndarray]:
+    def _pictures(
+        self, scheme: LabelScheme, task: Task, model: nn.Module, loader: Loader
+    ) -> list[np.ndarray]:
         """The first images, each beside its label and what the model makes of it."""
         device = next(model.parameters()).device
         was_training = model.training
@@ -122,7 +126,7 @@ class Dashboard:
             prediction = predict_at(model(x).float(), target.shape[-2:])
             labels = (target.numpy(), prediction[0].cpu().numpy())
             gap = np.full((len(target), _GAP, 3), 255, np.uint8)
-            first, second = (colorize(label, self.scheme) for label in labels)
+            first, second = (colorize(label, scheme) for label in labels)
             joined = np.hstack((image.permute(1, 2, 0).numpy(), gap, first, gap, second))
             factor = max(1, len(joined) // PICTURE_HEIGHT)
             pictures.append(np.asarray(Image.fromarray(joined).reduce(factor)))

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lednet.data.datasets import SkippingDataset
 from lednet.deploy.speed import peak_memory_mb
@@ -19,7 +18,7 @@ from lednet.evaluation.report import plot_curves
 from lednet.training.checkpoints import Checkpoints
 from lednet.training.dashboard import Dashboard
 from lednet.training.engine import NonFiniteLoss, Tally, Trainer
-from lednet.training.loading import end_loading
+from lednet.training.loading import Loader, TrainLoader, end_loading
 from lednet.training.runs import RunFolder
 from lednet.training.stages import Stage
 from lednet.training.stopping import SAVE, Keeper, Stopped
@@ -119,8 +118,8 @@ class Equipment(NamedTuple):
     """What a stage is trained with; loaders of training and of validation data."""
 
     trainer: Trainer
-    train_loader: DataLoader
-    val_loader: DataLoader
+    train_loader: TrainLoader
+    val_loader: Loader
 
 
 def train_stages(
@@ -219,7 +218,7 @@ class _Fit:
                 self._obey(tally, self.keeper.stop())
 
         start = time.perf_counter()
-        scored = {"loss": None, task.score: None}
+        scored: dict[str, Any] = {"loss": None, task.score: None}
         if epoch % self.course.validate_every == 0 or epoch == self.stage.epochs:
             scored = trainer.evaluate(self.val_loader, f"{title} val", between)
         end = time.perf_counter()
@@ -291,7 +290,7 @@ class _Fit:
         if improved:
             save_checkpoint(folder / stage.best_file, scored, meta)
             if stage.encoder_file:
-                encoder = nn.ModuleDict({"encoder": scored.encoder})
+                encoder = nn.ModuleDict({"encoder": scored.get_submodule("encoder")})
                 save_checkpoint(folder / stage.encoder_file, encoder, meta)
         if self.course.keep_every and epoch % self.course.keep_every == 0:
             save_checkpoint(folder / f"{stage.name}_epoch{epoch:03d}.pth", scored, meta)

@@ -1,6 +1,5 @@
 """A run's folder: its options, logs and checkpoints."""
 
-import contextlib
 import json
 import platform
 import subprocess
@@ -19,8 +18,7 @@ from lednet.errors import UserError
 from lednet.files import read_json, remove_leftovers, write_json, write_text
 from lednet.training.distributed import World
 
-fcntl = None
-with contextlib.suppress(ImportError):  # not on Windows
+if sys.platform != "win32":
     import fcntl
 
 
@@ -143,7 +141,7 @@ class RunFolder:
     def _take_lock(self) -> None:
         """Refuse a folder that another process writes to. The lock dies with its process,
         and loading processes do not inherit it. Nothing is locked outside POSIX."""
-        if fcntl is None:
+        if sys.platform == "win32":
             return
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,6 +30,7 @@ docs: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The lower end of the supported versions (the last PyTorch for Pascal GPUs from PyPI).
 test-oldest:

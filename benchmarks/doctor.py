@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lednet.data.doctor import diagnose
-from lednet.data.pairs import cityscapes_pairs
+from lednet.data.pairs import cityscapes_pairs, present
 from lednet.data.splits import open_splits
 from lednet.deploy.speed import describe_device
 from lednet.errors import UserError, exit_on_user_error
@@ -56,8 +56,8 @@ def plan(datadir: Path, root: Path, pairs: int) -> list[Copy]:
             shift = 1 + 7 * (i // len(sources))
             name = f"{city}_{i:06d}_000019"
             for kind, path, end in (
-                ("leftImg8bit", source.image, "leftImg8bit"),
-                ("gtFine", source.label, "gtFine_labelIds"),
+                ("leftImg8bit", present(source.image, "images"), "leftImg8bit"),
+                ("gtFine", present(source.label, "labels"), "gtFine_labelIds"),
             ):
                 copies.append(Copy(path, shift, root / kind / split / city / f"{name}_{end}.png"))
     return copies

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "datasets")]
@@ -147,7 +148,13 @@ def try_fault(folder: Path, data: Path, references: dict, fault: Fault) -> dict:
     site = Site(folder / "data", folder / "run", EPOCHS)
     shutil.copytree(data, site.data)
     flags = ("--save-steps", 2)
-    row = {"fault": fault.name, "status": None, "said": "", "problems": [], "compared": False}
+    row: dict[str, Any] = {
+        "fault": fault.name,
+        "status": None,
+        "said": "",
+        "problems": [],
+        "compared": False,
+    }
     try:
         outcome = suffer(site, fault, *flags, anew=True)
         row |= {"status": outcome.ended.status, "said": outcome.ended.sentence}

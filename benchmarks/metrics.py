@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
+from lednet.data.pairs import present
 from lednet.deploy.speed import describe_device, time_runs
 from lednet.errors import exit_on_user_error
 from lednet.evaluation.benchmark import find_frames, score_predictions, total_scores
@@ -79,13 +80,14 @@ def benchmark_counting(warmup: int, runs: int) -> dict:
 def benchmark_files(args: argparse.Namespace) -> dict:
     """Scoring label files as predictions, from disk to class and instance scores."""
     if not hasattr(np, "in1d"):
-        np.in1d = np.isin  # cityscapesscripts calls the old name, which NumPy 2.4 took away
+        # cityscapesscripts calls the old name, which NumPy 2.4 took away.
+        np.in1d = np.isin  # type: ignore[attr-defined]
     from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
 
     official.args.quiet, official.args.JSONOutput = True, False
     frames, scheme = find_frames(args.datadir, args.subset, images=False)
     frames = frames[: args.max_images]
-    labels = [frame.label for frame in frames]
+    labels = [present(frame.label, "labels") for frame in frames]
     predictions = labels[1:] + labels[:1]  # every image gets its neighbour's labels
     seconds = {}
     start = time.perf_counter()

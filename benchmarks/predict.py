@@ -85,7 +85,7 @@ def image_case(
     for i, picture in enumerate(pictures):
         path = folder / suffix / f"{i:04d}.{suffix}"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(path, **({"quality": 92} if suffix == "jpg" else {}))
+        Image.fromarray(picture).save(path, quality=92)  # of JPEG; PNG has none
         tasks.append(Task(path.stem, path, output.image_files(path.stem)))
 
     def one_by_one() -> None:

@@ -22,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +34,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lednet.data.cache import CachedDataset, build_cache
 from lednet.data.datasets import SegmentationDataset, open_dataset
 from lednet.data.layouts import DATASETS
+from lednet.data.pairs import PairDataset
 from lednet.data.transforms import Augmentation
 from lednet.deploy.speed import describe_device, peak_memory_mb, synchronize
 from lednet.errors import UserError, exit_on_user_error
@@ -46,7 +48,7 @@ from lednet.model import LEDNet
 from lednet.precision import fast_precisions
 from lednet.training.distributed import World, choose_device
 from lednet.training.engine import Optimization, Trainer, seed_everything
-from lednet.training.loading import make_loaders
+from lednet.training.loading import TrainLoader, make_loaders
 from lednet.training.loss import WeightedCrossEntropy
 from lednet.training.runs import environment
 from lednet.training.tasks import Segmentation
@@ -71,7 +73,7 @@ def list_ways(device: torch.device, compiled: bool) -> list[Way]:
     choices = list(itertools.product(precisions, (False, True), (False,)))
     if compiled:
         choices += itertools.product(precisions[-1:], (False, True), (True,))
-    ways = []
+    ways: list[Way] = []
     for precision, channels_last, compile in choices:
         options = {"precision": precision, "channels_last": channels_last, "compile": compile}
         name = precision + ", channels last" * channels_last + ", compiled" * compile
@@ -79,11 +81,11 @@ def list_ways(device: torch.device, compiled: bool) -> list[Way]:
     return ways
 
 
-class Repeated(Dataset):
+class Repeated(PairDataset):
     """A data set's images again and again, `length` in all."""
 
-    def __init__(self, data: SegmentationDataset, length: int):
-        self.data, self.length = data, length
+    def __init__(self, data: PairDataset, length: int):
+        self.data, self.length, self.pairs = data, length, data.pairs
 
     def __len__(self) -> int:
         return self.length
@@ -132,16 +134,21 @@ def time_loader(loader: DataLoader) -> list[float]:
     return watch.times()
 
 
-def time_steps(trainer: Trainer, loader: DataLoader | SameBatch) -> list[float]:
+def time_steps(trainer: Trainer, loader: TrainLoader | SameBatch) -> list[float]:
     """Milliseconds of each step, with what it waits for its batch."""
     watch = Stopwatch(trainer.world.device)
     watch.tick()
-    trainer.train_one_epoch(loader, "steps", KEYS, after_update=watch.tick)
+    trainer.train_one_epoch(
+        loader,  # type: ignore[arg-type]  # of a loader, SameBatch has what is needed
+        "steps",
+        KEYS,
+        after_update=watch.tick,
+    )
     return watch.times()
 
 
 def race(
-    competitors: dict[str, Callable[[], list[float]]], rounds: int, batch_size: int
+    competitors: Mapping[str, Callable[[], list[float]]], rounds: int, batch_size: int
 ) -> list[dict[str, Any]]:
     """Run all in turn in every round.
 
@@ -202,7 +209,7 @@ class Bench:
         self.cache_bytes = sum(path.stat().st_size for path in cache.rglob("*.npy"))
         self.data = {PLAIN: files, FAST: CachedDataset(cache / "train", files, "")}
 
-    def loader(self, path: str, batches: int, workers: int) -> DataLoader:
+    def loader(self, path: str, batches: int, workers: int) -> TrainLoader:
         data = Repeated(self.data[path], batches * self.args.batch_size)
         return make_loaders(data, data, self.world, self.args.batch_size, workers, seed=1)[0]
 
@@ -215,14 +222,14 @@ class Bench:
         task = Segmentation(criterion, Augmentation(), self.scheme.classes)
         return Trainer(net, task, 1, self.world, Optimization(**way.options))
 
-    def race(self, competitors: dict[str, Callable[[], list[float]]]) -> list[dict[str, Any]]:
+    def race(self, competitors: Mapping[str, Callable[[], list[float]]]) -> list[dict[str, Any]]:
         return race(competitors, self.args.rounds, self.args.batch_size)
 
     def loaders_alone(self, workers: int) -> list[dict[str, Any]]:
         loaders = {path: self.loader(path, LOADER_BATCHES, workers) for path in (PLAIN, FAST)}
         for loader in loaders.values():  # starts the workers, and brings the files to memory
             time_loader(loader)
-        return self.race({path: lambda x=x: time_loader(x) for path, x in loaders.items()})
+        return self.race({path: partial(time_loader, x) for path, x in loaders.items()})
 
     def steps_alone(self, trainers: dict[str, Trainer]) -> list[dict[str, Any]]:
         """All take the same batch, which is on the device."""
@@ -234,7 +241,7 @@ class Bench:
             time_steps(trainer, SameBatch(batch, 1))
             first[name] = time.perf_counter() - start
         same = SameBatch(batch, self.args.steps)
-        rows = self.race({name: lambda x=t: time_steps(x, same) for name, t in trainers.items()})
+        rows = self.race({name: partial(time_steps, t, same) for name, t in trainers.items()})
         return [row | {"first_step_s": first[row["name"]]} for row in rows]
 
     def whole(self, plain: Trainer, fast: Trainer, workers: int) -> list[dict[str, Any]]:
@@ -242,7 +249,7 @@ class Bench:
         for path, trainer in ((PLAIN, plain), (FAST, fast)):
             loader = self.loader(path, self.args.steps, workers)
             time_loader(loader)
-            runs[path] = lambda t=trainer, x=loader: time_steps(t, x)
+            runs[path] = partial(time_steps, trainer, loader)
         rows = self.race(runs)
         return [row | {"busy": busy_share(runs[row["name"]], self.device)} for row in rows]
 

@@ -75,7 +75,7 @@ def main() -> None:
         val_names=args.val_names,
         with_val=args.with_val,
     )
-    height, width = train.size
+    _, height, width = train.encoded_shape
     if args.cache is None:
         args.cache = ROOT / "datasets" / "cache" / f"{args.dataset}-{height}x{width}"
     splits = {cache_split(args.annotations): train, "val": val}

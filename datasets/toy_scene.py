@@ -77,11 +77,14 @@ class Thing:
     coat: Paint
     strokes: list[tuple[Polygon, Paint]] = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.paint(self.coat, self.outline)
 
     def paint(self, color: Paint, *polygons: Polygon) -> None:
         self.strokes += [(polygon, color) for polygon in polygons]
+
+
+Maker = Callable[..., Thing]
 
 
 class Plane:
@@ -103,7 +106,9 @@ class Plane:
     def disc(self, u: float, v: float, ru: float, rv: float | None = None) -> Polygon:
         return self.arc(u, v, ru, rv or ru, 0, 345, 23)
 
-    def arc(self, u, v, ru, rv, start: float, end: float, n: int = 14) -> Polygon:
+    def arc(
+        self, u: float, v: float, ru: float, rv: float, start: float, end: float, n: int = 14
+    ) -> Polygon:
         """n + 1 points on an ellipse, from `start` to `end` degrees."""
         angles = [math.radians(start + (end - start) * i / n) for i in range(n + 1)]
         return self.points(*((u + ru * math.cos(a), v + rv * math.sin(a)) for a in angles))
@@ -133,7 +138,7 @@ class Camera:
         right = -size if flip else size
         return Plane(lambda u, v: self(x + right * u, size * v, z))
 
-    def block(self, x0, x1, z0, z1, y0, y1) -> Polygon:
+    def block(self, x0: float, x1: float, z0: float, z1: float, y0: float, y1: float) -> Polygon:
         """The eight corners of a box on the street."""
         return [self(x, y, z) for x in (x0, x1) for z in (z0, z1) for y in (y0, y1)]
 
@@ -145,15 +150,15 @@ def shade(color: Paint, factor: float) -> Paint:
 def convex_hull(points: Polygon) -> Polygon:
     """Andrew's monotone chain."""
 
-    def chain(ordered):
-        hull = []
+    def chain(ordered: Polygon) -> Polygon:
+        hull: Polygon = []
         for c in ordered:
-            while len(hull) > 1 and turn(*hull[-2:], c) <= 0:
+            while len(hull) > 1 and turn(hull[-2], hull[-1], c) <= 0:
                 hull.pop()
             hull.append(c)
         return hull[:-1]
 
-    def turn(a, b, c):
+    def turn(a: Point, b: Point, c: Point) -> float:
         return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
 
     ordered = sorted(points)
@@ -386,7 +391,17 @@ def car(camera: Camera, rng: random.Random, x: float, z: float) -> Thing:
     return thing
 
 
-def long_vehicle(camera, label, color, size, x, z, crossing, paint_end, paint_flank) -> Thing:
+def long_vehicle(
+    camera: Camera,
+    label: str,
+    color: Paint,
+    size: tuple[float, float, float],
+    x: float,
+    z: float,
+    crossing: bool,
+    paint_end: Callable[[Thing, Plane], None],
+    paint_flank: Callable[[Thing, Plane], None],
+) -> Thing:
     """A box on wheels, its end towards the camera or, when `crossing`, its flank.
 
     size: width, length and height in metres. The painters get (thing, plane), with
@@ -602,9 +617,12 @@ def balloon(rng: random.Random) -> Thing:
 
 def roadside(camera: Camera, rng: random.Random, x: float, mood: str) -> Iterator[Thing]:
     """What stands at `x` along the street, from its far end to the camera."""
-    out, barriers = math.copysign(1.0, x), rng.sample((wall, fence), 2)
+    out = math.copysign(1.0, x)
+    barriers: list[Maker] = rng.sample((wall, fence), 2)
+    near: tuple[list[Maker], ...]
     near = (barriers, barriers, [house, barriers[0]], [barriers[0], house], [tree, barriers[0]])
-    cuts, kinds = (FAR, 38.0, 22.0, 13.0, 5.0), [rng.choice((house, tree)), house]
+    cuts = (FAR, 38.0, 22.0, 13.0, 5.0)
+    kinds: list[Maker] = [rng.choice((house, tree)), house]
     for z1, z0, kind in zip(cuts[:-1], cuts[1:], kinds + rng.choice(near), strict=True):
         if kind is house:
             yield house(camera, rng, x + out * rng.uniform(0, 0.6), z0, z1, mood)
@@ -746,7 +764,9 @@ def coarse_objects(objects: list[dict], rng: random.Random, width: int, height: 
     return hurried
 
 
-def render(things: Sequence[Thing], mood: str, rng: random.Random, width: int, height: int):
+def render(
+    things: Sequence[Thing], mood: str, rng: random.Random, width: int, height: int
+) -> np.ndarray:
     """(H, W, 3) uint8: paints at twice the size, then lights it and adds grain."""
     sx, sy = SUPERSAMPLING * width / 2, SUPERSAMPLING * height
     canvas = Image.new("RGB", (SUPERSAMPLING * width, SUPERSAMPLING * height))
@@ -757,8 +777,8 @@ def render(things: Sequence[Thing], mood: str, rng: random.Random, width: int, h
     picture = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
     noise = np.random.default_rng(rng.getrandbits(64))
     grain = noise.standard_normal((height, width, 1), dtype=np.float32)
-    blotch = Image.fromarray(noise.standard_normal((9, 17), dtype=np.float32))
-    blotch = np.asarray(blotch.resize((width, height), Image.Resampling.BICUBIC))
+    coarse = Image.fromarray(noise.standard_normal((9, 17), dtype=np.float32))
+    blotch = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
     light = np.array(MOODS[mood][2], dtype=np.float32) * rng.uniform(0.9, 1.05)
     picture = picture * light * (1 + 0.03 * blotch[..., None]) + 4.0 * grain
     return np.clip(picture, 0, 255).astype(np.uint8)

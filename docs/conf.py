@@ -59,7 +59,9 @@ html_show_sourcelink = False
 highlight_language = "sh"
 
 
-def write_as_rest(app, what, name, thing, options, lines: list[str]) -> None:
+def write_as_rest(
+    app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
     """A docstring is plain text with `names`: escape what reStructuredText takes for markup."""
     for i, line in enumerate(lines):
         parts = line.split("`")
@@ -71,7 +73,9 @@ def write_as_rest(app, what, name, thing, options, lines: list[str]) -> None:
         lines[i] = line
 
 
-def skip_generated(app, what, name, thing, skip: bool, options) -> bool | None:
+def skip_generated(
+    app: Sphinx, what: str, name: str, thing: object, skip: bool, options: object
+) -> bool | None:
     """Fields of a NamedTuple that say no more than their number."""
     return True if str(thing.__doc__).startswith("Alias for field number") else None
 

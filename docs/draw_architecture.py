@@ -9,6 +9,7 @@ Kernels, channels, dilations, sizes and parameters are read off the modules, whi
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ def pass_through(net: LEDNet, size: tuple[int, int] = SIZE) -> dict[str, Stage]:
     """Every module of `net` by name, with the shape that an image of `size` has behind it."""
     stages: dict[str, Stage] = {}
 
-    def note(name: str):
+    def note(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, _: object, out: Tensor) -> None:
             channels, height, width = out.shape[1:]
             stages[name] = Stage(name, module, (channels, height, width))
@@ -71,15 +72,19 @@ def describe(module: nn.Module) -> str:
             f"beside 2×2 max-pool of {conv.in_channels}"
         )
     if isinstance(module, SSnbt):
-        dropout = module.left[-1].p
+        dropout = next(layer.p for layer in module.left if isinstance(layer, nn.Dropout2d))
         return f"SS-nbt, dilation {dilation_of(module)}, dropout {dropout:g}"
-    conv = module[0]
+    conv = conv_of(module)
     stride = f" stride {conv.stride[0]}" if conv.stride[0] > 1 else ""
     return f"{kernel_of(conv)}{stride}, {conv.in_channels} to {conv.out_channels}, BN, ReLU"
 
 
-def dilation_of(block: SSnbt) -> int:
-    return max(rate for m in block.left if isinstance(m, nn.Conv2d) for rate in m.dilation)
+def conv_of(module: nn.Module) -> nn.Conv2d:
+    return next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+
+
+def dilation_of(block: nn.Module) -> int:
+    return max(r for m in block.modules() if isinstance(m, nn.Conv2d) for r in m.dilation)
 
 
 def row(stage: Stage) -> str:
@@ -96,7 +101,7 @@ def table(title: str, rows: list[str], module: nn.Module) -> str:
 
 def tables() -> str:
     """What the page holds between its marks: the encoder, and each variant's decoder."""
-    parts = []
+    parts: list[str] = []
     for variant in VARIANTS:
         stages = pass_through(LEDNet(variant=variant))
         for part in ("encoder", "decoder"):
@@ -109,7 +114,9 @@ def tables() -> str:
     return "\n\n".join(parts)
 
 
-def box(ax: Axes, x: float, y: float, text: str, color: str, width=1.5, height=0.62) -> None:
+def box(
+    ax: Axes, x: float, y: float, text: str, color: str, width: float = 1.5, height: float = 0.62
+) -> None:
     """A rounded box around (x, y)."""
     ax.add_patch(
         FancyBboxPatch(
@@ -144,7 +151,6 @@ def arrow(ax: Axes, *points: tuple[float, float], text: str = "") -> None:
 
 def draw_encoder(ax: Axes, stages: dict[str, Stage]) -> None:
     """Its modules side by side: as high as their output, as wide as their channels."""
-    encoder = stages["encoder"].module
     x, group_start, last = 0.0, 0.0, None
     ax.text(0, 1.16, f"Encoder of {SIZE[0]}x{SIZE[1]} px", fontsize=10, weight="bold", color=INK)
 
@@ -152,8 +158,8 @@ def draw_encoder(ax: Axes, stages: dict[str, Stage]) -> None:
         ax.text((start + end) / 2, -0.06, " × ".join(map(str, shape)), ha="center", va="top",
                 fontsize=8, color=INK)  # fmt: skip
 
-    for i in range(len(encoder)):
-        stage = stages[f"encoder.{i}"]
+    for name, _ in stages["encoder"].module.named_children():
+        stage = stages[f"encoder.{name}"]
         channels, height, _ = stage.shape
         if last is not None and stage.shape != last:
             close_group(last, group_start, x - 0.05)
@@ -213,9 +219,9 @@ def draw_decoder(ax: Axes, stages: dict[str, Stage], variant: str) -> None:
     decoder = stages["decoder"].module
 
     def conv(name: str, x: float, y: float) -> None:
-        module = stages[f"decoder.{name}"].module
-        stride = f" s{module[0].stride[0]}" if module[0].stride[0] > 1 else ""
-        text = f"{kernel_of(module[0])}{stride}\n{module[0].in_channels} → {module[0].out_channels}"
+        layer = conv_of(stages[f"decoder.{name}"].module)
+        stride = f" s{layer.stride[0]}" if layer.stride[0] > 1 else ""
+        text = f"{kernel_of(layer)}{stride}\n{layer.in_channels} → {layer.out_channels}"
         box(ax, x, y, text, CONV)
 
     def size(name: str, x: float, y: float) -> None:
@@ -270,12 +276,14 @@ def draw(path: Path) -> None:
 
     figure = plt.figure(figsize=(13, 9.2), facecolor=PAPER)
     grid = figure.add_gridspec(2, 12, height_ratios=(1, 1.1), hspace=0.08, wspace=0.3)
-    passed = {variant: pass_through(LEDNet(variant=variant)) for variant in VARIANTS}
-    encoder = passed[VARIANTS[0]]
-    draw_encoder(figure.add_subplot(grid[0, :8]), encoder)
-    draw_block(figure.add_subplot(grid[0, 8:]), encoder["encoder"].module[-1])
     for i, variant in enumerate(VARIANTS):
-        draw_decoder(figure.add_subplot(grid[1, 6 * i : 6 * i + 6]), passed[variant], variant)
+        net = LEDNet(variant=variant)
+        stages = pass_through(net)
+        if i == 0:  # the same in all variants
+            draw_encoder(figure.add_subplot(grid[0, :8]), stages)
+            last = [layer for layer in net.encoder if isinstance(layer, SSnbt)][-1]
+            draw_block(figure.add_subplot(grid[0, 8:]), last)
+        draw_decoder(figure.add_subplot(grid[1, 6 * i : 6 * i + 6]), stages, variant)
     with write_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)

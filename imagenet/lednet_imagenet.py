@@ -34,7 +34,6 @@ from lednet.data.transforms import PRESETS
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import plain_values, write_text
 from lednet.model import EncoderClassifier, count_parameters
-from lednet.training.dashboard import Dashboard
 from lednet.training.distributed import World, synchronize_batch_norm
 from lednet.training.engine import Trainer, seed_everything
 from lednet.training.fit import Course, Equipment, train_stages
@@ -43,6 +42,7 @@ from lednet.training.launch import (
     add_recipe_flags,
     add_run_flags,
     launch,
+    open_dashboard,
     open_run,
     optimization_of,
     parse_flags,
@@ -149,7 +149,7 @@ def open_data(
         options, defaults = vars(args), vars(build_parser().parse_args([]))
         script = ROOT / "datasets/prepare_imagenet.py"
         command = command_line(script, options, defaults, CLASSIFICATION_FLAGS)
-        data = CachedDataset(args.cache / split, data, command)
+        return CachedDataset(args.cache / split, data, command)
     return data
 
 
@@ -209,6 +209,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
     }
     course = Course(net, [stage], folder, checkpoints, meta, args.seed, keeper)
     course.keep_every, course.validate_every = args.epochs_save, args.validate_every
+    course.dashboard = open_dashboard(args, folder)
     state = course.resume() if args.resume else ()
     if not args.resume and args.state:
         folder.say(f"--state: {load_weights(net, args.state)}")
@@ -220,8 +221,6 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
         write_text(folder.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
     augmentation = ImageAugmentation(size, args.augment, len(classes), mixup=args.mixup)
     task = Classification(augmentation, classes, args.label_smoothing)
-    if args.visualize and world.is_main:
-        course.dashboard = Dashboard(folder.path.name, task, port=args.port)
 
     def equip(stage: Stage) -> Equipment:
         data = SkippingDataset(train_data) if args.skip_damaged else train_data

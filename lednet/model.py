@@ -8,6 +8,7 @@ open-source project for real-time image semantic segmentation" (SCIS 2019,
 """
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear interpolation with aligned corners, as in the released network.
 
     x: (N, C, h, w) -> (N, C, *size)
@@ -74,6 +75,9 @@ class BatchNorm(nn.BatchNorm2d):
     A batch of one image has a single value a channel behind the global pooling. It
     has no variance, so the running statistics, left as they are, normalise it.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=NORM_EPS)
@@ -129,12 +133,13 @@ def _factorized_branch(
 
     def conv(kernel: tuple[int, int], rate: int) -> nn.Conv2d:
         # "Same" padding along the long side; the short side needs none.
-        padding = tuple(rate * (k // 2) for k in kernel)
-        rates = tuple(rate if k > 1 else 1 for k in kernel)
+        height, width = kernel
+        padding = rate * (height // 2), rate * (width // 2)
+        rates = rate if height > 1 else 1, rate if width > 1 else 1
         return nn.Conv2d(channels, channels, kernel, padding=padding, dilation=rates)
 
     second = first[::-1]
-    layers = [
+    layers: list[nn.Module] = [
         conv(first, 1),
         nn.ReLU(inplace=True),
         conv(second, 1),
@@ -176,8 +181,9 @@ class Encoder(nn.Sequential):
     x: (N, 3, H, W) -> (N, 128, ceil(H/8), ceil(W/8))
     """
 
-    def __init__(self):
-        channels, layers = 3, []
+    def __init__(self) -> None:
+        channels = 3
+        layers: list[nn.Module] = []
         for stage in ENCODER_STAGES:
             if isinstance(stage, Down):
                 layers.append(Downsampler(channels, stage.channels))

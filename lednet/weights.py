@@ -380,10 +380,11 @@ def input_size(
     Raises:
         UserError: nothing says it.
     """
-    known = meta.get("size") or default
-    if known is None and not (height and width):
+    known = meta.get("size") or default or (None, None)
+    height, width = height or known[0], width or known[1]
+    if height is None or width is None:
         raise UserError("the weights do not say their input size: give --height and --width")
-    return height or known[0], width or known[1]
+    return height, width
 
 
 def require_classes(

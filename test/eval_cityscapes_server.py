@@ -15,8 +15,9 @@ upload.zip. A run that was interrupted goes on with the same command.
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from lednet.data.datasets import read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
 from lednet.data.layouts import DEFAULT_SIZES
+from lednet.data.pairs import present
 from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.speed import speed_card, speed_rows
@@ -138,7 +140,9 @@ def settings(args: argparse.Namespace, predictor: Predictor) -> dict:
     }
 
 
-def show_progress(results: Iterator[FrameResult], total: int, args, world: World) -> Iterator:
+def show_progress(
+    results: Iterable[FrameResult], total: int, args: argparse.Namespace, world: World
+) -> Iterable[FrameResult]:
     name = args.subset if world.size == 1 else f"{args.subset} (process 1 of {world.size})"
     return tqdm(results, name, total, unit="image", dynamic_ncols=True, disable=not world.is_main)
 
@@ -176,7 +180,11 @@ def run_network(
 
 
 def score_files(
-    args: argparse.Namespace, frames: list[Frame], files: dict[str, Path], scheme, world: World
+    args: argparse.Namespace,
+    frames: list[Frame],
+    files: dict[str, Path],
+    scheme: LabelScheme,
+    world: World,
 ) -> list[FrameResult]:
     """Score --predictions, each image in one process; results of all."""
     mine = frames[world.rank :: world.size]
@@ -185,9 +193,11 @@ def score_files(
     return world.gather(list(show_progress(results, len(mine), args, world)))
 
 
-def print_scores(full: BenchmarkScores, network: BenchmarkScores | None, size) -> None:
+def print_scores(
+    full: BenchmarkScores, network: BenchmarkScores | None, size: Sequence[int] | None
+) -> None:
     """Classes, categories and means; IoU at the network's size beside them."""
-    headings = ["IoU", "iIoU"] + ([f"IoU at {size[0]}x{size[1]}"] if network else [])
+    headings = ["IoU", "iIoU"] + ([f"IoU at {size[0]}x{size[1]}"] if network and size else [])
 
     def row(name: str, *cells: str) -> None:
         print(f"{name:16}" + "".join(f"{cell:>16}" for cell in cells))
@@ -213,7 +223,7 @@ def print_scores(full: BenchmarkScores, network: BenchmarkScores | None, size) -
     )
 
 
-def results_file(full: BenchmarkScores, network: BenchmarkScores | None, **details) -> dict:
+def results_file(full: BenchmarkScores, network: BenchmarkScores | None, **details: Any) -> dict:
     """The official tool's result file, with further figures under keys of our own."""
     result = full.official_result() | {
         "pixelAccuracy": full.summary()["pixel_accuracy"],
@@ -225,15 +235,19 @@ def results_file(full: BenchmarkScores, network: BenchmarkScores | None, **detai
     return result | details
 
 
+def full_size(frames: list[Frame]) -> tuple[int, int]:
+    """(height, width) of the images, as of the first."""
+    height, width = read_image(present(frames[0].image, "images")).shape[:2]
+    return height, width
+
+
 def write_zip(args: argparse.Namespace, frames: list[Frame]) -> None:
     """Pack the predictions and check the zip as a user would before uploading it."""
     path = args.out / "upload.zip"
     folder = args.out / "predictions"
     write_upload(path, [folder / prediction_name(frame.name) for frame in frames])
     names = {frame.name for frame in frames}
-    problems = check_upload(
-        path, args.subset, frames=names, size=read_image(frames[0].image).shape[:2]
-    )
+    problems = check_upload(path, args.subset, frames=names, size=full_size(frames))
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     if len(frames) != NUM_FILES[args.subset]:
@@ -270,15 +284,14 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     results.sort(key=lambda result: result.name)  # sums come out alike for any number of processes
     full = total_scores(result.full for result in results)
     if predictor and args.speed:
-        image_size = read_image(frames[0].image).shape[:2]
-        card = speed_card(predictor, image_size, 1, args.warmup, args.runs)
+        card = speed_card(predictor, full_size(frames), 1, args.warmup, args.runs)
     details = {"options": plain_values(vars(args))} | ({"speed": card} if card else {})
     if args.subset != "test":
         if predictor:
             network = total_scores(result.network for result in results)
         if full.class_matrix().sum() == 0:
             raise UserError(f"{args.datadir} {args.subset} has no labelled pixel: check --labels")
-        print_scores(full, network, predictor and predictor.size)
+        print_scores(full, network, predictor.size if predictor else None)
         details = results_file(full, network, **details)
     if card:
         print("\n" + "\n".join(f"{name:22} {value}" for name, value in speed_rows(card)))

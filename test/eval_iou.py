@@ -12,11 +12,13 @@ original release are opened too.
 import argparse
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
@@ -88,7 +90,7 @@ def score(
     loader = DataLoader(data, args.batch_size, num_workers=args.num_workers, collate_fn=collate)
     with tqdm(total=len(data), desc=f"{args.subset}", unit="image", dynamic_ncols=True) as bar:
 
-        def batches():
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for images, target in loader:
                 yield images, target
                 bar.update(len(images))

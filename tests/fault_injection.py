@@ -26,7 +26,7 @@ from PIL import Image
 
 from lednet.errors import UserError
 from lednet.training.checkpoints import Checkpoints
-from lednet.training.runs import CLOCK_KEYS
+from lednet.training.runs import MEASURED_KEYS
 from lednet.weights import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,8 @@ class Run:
     ):
         self.site, self.first, self.mending = site, site.step(), contextlib.ExitStack()
         self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe would outlive its end
-        command = [sys.executable, *launcher, ROOT / script[0], *script[1:], *site.flags, *flags]
+        path = ROOT / str(script[0])
+        command = [sys.executable, *launcher, path, *script[1:], *site.flags, *flags]
         self.process = subprocess.Popen(
             [str(word) for word in command],
             stdout=self.output,
@@ -370,7 +371,7 @@ def differences(site: Site, reference: Site, loss_tolerance: float = 0.0) -> lis
         found += [
             f"{key} of {b['stage']} {b['epoch']} differs in log.jsonl"
             for key in a.keys() | b.keys()
-            if key not in CLOCK_KEYS and a.get(key) != b.get(key)
+            if key not in MEASURED_KEYS and a.get(key) != b.get(key)
         ]
     newest = Checkpoints(reference.folder).paths()[0].name
     for name in ("encoder_best.pth", "best.pth", newest):

@@ -24,7 +24,7 @@ from lednet.data.cache import CachedDataset, build_cache
 from lednet.data.datasets import SegmentationDataset, open_dataset, open_training_data
 from lednet.data.labels import LabelScheme
 from lednet.files import write_text
-from lednet.training.runs import CLOCK_KEYS
+from lednet.training.runs import MEASURED_KEYS
 from lednet.weights import read_checkpoint
 
 SIZE = (36, 44)
@@ -508,7 +508,7 @@ def test_training_is_the_same_with_and_without(run_inside, camvid, tmp_path):
         result = run_inside("train/main.py", *data, *recipe, *flags, "--savedir", tmp_path / name)
         assert result.returncode == 0, result.stderr
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
-        records[name] = [json.loads(line) | dict.fromkeys(CLOCK_KEYS) for line in lines]
+        records[name] = [json.loads(line) | dict.fromkeys(MEASURED_KEYS) for line in lines]
     assert len(records["files"]) == 2 and records["files"] == records["cache"]
     states = [read_checkpoint(tmp_path / name / "best.pth")["state_dict"] for name in runs]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from lednet.data.labels import cityscapes_scheme
 from lednet.training.checkpoints import Checkpoints
-from lednet.training.runs import CLOCK_KEYS
+from lednet.training.runs import MEASURED_KEYS
 from lednet.weights import read_checkpoint
 
 SMALL = ("--height", 64, "--width", 128, "--num-workers", 1, "--device", "cpu")
@@ -114,7 +114,7 @@ def test_killed_run_resumes_to_identical_weights(trained, toy_cityscapes, tmp_pa
         assert_same_weights(folder / name, trained / name)
 
     def without_speed(folder: Path) -> list[dict]:
-        return [record | dict.fromkeys(CLOCK_KEYS) for record in records(folder)]
+        return [record | dict.fromkeys(MEASURED_KEYS) for record in records(folder)]
 
     assert without_speed(folder) == without_speed(trained)
 

@@ -23,10 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+from torch import nn
 
 from lednet.data.cache import CachedDataset, command_line
 from lednet.data.datasets import (
     TRAINING_PARTS,
+    SegmentationDataset,
     SkippingDataset,
     cache_split,
     open_training_data,
@@ -37,7 +39,6 @@ from lednet.data.transforms import PRESETS, Augmentation
 from lednet.errors import UserError, exit_on_user_error
 from lednet.files import plain_values, write_text
 from lednet.model import VARIANTS, LEDNet, count_parameters
-from lednet.training.dashboard import Dashboard
 from lednet.training.distributed import World, synchronize_batch_norm
 from lednet.training.engine import Pretrained, Trainer, seed_everything
 from lednet.training.fit import Course, Equipment, train_stages
@@ -46,6 +47,7 @@ from lednet.training.launch import (
     add_recipe_flags,
     add_run_flags,
     launch,
+    open_dashboard,
     open_run,
     optimization_of,
     parse_flags,
@@ -253,6 +255,8 @@ class Data:
     """What a stage trains and validates on, at working size; fills in --height and --width."""
 
     def __init__(self, args: argparse.Namespace, annotations: str):
+        train: SegmentationDataset | CachedDataset
+        val: SegmentationDataset | CachedDataset
         train, val = open_training_data(
             args.dataset,
             args.datadir or ROOT / "datasets" / args.dataset,
@@ -265,7 +269,7 @@ class Data:
             val_names=args.val_names,
             with_val=args.with_val,
         )
-        args.height, args.width = train.size
+        _, args.height, args.width = train.encoded_shape
         self.scheme, self.workers = train.scheme, max(1, args.num_workers)
         if args.cache:
             defaults = vars(build_parser().parse_args([]))
@@ -335,6 +339,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
     }
     course = Course(net, stages, folder, checkpoints, meta, args.seed, keeper)
     course.keep_every, course.validate_every = args.epochs_save, args.validate_every
+    course.dashboard = open_dashboard(args, folder, scheme)
     state = course.resume() if args.resume else ()
     if not args.resume:
         start_weights(args, course)
@@ -353,7 +358,8 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
             f"{stage.title}: {stage.epochs} epochs of {len(data.train)} training and "
             f"{len(data.val)} validation images of {scheme.name} at {height}x{width}"
         )
-        model, pretrained = net.encoder_stage(), None
+        model: nn.Module = net.encoder_stage()
+        pretrained = None
         if stage.part == "decoder":
             model = net
             pretrained = Pretrained(net.encoder, args.encoder_lr_factor, args.freeze_encoder)
@@ -364,8 +370,6 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
             args.augment, course.meta["mean"], course.meta["std"], stage.size
         )
         task = Segmentation(criterion, augmentation, scheme.classes)
-        if args.visualize and world.is_main and course.dashboard is None:
-            course.dashboard = Dashboard(folder.path.name, task, scheme, port=args.port)
         trainer = Trainer(
             model, task, stage.epochs, world, optimization_of(args), args.iou_train, pretrained
         )

@@ -23,7 +23,7 @@ executorch.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,13 +119,13 @@ def toy_streets() -> Iterator[Image.Image]:
         yield Image.fromarray(toy_scene(1, "val", i, width=512, height=256).image)
 
 
-def batch_of(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+def batch_of(image: Image.Image, size: Sequence[int]) -> np.ndarray:
     """(1, *size, 3) uint8"""
-    return np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))[None]
+    return np.array(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))[None]
 
 
 def batches(
-    images: Iterable[Image.Image], size: tuple[int, int], dynamic: bool
+    images: Iterable[Image.Image], size: Sequence[int], dynamic: bool
 ) -> Iterator[np.ndarray]:
     """What to compare on: (1, *size, 3); for `dynamic` also pairs of another, odd size."""
     odd = tuple(max(MIN_TRACED_SIDE, side * 3 // 4 | 1) for side in size)
@@ -143,17 +143,17 @@ def miou_gate(
 ) -> Callable[[Exported], None]:
     """A test that holds a file's mIoU against that of the network, and prints both."""
 
-    def miou(network: LEDNet | Exported, what: str, **normalization) -> float:
-        predictor = Predictor(network, size, **normalization)
+    def miou(predictor: Predictor, what: str) -> float:
         images = tqdm(DataLoader(data), what, unit="image", leave=False, dynamic_ncols=True)
         confusion = evaluate_predictor(predictor, images, data.scheme.num_classes)
         require_labels(confusion, "--datadir")
         return 100 * confusion.mean_iou()
 
-    before = miou(net, "fp32", **{key: meta[key] for key in ("mean", "std") if key in meta})
+    normalization = {key: meta[key] for key in ("mean", "std") if key in meta}
+    before = miou(Predictor(net, size, **normalization), "fp32")
 
     def accept(exported: Exported) -> None:
-        after = miou(exported, "int8")
+        after = miou(Predictor(exported, size), "int8")
         print(
             f"mIoU on the {len(data)} val images of {data.scheme.name}: {before:.2f} before, "
             f"{after:.2f} as int8"

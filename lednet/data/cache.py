@@ -30,8 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lednet.data.labels import LabelScheme
-from lednet.data.pairs import Pair
+from lednet.data.pairs import Pair, PairDataset
 from lednet.errors import UserError
 from lednet.files import read_json, require_space, write_atomically, write_text
 
@@ -52,19 +51,21 @@ Stamp = list[str | int]
 
 
 class Source(Protocol):
-    """A data set that can be cached: its samples come from files, each time the same.
+    """A `PairDataset` that can be cached: its samples are each time the same.
 
     Attributes:
-        pairs: files of each sample; a slice of it is a sequence too.
         encoded_shape: (C, H, W) of what `encode` gives.
     """
 
-    pairs: Sequence[Pair]
-    encoded_shape: tuple[int, int, int]
+    @property
+    def pairs(self) -> Sequence[Pair]: ...
+
+    @property
+    def encoded_shape(self) -> tuple[int, int, int]: ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]: ...
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
 
     def cache_options(self) -> dict[str, Any]:
         """What decides on the encoded samples besides the files, as JSON gives it back."""
@@ -74,12 +75,12 @@ class Source(Protocol):
         """A sample as uint8 planes, contiguous, and some integers: its facts."""
         ...
 
-    def decode(self, planes: Tensor, facts: list[int]) -> tuple[Tensor, ...]:
+    def decode(self, planes: Tensor, facts: list[int]) -> tuple[Tensor, Tensor]:
         """From what `encode` gave of it, the very sample."""
         ...
 
 
-class CachedDataset(Dataset):
+class CachedDataset(PairDataset):
     """A split read from its cache, in place of the source it was built of.
 
     Opening compares the cache with the source (names, sizes and times of its files, its
@@ -92,7 +93,8 @@ class CachedDataset(Dataset):
         command: builds the cache; for messages.
 
     Attributes:
-        facts: (len, k) int64, those of each sample.
+        facts: (len, k) int64, those of each sample; of label maps, the pixels of each class.
+        classes: of a source of images in folders of classes.
 
     Raises:
         UserError: there is no such cache, or it is not (any more) what `source` gives.
@@ -101,6 +103,10 @@ class CachedDataset(Dataset):
     def __init__(self, folder: str | os.PathLike, source: Source, command: str):
         self.folder, self.source, self.command = Path(folder), source, command
         self.pairs = source.pairs
+        if hasattr(source, "scheme"):
+            self.scheme = source.scheme
+        if hasattr(source, "classes"):
+            self.classes: Sequence[str] = source.classes
         self._maps: dict[int, np.ndarray] = {}
         if not (self.folder / MANIFEST).is_file():
             raise UserError(f"no cache in {folder}: build it with `{command}`")
@@ -166,7 +172,7 @@ class CachedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         index = range(len(self))[index]
         return self.source.decode(self._planes(index), self.facts[index].tolist())
 
@@ -187,17 +193,6 @@ class CachedDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # pickled, a map would be its whole file
-
-    @property
-    def classes(self) -> Sequence[str]:
-        """Of images in folders of classes."""
-        return self.source.classes
-
-    # Of a segmentation, whose facts are the pixels of each class:
-
-    @property
-    def scheme(self) -> LabelScheme:
-        return self.source.scheme
 
     def count_label(self, index: int) -> np.ndarray:
         return self.facts[index]
@@ -329,7 +324,7 @@ class _Build:
         with write_atomically(path) as temporary, open(temporary, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for stamp, planes, its_facts in islice(samples, length):
-                file.write(planes.numpy())
+                file.write(planes.numpy().data)
                 stamps.append(stamp)
                 facts.append(its_facts)
                 bar.update()

@@ -47,6 +47,9 @@ class ImageAugmentation(nn.Module):
             Beta(mixup, mixup) (Zhang et al., arXiv 1710.09412); 0 for none.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         size: int = 224,
@@ -163,7 +166,7 @@ def cut(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Tensor:
 
 def draw_share(alpha: float, generator: torch.Generator) -> float:
     """From Beta(alpha, alpha). Torch draws that from its global generator alone."""
-    seed = torch.randint(2**63 - 1, (), generator=generator).item()
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
     return float(np.random.default_rng(seed).beta(alpha, alpha))
 
 

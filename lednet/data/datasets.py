@@ -10,14 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
 from lednet.data.images import open_image
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
 from lednet.data.layouts import DEFAULT_SIZES, list_split
-from lednet.data.pairs import Pair, ground_truth, hold_out, list_examples, match
+from lednet.data.pairs import (
+    Pair,
+    PairDataset,
+    ground_truth,
+    hold_out,
+    list_examples,
+    match,
+    present,
+)
 from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
 
@@ -89,7 +96,7 @@ def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
 def turning(image: Image.Image) -> Image.Transpose | None:
     """What brings the image upright as its EXIF says, if that can be read and asks for it."""
     try:
-        return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 0))
     except Exception:  # a parser of many kinds, on bytes of any kind
         return None
 
@@ -128,7 +135,7 @@ def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
     return label.astype(np.uint8)
 
 
-class SegmentationDataset(Dataset):
+class SegmentationDataset(PairDataset):
     """Images with their label maps: (uint8 (3, H, W), uint8 (H, W)).
 
     With a size, `lednet.data.cache` takes it.
@@ -146,9 +153,6 @@ class SegmentationDataset(Dataset):
         self.pairs = list(pairs)
         self.scheme = scheme
         self.size = size
-
-    def __len__(self) -> int:
-        return len(self.pairs)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image (H, W, 3) and label (H, W) as they are on disk, the label as class indices."""
@@ -177,7 +181,8 @@ class SegmentationDataset(Dataset):
 
     def count_label(self, index: int) -> np.ndarray:
         """Pixels of each class in a label file, (num_classes + 1,) int64, void last."""
-        return count_classes(read_label(self.pairs[index].label, self.scheme), self.scheme)
+        file = present(self.pairs[index].label, "labels")
+        return count_classes(read_label(file, self.scheme), self.scheme)
 
     def class_counts(self, workers: int = 4) -> np.ndarray:
         """Those of all label files, (len, num_classes + 1) int64, at the files' own size.
@@ -186,14 +191,19 @@ class SegmentationDataset(Dataset):
         """
         return _count_labels(self.count_label, len(self), workers)
 
+    def _fixed_size(self) -> tuple[int, int]:
+        if self.size is None:
+            raise ValueError("only samples of one size can be cached: give the data a size")
+        return self.size
+
     @property
     def encoded_shape(self) -> tuple[int, int, int]:
         """Of a pair in a cache: red, green, blue and the class index."""
-        return (4, *self.size)
+        return (4, *self._fixed_size())
 
     def cache_options(self) -> dict[str, Any]:
         return {
-            "size": list(self.size),
+            "size": list(self._fixed_size()),
             "classes": list(self.scheme.classes),
             "label values": sorted(map(list, self.scheme.file_ids.items())),
         }
@@ -209,7 +219,7 @@ class SegmentationDataset(Dataset):
         return planes[:3], planes[3]
 
 
-class SkippingDataset(Dataset):
+class SkippingDataset(PairDataset):
     """Training data in which a sample that cannot be read is replaced by the next that can.
 
     Attributes:
@@ -217,7 +227,7 @@ class SkippingDataset(Dataset):
             counted, shared by loading processes.
     """
 
-    def __init__(self, data: Dataset):
+    def __init__(self, data: PairDataset):
         self.data = data
         self.pairs = data.pairs
         if hasattr(data, "scheme"):

@@ -16,7 +16,7 @@ from lednet.data.findings import KINDS, SEVERITIES, Finding, Findings, counted, 
 from lednet.data.labels import IGNORE_INDEX
 from lednet.data.lookalikes import Lookalike, find_copies, find_lookalikes, most_telling
 from lednet.data.looks import look_at_all
-from lednet.data.pairs import list_examples
+from lednet.data.pairs import Pair, list_examples, present
 from lednet.data.splits import BLANK, Split
 
 MIXED_UP = 0.1
@@ -106,12 +106,16 @@ def _check_files(split: Split, found: Findings) -> None:
         if mode != "RGB":
             files = [(pair.image, "") for pair, look in pairs if look.image_mode == mode]
             found.add("mode", files, noun="image", mode=mode, reading=_reading(mode))
-    palettes = [(pair.label, "") for pair, look in pairs if look.label_mode == "P"]
+    palettes = [(_label(pair), "") for pair, look in pairs if look.label_mode == "P"]
     found.add("mode", palettes, noun="label", mode="P", reading="it counts by index, not by colour")
     if len(split.sizes) > 1:
         sizes = sorted(split.sizes, key=lambda size: size[0] * size[1])
         smallest, largest = ("{}x{}".format(*sizes[i]) for i in (0, -1))
         found.say("sizes", f"images of {len(sizes)} sizes, {smallest} to {largest}")
+
+
+def _label(pair: Pair) -> Path:
+    return present(pair.label, "labels")
 
 
 def _reading(mode: str) -> str:
@@ -124,14 +128,14 @@ def _check_values(split: Split, found: Findings) -> None:
     """What the labels' values say about the scheme that they are read with."""
     other, taken = _other_encoding(split)
     inside = "labelIds" if taken == "labelTrainIds" else "labelTrainIds"
-    files = [(split.pairs[i].label, "") for i in sorted(other)]
+    files = [(_label(split.pairs[i]), "") for i in sorted(other)]
     found.add("encoding", files, inside=inside, taken=taken)
     unknown = []
     for i, (pair, look) in enumerate(zip(split.pairs, split.looks, strict=True)):
         values = [value for value in look.ids if split.scheme.lut[value] < 0]
         if values and i not in other:
             more = f" and {len(values) - _LIMIT} more" if len(values) > _LIMIT else ""
-            unknown.append((pair.label, " ".join(map(str, values[:_LIMIT])) + more))
+            unknown.append((_label(pair), " ".join(map(str, values[:_LIMIT])) + more))
             split.unsound.add(i)
     found.add("id", unknown, scheme=split.scheme.name)
     split.unsound |= other
@@ -160,7 +164,7 @@ def _check_classes(split: Split, found: Findings) -> None:
     if not counts.any():
         return
     empty = (counts[:, :-1].sum(axis=1) == 0) & (counts[:, -1] > 0)
-    found.add("all-void", [(split.pairs[i].label, "") for i in empty.nonzero()[0]])
+    found.add("all-void", [(_label(split.pairs[i]), "") for i in empty.nonzero()[0]])
     void = counts[:, -1].sum() / counts.sum()
     if void > VOID:
         found.say("void", f"{100 * void:.0f} % of the labels' pixels are void")
@@ -181,15 +185,16 @@ def _check_classes(split: Split, found: Findings) -> None:
 def _check_fit(split: Split, found: Findings) -> None:
     split.fit = np.full(len(split.pairs), np.nan, np.float32)
     split.misfit = split.fit.copy()
-    seen = [
-        i
+    sound = [
+        (i, look.thumbnail, look.regions)
         for i, look in enumerate(split.looks)
         if look.thumbnail is not None and look.regions is not None
     ]
-    if not seen:
+    if not sound:
         return
-    thumbnails = np.stack([split.looks[i].thumbnail for i in seen])
-    regions = np.stack([split.looks[i].regions for i in seen])
+    seen = [i for i, _, _ in sound]
+    thumbnails = np.stack([thumbnail for _, thumbnail, _ in sound])
+    regions = np.stack([regions for _, _, regions in sound])
     split.fit[seen], split.misfit[seen] = edge_fit(thumbnails, regions)
     worse = (split.misfit > 0.5).nonzero()[0]
     if len(seen) >= _ENOUGH and len(worse) > MIXED_UP * len(seen):

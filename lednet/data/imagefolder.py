@@ -3,23 +3,22 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lednet.data.datasets import to_rgb
 from lednet.data.images import open_image
-from lednet.data.pairs import Pair, list_examples
+from lednet.data.pairs import Pair, PairDataset, list_examples
 from lednet.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-class ImageFolderDataset(Dataset):
+class ImageFolderDataset(PairDataset):
     """Pictures and their classes: (uint8 (3, size, size), int64 (3,)).
 
     A picture as a whole is brought to a square, whatever its proportions, so that
@@ -42,6 +41,8 @@ class ImageFolderDataset(Dataset):
             without images.
     """
 
+    pairs: "ImageFiles"
+
     def __init__(
         self, folder: str | os.PathLike, size: int = 256, classes: Sequence[str] | None = None
     ):
@@ -59,9 +60,6 @@ class ImageFolderDataset(Dataset):
                 f"({list_examples(empty)}): add some ({', '.join(SUFFIXES)}) or remove them"
             )
         self.pairs = ImageFiles(folder, self.classes, names)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.decode(*self.encode(index))
@@ -106,6 +104,12 @@ class ImageFiles(Sequence[Pair]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Pair]: ...
 
     def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
         if isinstance(index, slice):

@@ -84,7 +84,7 @@ class LabelScheme:
     file_ids: Mapping[int, int]
     lut: np.ndarray = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # (256,) int16: class index, IGNORE_INDEX, or -1 for a value outside the scheme.
         lut = np.full(256, -1, dtype=np.int16)
         for file_id, index in self.file_ids.items():

@@ -101,10 +101,10 @@ def find_copies(images: np.ndarray) -> list[tuple[int, int]]:
 
 def similarities(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Similarity of each image to each other one, (len(images), len(others)) float32."""
-    images, others = _even(images), _even(others)
-    with tqdm(total=len(images) + len(others), desc="comparing", unit="image", leave=False) as bar:
-        forward = _best_crop(others, images, bar).T
-        return np.maximum(forward, _best_crop(images, others, bar))
+    mine, theirs = _even(images), _even(others)
+    with tqdm(total=len(mine) + len(theirs), desc="comparing", unit="image", leave=False) as bar:
+        forward = _best_crop(theirs, mine, bar).T
+        return np.maximum(forward, _best_crop(mine, theirs, bar))
 
 
 def _best_crop(images: Tensor, others: Tensor, bar: tqdm) -> np.ndarray:

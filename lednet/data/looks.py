@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -12,8 +13,10 @@ from tqdm import tqdm
 from lednet.data.datasets import to_rgb, turning
 from lednet.data.images import open_header
 from lednet.data.lookalikes import THUMBNAIL
-from lednet.data.pairs import Pair
+from lednet.data.pairs import Pair, present
 from lednet.errors import UserError
+
+Sample = TypeVar("Sample")
 
 LABEL_MODES = ("L", "P")
 
@@ -49,15 +52,16 @@ def look_at(pair: Pair) -> Look:
     """Decode image and label once each; whatever their bytes are, this returns."""
     look = Look()
     for file, see in ((pair.image, _see_image), (pair.label, _see_label)):
+        if file is None:
+            continue
         try:
-            if file is not None:
-                see(look, file)
+            see(look, file)
         except Exception as error:  # parsers of many kinds, on bytes of any kind
             reason = " ".join(str(error).split()) or type(error).__name__
             look.problems.append(("damaged", file, reason.replace(str(file), "it")))
     if look.label_size and look.image_size and look.label_size != look.image_size:
         remark = "{}x{}, the image {}x{}".format(*look.label_size, *look.image_size)
-        look.problems.append(("size", pair.label, remark))
+        look.problems.append(("size", present(pair.label, "labels"), remark))
     return look
 
 
@@ -68,13 +72,14 @@ def _see_image(look: Look, file: Path) -> None:
         image.load()
         if turning(image):
             look.problems.append(("turned", file, ""))
+        plain: Image.Image = image
         if mode not in ("L", "RGB"):
             try:
-                image = Image.fromarray(to_rgb(image, upright=False))
+                plain = Image.fromarray(to_rgb(image, upright=False))
             except UserError:
                 look.problems.append(("image-mode", file, mode))
                 return
-        grey = image.resize(_SIZE, Image.Resampling.BOX).convert("L")
+        grey = plain.resize(_SIZE, Image.Resampling.BOX).convert("L")
     look.image_size, look.image_mode, look.thumbnail = size, mode, np.array(grey)
 
 
@@ -100,8 +105,8 @@ class _Looks(Dataset):
         return look_at(self.pairs[index])
 
 
-def _as_it_is(look: Look) -> Look:
-    return look
+def _as_it_is(sample: Sample) -> Sample:
+    return sample
 
 
 def look_at_all(pairs: Sequence[Pair], workers: int) -> Iterator[Look]:

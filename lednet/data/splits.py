@@ -121,7 +121,9 @@ def open_splits(
         UserError: no split can be opened.
     """
     root, holds_out = Path(root), bool(val_every or val_names)
-    splits, findings, refusals = [], [], []
+    splits: list[Split] = []
+    findings: list[Finding] = []
+    refusals: list[UserError] = []
     for folder in splits_there(name, root, annotations, holds_out):
         found = Findings(root, folder or "all")
         try:

@@ -44,6 +44,9 @@ class Augmentation(nn.Module):
             labels of training with them; None leaves them as they come.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         preset: str = "paper",

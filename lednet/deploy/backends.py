@@ -92,8 +92,8 @@ def exported_core(exported: Exported) -> Core:
 
 
 def _torch_core(graph: BytesToLogits, device: torch.device, precision: str, compiled: bool) -> Core:
-    graph = graph.to(device, memory_format=torch.channels_last).eval()
-    run = graph
+    graph = graph.to(device).to(memory_format=torch.channels_last).eval()
+    run: Callable[..., Tensor] = graph
     if compiled:
         if device.type != "cuda":
             run = torch.compile(graph)
@@ -112,14 +112,16 @@ def _torch_core(graph: BytesToLogits, device: torch.device, precision: str, comp
 
 def _cuda_graph_core(graph: BytesToLogits, example: Tensor) -> Core:
     recorded = torch.cuda.make_graphed_callables(graph, (example,))
-    return lambda images: recorded(images).clone()
+    # PyTorch does not say what comes out of it.
+    return lambda images: recorded(images).clone()  # type: ignore[union-attr]
 
 
 class _PerSize:
     """A core for engines that are fastest at one fixed input size: made at its first use."""
 
     def __init__(self, make: Callable[[Tensor], Core]):
-        self.make, self.cores = make, {}
+        self.make = make
+        self.cores: dict[tuple[int, ...], Core] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
         shape = tuple(images.shape)

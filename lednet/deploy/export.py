@@ -68,6 +68,7 @@ def describe(
         output: a key of `OUTPUTS`.
         precision: one of `PRECISIONS`.
     """
+    mean, std = _normalization(meta)
     told = {
         "outputs": net.num_classes,
         "variant": net.variant,
@@ -75,7 +76,8 @@ def describe(
         "precision": precision,
         "size": list(size),
         **{key: meta[key] for key in ("classes", "colors") if key in meta},
-        **{key: list(value) for key, value in _normalization(meta).items()},
+        "mean": list(mean),
+        "std": list(std),
     }
     names = {"lednet": lednet.__version__, "output": output}
     if "dataset" in meta:
@@ -83,8 +85,9 @@ def describe(
     return names | {key: json.dumps(value) for key, value in told.items()}
 
 
-def _normalization(meta: dict) -> dict[str, Sequence[float]]:
-    return {"mean": meta.get("mean", (0, 0, 0)), "std": meta.get("std", (1, 1, 1))}
+def _normalization(meta: dict) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the [0, 1] image."""
+    return meta.get("mean", (0, 0, 0)), meta.get("std", (1, 1, 1))
 
 
 @torch.no_grad()
@@ -94,7 +97,7 @@ def reference_logits(net: LEDNet, images: np.ndarray, meta: dict) -> Tensor:
     images: (N, H, W, 3) uint8 RGB -> (N, C, ceil(H/8), ceil(W/8))
     """
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(v).float().view(-1, 1, 1) for v in _normalization(meta).values())
+    mean, std = (torch.tensor(v).float().view(-1, 1, 1) for v in _normalization(meta))
     return net.decoder(net.encoder((x - mean) / std))
 
 
@@ -115,11 +118,13 @@ def check_parity(
         run_logits: a file of the same network with logits, to compare those too.
     """
     equal = pixels = count = 0
-    difference, largest = None, 0.0
+    difference: float | None = None
+    largest = 0.0
     for batch in images:
         expected = reference_logits(net, batch, meta)
         labels = resize(expected, batch.shape[1:3]).argmax(dim=1).numpy()
-        found = logits = run(batch)
+        found = run(batch)
+        logits: np.ndarray | None = found
         if found.ndim == 4:
             found = resize(torch.from_numpy(found), batch.shape[1:3]).argmax(dim=1).numpy()
         else:
@@ -202,7 +207,7 @@ def export(
     quantized = {} if calibration is None else {"calibration": calibration}
 
     def write(output: str, path: Path) -> Exported:
-        module = OUTPUTS[output](net, **_normalization(meta))
+        module = OUTPUTS[output](net, *_normalization(meta))
         metadata = describe(net, meta, size, output, precision)
         row.write(module, path, (1, *size), dynamic, metadata, **quantized)
         return row.load(path, RunOptions())

@@ -18,6 +18,9 @@ class FoldedDownsampler(nn.Module):
     x: (N, in_channels, H, W) -> (N, out_channels, ceil(H/2), ceil(W/2))
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, block: Downsampler):
         super().__init__()
         norm, conv = block.norm, copy.deepcopy(block.conv)
@@ -52,8 +55,9 @@ def fold_batch_norm(net: LEDNet) -> LEDNet:
             folded.encoder[i] = FoldedDownsampler(block)
     for sequence in [m for m in folded.modules() if isinstance(m, nn.Sequential)]:
         for i in reversed(range(1, len(sequence))):
-            if isinstance(sequence[i], nn.BatchNorm2d):
-                sequence[i - 1] = fuse_conv_bn_eval(sequence[i - 1], sequence[i])
+            conv, norm = sequence[i - 1], sequence[i]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                sequence[i - 1] = fuse_conv_bn_eval(conv, norm)
                 del sequence[i]
     left = [name for name, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)]
     if left:

@@ -23,6 +23,9 @@ class BytesToLogits(nn.Module):
     images: (N, H, W, 3) uint8 RGB -> (N, C, ceil(H/8), ceil(W/8)) float32
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         net: LEDNet,

@@ -28,7 +28,7 @@ STRIDE = 8
 """Pixels of the network's input to one value of what its decoder answers."""
 
 
-def enlarge(scores: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarge(scores: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear interpolation of scores to the size at which they are compared.
 
     scores: (N, C, h, w) -> (N, C, *size)
@@ -38,7 +38,7 @@ def enlarge(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
 
-def predict_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def predict_at(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Class of every pixel at `size`: the logits are enlarged before the argmax.
 
     logits: (N, C, h, w) -> (N, *size) int64
@@ -139,7 +139,9 @@ class Predictor:
             self.core = make_core(self.backend, graph, self.device, precision)
             self.net = net
         self.precision, self.parameters = precision, count_parameters(self.net)
-        self.size, self.folded, self.meta = tuple(size), fold, {}
+        height, width = size
+        self.size, self.folded = (height, width), fold
+        self.meta: dict[str, Any] = {}
         self.scales, self.flip = tuple(scales), flip
         self.tile, self.overlap = tile, overlap
 
@@ -165,6 +167,7 @@ class Predictor:
             UserError: as `load_network`, `require_classes` and `input_size`; an exported
                 file that holds label maps, or options that it has settled.
         """
+        net: LEDNet | Exported
         if is_exported(path):
             net, meta = _open_logits(Path(path), options)
             named = net.skeleton()
@@ -192,25 +195,22 @@ class Predictor:
 
         prepared: (N, h, w, 3) uint8 -> (N, C, ceil(h/8), ceil(w/8)) float32
         """
-        return self._tiled(prepared) if self.tile else self.core(prepared)
+        return self._tiled(prepared, self.tile) if self.tile else self.core(prepared)
 
-    def _tiled(self, prepared: Tensor) -> Tensor:
+    def _tiled(self, prepared: Tensor, tile: tuple[int, int]) -> Tensor:
         """`low_logits`, a tile at a time. All positions are multiples of the stride."""
         spans = [
-            tile_spans(-(-length // STRIDE), tile // STRIDE, self.overlap // STRIDE)
-            for length, tile in zip(prepared.shape[1:3], self.tile, strict=True)
+            tile_spans(-(-length // STRIDE), side // STRIDE, self.overlap // STRIDE)
+            for length, side in zip(prepared.shape[1:3], tile, strict=True)
         ]
-        answer = None
-        for y, x in itertools.product(*spans):
+
+        def own(y: Span, x: Span) -> Tensor:
             rows, columns = (slice(s.start * STRIDE, s.stop * STRIDE) for s in (y, x))
             low = self.core(prepared[:, rows, columns].contiguous())
-            if answer is None:
-                shape = spans[0][-1].own_stop, spans[1][-1].own_stop
-                answer = low.new_empty(*low.shape[:2], *shape)
             inside = [slice(s.own_start - s.start, s.own_stop - s.start) for s in (y, x)]
-            own = [slice(s.own_start, s.own_stop) for s in (y, x)]
-            answer[:, :, own[0], own[1]] = low[:, :, inside[0], inside[1]]
-        return answer
+            return low[:, :, inside[0], inside[1]]
+
+        return torch.cat([torch.cat([own(y, x) for x in spans[1]], 3) for y in spans[0]], 2)
 
     @torch.inference_mode()
     def scores(self, images: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class Predictor:
         """
         if not self.averages:
             return resize(self.low_logits(self.prepare(images)), self.size)
-        total, count = 0, 0
+        total, count = torch.zeros((), device=self.device), 0
         for scale in self.scales:
             prepared = self.prepare(images, scale)
             for mirrored in (False, True)[: 1 + self.flip]:
@@ -239,13 +239,13 @@ class Predictor:
         return self.flip or self.scales != (1.0,)
 
     @torch.inference_mode()
-    def label_maps(self, images: Tensor, *sizes: tuple[int, int]) -> list[Tensor]:
+    def label_maps(self, images: Tensor, *sizes: Sequence[int]) -> list[Tensor]:
         """Label maps of uint8 images at each of `sizes`, by default the images' own.
 
         images: (N, 3, H, W) -> for each size (N, *size) uint8 on the device: class indices,
         the network's last output (void) being the highest.
         """
-        sizes = sizes or (tuple(images.shape[-2:]),)
+        sizes = sizes or (images.shape[-2:],)
         if not self.averages and self.device.type == "cpu":
             low = self.low_logits(self.prepare(images))
             return [label_map(low, self.size, size) for size in sizes]

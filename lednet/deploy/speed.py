@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def time_runs(
 
 
 @torch.inference_mode()
-def count_macs(net: nn.Module, size: tuple[int, int]) -> int:
+def count_macs(net: nn.Module, size: Sequence[int]) -> int:
     """Multiply-accumulates of the convolutions for one image of `size` (height, width)."""
     net = copy.deepcopy(net).to("meta")  # where shapes are known and nothing is computed
     with FlopCounterMode(display=False) as counter:

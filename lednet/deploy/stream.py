@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
-from itertools import takewhile
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -22,6 +21,13 @@ def in_order(pool: Executor, jobs: Iterable[Callable[[], Result]], ahead: int) -
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+
+
+def _until_none(items: Iterable[Loaded | None]) -> Iterator[Loaded]:
+    for item in items:
+        if item is None:
+            return
+        yield item
 
 
 def overlap(
@@ -57,8 +63,8 @@ def overlap(
     reading, writing = ThreadPoolExecutor(readers), ThreadPoolExecutor(writers)
     try:
         loaded = in_order(reading, (partial(read, item) for item in items), readers)
-        loaded = takewhile(lambda one: one is not None, loaded)
-        for result in in_order(writing, (partial(write, predict(one)) for one in loaded), writers):
+        answers = (partial(write, predict(one)) for one in _until_none(loaded))
+        for result in in_order(writing, answers, writers):
             results.append(result)
             progress()
     finally:

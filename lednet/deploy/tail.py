@@ -12,7 +12,7 @@ programs want the same cores, each operation waits for its slowest thread: run i
 thread there, or with OMP_WAIT_POLICY=passive.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -279,7 +279,7 @@ def _label_band(answer: Tensor, low: Tensor, rows: Axis, columns: Axis) -> None:
 
 
 @torch.no_grad()
-def label_map(low: Tensor, network_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def label_map(low: Tensor, network_size: Sequence[int], size: Sequence[int]) -> Tensor:
     """Label map at `size` from the logits before the network's last upsampling.
 
     What `resize` to the network's size, bilinear interpolation (corners not aligned) to

@@ -20,13 +20,25 @@ from lednet.model import LEDNet, SSnbt
 def _conv_with(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """`conv`'s geometry with other weights (out, in, kh, kw)."""
     new = nn.Conv2d(
-        weight.shape[1], weight.shape[0], conv.kernel_size, conv.stride, conv.padding,
-        conv.dilation, bias=bias is not None, dtype=weight.dtype,
+        weight.shape[1], weight.shape[0],
+        # A layer's own attributes, which PyTorch annotates more widely than its arguments.
+        conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
+        bias=bias is not None, dtype=weight.dtype,
     )  # fmt: skip
-    new.weight.data.copy_(weight)
-    if bias is not None:
-        new.bias.data.copy_(bias)
+    new.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     return new
+
+
+def _conv_of(layer: nn.Module) -> nn.Conv2d:
+    if not isinstance(layer, nn.Conv2d):
+        raise TypeError(f"no convolution: {layer}")
+    return layer
+
+
+def _choose_outputs(conv: nn.Conv2d, chosen: Tensor | slice) -> nn.Conv2d:
+    """The convolution that answers with these of its output channels alone, in this order."""
+    bias = None if conv.bias is None else conv.bias[chosen]
+    return _conv_with(conv, conv.weight[chosen], bias)
 
 
 def _reorder_inputs(conv: nn.Conv2d, order: Tensor) -> nn.Conv2d:
@@ -37,8 +49,8 @@ def _reorder_inputs(conv: nn.Conv2d, order: Tensor) -> nn.Conv2d:
 def _reorder_branch(branch: nn.Sequential, order: Tensor) -> nn.Sequential:
     """A block's branch for an input, and an output, in another order of channels."""
     first, *between, last = (layer for layer in branch if not isinstance(layer, nn.Dropout2d))
-    last = _conv_with(last, last.weight[order], last.bias[order])
-    return nn.Sequential(_reorder_inputs(first, order), *between, last)
+    last = _choose_outputs(_conv_of(last), order)
+    return nn.Sequential(_reorder_inputs(_conv_of(first), order), *between, last)
 
 
 class _Block(nn.Module):
@@ -58,6 +70,9 @@ class _ShuffleSplit(nn.Module):
 
     order: (C,) for each channel of the joined halves its place behind the shuffle.
     """
+
+    to_left: nn.Conv2d
+    to_right: nn.Conv2d
 
     def __init__(self, order: Tensor):
         super().__init__()
@@ -84,13 +99,16 @@ class _Down(nn.Module):
     x: (N, in_channels, H, W) -> two of (N, out_channels / 2, ceil(H/2), ceil(W/2))
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, block: FoldedDownsampler, order: Tensor):
         super().__init__()
         conv = _reorder_inputs(block.conv, order)
         half = (conv.out_channels + conv.in_channels) // 2
-        self.left = _conv_with(conv, conv.weight[:half], conv.bias[:half])
+        self.left = _choose_outputs(conv, slice(half))
         rest = conv.out_channels - half
-        self.right = _conv_with(conv, conv.weight[half:], conv.bias[half:]) if rest else None
+        self.right = _choose_outputs(conv, slice(half, None)) if rest else None
         self.pool = block.pool
         self.register_buffer("scale", block.scale[order])
         self.register_buffer("shift", block.shift[order])
@@ -117,7 +135,7 @@ class _Stage(nn.Module):
         pooled_from = half - len(order)
         left = torch.arange(half)
         right = torch.cat((torch.arange(pooled_from), pooled_from + order))
-        steps = []
+        steps: list[nn.Module] = []
         for block in blocks:
             if steps:
                 steps.append(_ShuffleSplit(torch.cat((2 * left, 2 * right + 1))))
@@ -143,14 +161,18 @@ def remove_shuffles(folded: LEDNet) -> nn.Sequential:
     Returns:
         x: (N, 3, H, W) -> (N, num_classes, ceil(H/8), ceil(W/8)), as the decoder answers.
     """
+    parts: list[tuple[FoldedDownsampler, list[SSnbt]]] = []
+    for layer in folded.encoder:
+        if isinstance(layer, FoldedDownsampler):
+            parts.append((layer, []))
+        elif isinstance(layer, SSnbt):
+            parts[-1][1].append(layer)
     stages: list[_Stage] = []
     order = torch.arange(3)
-    layers = list(folded.encoder)
-    starts = [i for i, layer in enumerate(layers) if isinstance(layer, FoldedDownsampler)]
-    for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
-        stages.append(_Stage(layers[start], layers[start + 1 : stop], order))
+    for down, blocks in parts:
+        stages.append(_Stage(down, blocks, order))
         order = stages[-1].order
     decoder = folded.decoder
     for entry in (decoder.mid, decoder.pooled, decoder.down1):
-        entry[0] = _reorder_inputs(entry[0], order)
+        entry[0] = _reorder_inputs(_conv_of(entry[0]), order)
     return nn.Sequential(*stages, decoder).eval().requires_grad_(False)

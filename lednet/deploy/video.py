@@ -185,7 +185,9 @@ class VideoReader:
         Raises:
             VideoError: not one frame can be decoded.
         """
-        number, end, size = 0, None, {}
+        number = 0
+        end: Fraction | None = None
+        size: dict[str, int] = {}
         for frame in self._decoded():
             size = size or {"width": frame.width, "height": frame.height}
             image = frame.to_ndarray(format="rgb24", threads=1, **size)
@@ -198,7 +200,8 @@ class VideoReader:
             number += 1
         if not number:
             raise VideoError(f"{self.source} holds no frame that can be decoded: copy it again")
-        short = None not in (end, self._end) and self._end - end > TOLERANCE / self.rate
+        missing = 0 if end is None or self._end is None else self._end - end
+        short = missing > TOLERANCE / self.rate
         if short or self._damaged:
             of = f" of about {self.expected}" if self.expected else ""
             self.problem = (
@@ -231,7 +234,7 @@ class VideoWriter:
     def __init__(self, container: Any, rate: Fraction, unit: Fraction):
         self._av = import_av()
         self._container, self._rate, self._unit = container, rate, unit
-        self._stream = None
+        self._stream: Any | None = None
         self.padded = False
         """Whether a side was odd, which the encoder does not take: its last line is doubled."""
 

@@ -23,6 +23,7 @@ from lednet.data.pairs import (
     cityscapes_pairs,
     detect_cityscapes_encoding,
     list_examples,
+    present,
 )
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.stream import in_order
@@ -262,7 +263,8 @@ class _Images(Dataset):
         return len(self.frames)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(read_image(self.frames[index].image)).permute(2, 0, 1)
+        file = present(self.frames[index].image, "images")
+        return torch.from_numpy(read_image(file)).permute(2, 0, 1)
 
 
 def _stack(images: list[Tensor]) -> Tensor:

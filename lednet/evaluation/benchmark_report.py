@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from lednet.data.datasets import read_image, read_label
 from lednet.data.labels import LabelScheme, cityscapes_scheme
+from lednet.data.pairs import present
 from lednet.deploy.speed import speed_rows
 from lednet.evaluation.benchmark import Frame, FrameResult, total_scores
 from lednet.evaluation.cityscapes import EVALUATED_CATEGORIES, EVALUATED_CLASSES, BenchmarkScores
@@ -59,9 +60,9 @@ def _image_rows(
 
     def row(result: FrameResult) -> ImageRow:
         frame, scores = frames[result.name], total_scores([result.full])
-        truth = scheme.lut[read_label(frame.label, label_scheme)].astype("uint8")
+        truth = scheme.lut[read_label(present(frame.label, "labels"), label_scheme)].astype("uint8")
         prediction = read_label(predictions[result.name], scheme)
-        panes = encode_panes(read_image(frame.image), truth, prediction, scheme)
+        panes = encode_panes(read_image(present(frame.image, "images")), truth, prediction, scheme)
         miou = none_if_nan(scores.mean_iou())
         return ImageRow(result.name, miou, _evaluated(scores.class_iou()), panes)
 
@@ -121,5 +122,5 @@ def write_benchmark_report(
     worst = sorted(results, key=lambda r: total_scores([r.full]).mean_iou())[:images]
     by_name = {frame.name: frame for frame in frames}
     rows = _image_rows(worst, by_name, predictions, label_scheme, workers)
-    rows = tqdm(rows, "report", len(worst), unit="image", dynamic_ncols=True)
-    write_report(path, report, rows)
+    bar = tqdm(rows, "report", len(worst), unit="image", dynamic_ncols=True)
+    write_report(path, report, bar)

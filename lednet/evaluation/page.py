@@ -81,7 +81,7 @@ class Report:
     tables: Mapping[str, Sequence[tuple[str, str]]]
     class_extra: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         classes = self.scheme.num_classes
         if self.matrix.shape != (classes, classes + 1):
             raise ValueError(f"matrix is {self.matrix.shape}, not {(classes, classes + 1)}")
@@ -90,7 +90,8 @@ class Report:
             _check_length(heading, values, classes)
 
 
-class _Cell(NamedTuple):
+@dataclass(frozen=True)
+class _Cell:
     """A cell of the matrix; `share` is of its row, None where the row is empty."""
 
     truth: str
@@ -201,8 +202,9 @@ def _matrix_svg(cells: list[list[_Cell]], scheme: LabelScheme) -> str:
     words its <title>.
     """
     # Text stays text, and a class called "$x$" is no formula.
-    style = {"svg.fonttype": "none", "font.size": _FONT, "text.parse_math": False}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "font.size": _FONT, "text.parse_math": False}
+    ):
         drawn = ElementTree.fromstring(_draw_matrix(cells, scheme))
     svg = ElementTree.Element("svg", {"id": "matrix", "viewBox": drawn.attrib["viewBox"]})
     # Its natural size: a wide matrix scrolls in its box, for a shrunken one cannot be read.
@@ -219,12 +221,12 @@ def _matrix_svg(cells: list[list[_Cell]], scheme: LabelScheme) -> str:
             cell = next(remaining)
             # The root of the share: confusions of a few per cent are to be seen.
             opacity = f"{(cell.share or 0) ** 0.5:.3f}"
-            path = " ".join(group.find("{*}path").attrib["d"].split())
+            path = " ".join(group.findall("{*}path")[0].attrib["d"].split())
             shape = ElementTree.SubElement(svg, "path", {"d": path, "fill-opacity": opacity})
             shape.set("class", "cell absent" if cell.share is None else "cell")
             ElementTree.SubElement(shape, "title").text = str(cell)
         elif kind in ("row", "column", "weak", "strong"):
-            text = group.find("{*}text")
+            text = group.findall("{*}text")[0]
             label = ElementTree.SubElement(svg, "text", {"class": kind})
             label.text = text.text
             for key in ("x", "y", *(("transform",) if kind == "column" else ())):
@@ -237,7 +239,7 @@ def _largest_confusions(cells: list[list[_Cell]], count: int = 8) -> list[_Cell]
     wrong = [
         cell for y, row in enumerate(cells) for x, cell in enumerate(row) if cell.share and x != y
     ]
-    return sorted(wrong, key=lambda cell: -cell.share)[:count]
+    return sorted(wrong, key=lambda cell: -(cell.share or 0))[:count]
 
 
 def _score(value: float | None, absent: str = "–") -> str:
@@ -298,7 +300,9 @@ def write_page(path: str | os.PathLike, template: str, **values: Any) -> None:
     )
     environment.filters.update(score=_score, packed=_packed)
     pieces = environment.get_template(template).generate(**values)
-    # A file's name need not be valid text: what UTF-8 lacks is written as its code.
-    encoding = {"encoding": "utf-8", "errors": "backslashreplace"}
-    with write_atomically(path) as temporary, open(temporary, "w", **encoding) as file:
+    with (
+        write_atomically(path) as temporary,
+        # A file's name need not be valid text: what UTF-8 lacks is written as its code.
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         file.writelines(pieces)

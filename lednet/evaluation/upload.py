@@ -14,6 +14,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,14 +101,14 @@ def write_upload(path: str | os.PathLike, files: Iterable[str | os.PathLike]) ->
     Raises:
         UserError: two files of one name, or one that cannot be read.
     """
-    files = sorted(map(Path, files), key=lambda file: file.name)
-    doubled = [name for name, count in Counter(f.name for f in files).items() if count > 1]
+    ordered = sorted(map(Path, files), key=lambda file: file.name)
+    doubled = [name for name, count in Counter(f.name for f in ordered).items() if count > 1]
     if doubled:
         raise UserError(
             f"two files for {path} have one name ({_examples(doubled)}): keep one of each"
         )
     with write_atomically(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for file in files:
+        for file in ordered:
             try:
                 data = file.read_bytes()
             except OSError as error:
@@ -171,7 +172,7 @@ def check_upload(
     with open_zip(path) as archive:
         members = sorted(archive.infolist(), key=lambda member: member.filename)
         files = [
-            _File(m.filename, m.file_size, lambda m=m: _read_member(archive, m))
+            _File(m.filename, m.file_size, partial(_read_member, archive, m))
             for m in members
             if not m.filename.endswith("/")
         ]

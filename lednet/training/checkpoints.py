@@ -48,7 +48,7 @@ class Checkpoints:
         Raises:
             UserError: none is sound.
         """
-        complaints = []
+        complaints: list[str] = []
         for path in self.paths():
             try:
                 return path, read_checkpoint(path), complaints

@@ -1,126 +1,163 @@
-"""Live curves and pictures of a run on a visdom server (`--visualize`)."""
+"""What there is to see of a run under way; the displays show it."""
 
-import logging
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lednet.data.labels import LabelScheme
 from lednet.deploy.predictor import predict_at
-from lednet.errors import UserError
 from lednet.evaluation.draw import colorize
+from lednet.training.loading import Loader
 from lednet.training.tasks import Task
+
+Curve = list[tuple[int, float]]
+"""(epoch, value) of all epochs that have one."""
+Charts = dict[str, dict[str, Curve]]
+"""Curves by name, in charts by title."""
+
+PICTURES_TITLE = "input, target, prediction"
+PICTURE_HEIGHT = 256
+"""Larger pictures are made smaller, down to this: each epoch's are kept."""
+_GAP = 4
+"""White pixels between two parts of a picture."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What there is to see of a stage when an epoch has ended.
+
+    Attributes:
+        stage: its name.
+        epoch: number of the epoch, from 1.
+        charts: of the stage up to then, whole.
+        pictures: (H, W, 3) uint8, all of one size.
+    """
+
+    stage: str
+    epoch: int
+    charts: Charts
+    pictures: list[np.ndarray]
+
+
+class Display(Protocol):
+    """A place where views are shown. It raises whatever goes wrong.
+
+    Attributes:
+        trouble: what it then is, in a few words.
+    """
+
+    trouble: str
+
+    def open(self) -> None:
+        """Get ready, before the first epoch: what is missing is told at once."""
+
+    def show(self, view: View) -> None:
+        """Show a view in the place of the stage's last one."""
 
 
 class Dashboard:
-    """Sends loss, score, learning rate and, of label maps, pictures to a visdom server.
+    """Shows a run, epoch by epoch.
 
-    A server that does not answer, at the start or later, costs one warning and ends
-    the display, never the run.
+    A display that fails, at the start or later, costs one warning and is left out from then
+    on; the run goes on.
 
     Args:
-        name: visdom environment, shown in the page's selector.
-        task: what is trained for.
         scheme: class names and colours of label maps; None where there are none to show.
         images: validation images to show.
-
-    Raises:
-        UserError: visdom is not installed.
     """
 
     def __init__(
-        self,
-        name: str,
-        task: Task,
-        scheme: LabelScheme | None = None,
-        server: str = "http://localhost",
-        port: int = 8097,
-        images: int = 2,
+        self, displays: Sequence[Display], scheme: LabelScheme | None = None, images: int = 2
     ):
-        try:
-            import visdom
-        except ImportError as error:
-            raise UserError(
-                "--visualize needs visdom: install it as README.md says, or leave the flag out"
-            ) from error
-        logging.getLogger("visdom").setLevel(logging.CRITICAL)  # it would print a traceback
-        self.task, self.scheme, self.images = task, scheme, images
-        self.address = f"{server}:{port}"
-        self.client = None
-        try:
-            self.client = visdom.Visdom(
-                server=server, port=port, env=name, use_incoming_socket=False,
-                raise_exceptions=True,
-            )  # fmt: skip
-        except Exception as error:
-            self._give_up(error)
+        self.displays = list(displays)
+        self.scheme, self.images = scheme, images
+        self._each(lambda display: display.open())
 
-    def show(self, record: dict[str, Any], model: nn.Module, loader: DataLoader) -> None:
-        """Add one epoch: its point on each curve, and predictions for the first images.
+    def show(
+        self, records: Sequence[dict[str, Any]], task: Task, model: nn.Module, loader: Loader
+    ) -> None:
+        """Show an epoch that has ended.
 
         Args:
-            record: a line of `log.jsonl`.
+            records: lines of `log.jsonl`, the last one that of the epoch.
+            task: what is trained for.
             model: gives logits; evaluated on the first pictures of `loader`, uint8.
         """
-        if self.client is None:
+        if not self.displays:
             return
-        try:
-            self._show_curves(record)
-            if self.scheme is not None:
-                self._show_pictures(record["stage"], model, loader)
-        except Exception as error:  # whatever a network or a server may bring
-            self._give_up(error)
+        stage, epoch = records[-1]["stage"], records[-1]["epoch"]
+        charts = charts_of([record for record in records if record["stage"] == stage], task)
+        pictures = []
+        if self.scheme is not None:
+            pictures = self._pictures(self.scheme, task, model, loader)
+        view = View(stage, epoch, charts, pictures)
+        self._each(lambda display: display.show(view))
 
-    def _give_up(self, error: Exception) -> None:
-        self.client = None
-        print(
-            f"warning: no visdom server answers at {self.address} ({type(error).__name__}); "
-            "training goes on without the display",
-            file=sys.stderr,
-        )
-
-    def _show_curves(self, record: dict[str, Any]) -> None:
-        stage, score = record["stage"], self.task.score
-        curves = {
-            "loss": ("train_loss", "val_loss"),
-            self.task.score_name: (f"train_{score}", f"val_{score}"),
-            "learning rate": ("lr",),
-        }
-        for title, keys in curves.items():
-            for key in keys:
-                if record[key] is not None:
-                    self.client.line(
-                        X=np.array([record["epoch"]]),
-                        Y=np.array([record[key]]),
-                        win=f"{stage} {title}",
-                        name=key.split("_")[0],
-                        update="append",
-                        opts={
-                            "title": f"{stage} {title}",
-                            "xlabel": "epoch",
-                            "showlegend": len(keys) > 1,
-                        },
-                    )
+    def _each(self, call: Callable[[Display], None]) -> None:
+        for display in [*self.displays]:
+            try:
+                call(display)
+            except Exception as error:  # whatever a network, a server or a disk may bring
+                self.displays.remove(display)
+                reason = getattr(error, "strerror", None) or type(error).__name__
+                print(
+                    f"warning: {display.trouble} ({reason}); training goes on without the display",
+                    file=sys.stderr,
+                )
 
     @torch.inference_mode()
-    def _show_pictures(self, stage: str, model: nn.Module, loader: DataLoader) -> None:
+    def _pictures(
+        self, scheme: LabelScheme, task: Task, model: nn.Module, loader: Loader
+    ) -> list[np.ndarray]:
+        """The first images, each beside its label and what the model makes of it."""
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
         pictures = []
         for index in range(min(self.images, len(loader.dataset))):
             image, target = loader.dataset[index]
-            x, _ = self.task.normalize(image[None].to(device), target[None])
+            x, _ = task.normalize(image[None].to(device), target[None])
             prediction = predict_at(model(x).float(), target.shape[-2:])
-            pictures.append(image.numpy())
-            for label in (target, prediction[0].cpu()):
-                colors = colorize(label.numpy(), self.scheme)
-                pictures.append(colors.transpose(2, 0, 1))
+            labels = (target.numpy(), prediction[0].cpu().numpy())
+            gap = np.full((len(target), _GAP, 3), 255, np.uint8)
+            first, second = (colorize(label, scheme) for label in labels)
+            joined = np.hstack((image.permute(1, 2, 0).numpy(), gap, first, gap, second))
+            factor = max(1, len(joined) // PICTURE_HEIGHT)
+            pictures.append(np.asarray(Image.fromarray(joined).reduce(factor)))
         model.train(was_training)
-        win = f"{stage} pictures"
-        opts = {"title": f"{stage}: input | target | prediction"}
-        self.client.images(np.stack(pictures), nrow=3, win=win, opts=opts)
+        return pictures
+
+
+def charts_of(records: Sequence[dict[str, Any]], task: Task) -> Charts:
+    """Charts of a stage from its lines of `log.jsonl`; no curve is without a point."""
+    charts: Charts = {}
+    for record in records:
+        for title, values in _points(record, task).items():
+            for name, value in values.items():
+                if value is not None:
+                    curve = charts.setdefault(title, {}).setdefault(name, [])
+                    curve.append((record["epoch"], value))
+    return charts
+
+
+def _points(record: dict[str, Any], task: Task) -> dict[str, dict[str, float | None]]:
+    """What an epoch adds to the charts: values by curve; runs of other versions log less."""
+    score = task.score
+    return {
+        "loss": {"train": record["train_loss"], "val": record["val_loss"]},
+        task.score_name: {"train": record[f"train_{score}"], "val": record[f"val_{score}"]},
+        "top-5": {"val": record.get("val_top5")},
+        "per-class IoU": record.get("val_class_iou", {}),
+        "learning rate": {"start of epoch": record["lr"]},
+        "throughput": {"images per second": record.get("images_per_second")},
+        "memory in MB": {
+            "process": record.get("process_memory_mb"),
+            "GPU": record.get("gpu_memory_mb"),
+        },
+    }

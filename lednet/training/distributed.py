@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
 from lednet.errors import UserError
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def join_world(device_name: str = "auto") -> World:
     return World(rank, size, device)
 
 
-def synchronize_batch_norm(net: nn.Module, world: World) -> nn.Module:
+def synchronize_batch_norm(net: Net, world: World) -> Net:
     """`net` with batch norms that take their statistics over all processes' images.
 
     Raises:

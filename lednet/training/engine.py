@@ -1,6 +1,7 @@
 """One training engine for every stage: train an epoch, score, save, repeat."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,18 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lednet.errors import UserError
 from lednet.evaluation.metrics import none_if_nan
 from lednet.precision import autocast
 from lednet.training.distributed import World
-from lednet.training.loading import batch_names
+from lednet.training.loading import Loader, TrainLoader, batch_names
 from lednet.training.schedule import lr_factor
 from lednet.training.tasks import Task
+
+Weights = tuple[Tensor, ...] | list[Tensor]
 
 CHECK_EVERY = 20
 """Steps between two looks at the loss on a GPU, which each one makes wait; a CPU has it at once."""
@@ -171,9 +174,11 @@ class Trainer:
         if optimization.channels_last:
             self.layout = torch.channels_last
             model.to(memory_format=self.layout)
-        self.average, self.updates = None, 0
-        if optimization.ema_decay is not None:
-            self.average = AveragedModel(model, multi_avg_fn=self._mix_in, use_buffers=True)
+        self.average: AveragedModel | None = None
+        self.updates = 0
+        if (decay := optimization.ema_decay) is not None:
+            mix_in = functools.partial(self._mix_in, decay)
+            self.average = AveragedModel(model, multi_avg_fn=mix_in, use_buffers=True)
         self.epoch = 1
         self.frozen = False
         self._freeze(self._frozen_in(self.epoch))
@@ -181,10 +186,10 @@ class Trainer:
         fp16 = optimization.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
 
-    def _mix_in(self, averaged: list[Tensor], current: list[Tensor], _: Tensor) -> None:
+    def _mix_in(self, decay: float, averaged: Weights, current: Weights, _: Tensor | int) -> None:
         """Add weights to their average. In a short run a steep decay would keep the first ones:
         it begins low, so that a ninth of what has been done counts (as TensorFlow's)."""
-        decay = min(self.optimization.ema_decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(decay, (1 + self.updates) / (10 + self.updates))
         get_ema_multi_avg_fn(decay)(averaged, current, _)
 
     def _make_optimizer(self) -> Optimizer:
@@ -196,7 +201,7 @@ class Trainer:
         ]
         if pretrained:
             groups.append({"params": list(pretrained.part.parameters())})
-        options = {
+        options: dict[str, Any] = {
             "lr": optimization.lr,
             "weight_decay": optimization.weight_decay,
             "fused": self.world.device.type in ("cpu", "cuda"),
@@ -213,9 +218,9 @@ class Trainer:
         if self.pretrained is not None:
             self.pretrained.part.requires_grad_(not frozen)
         self.frozen = frozen
-        self.parallel = self.world.wrap(self.model)
-        if self.optimization.compile:
-            self.parallel = torch.compile(self.parallel)
+        self.wrapped = self.world.wrap(self.model)
+        compiled = self.optimization.compile
+        self.parallel = torch.compile(self.wrapped) if compiled else self.wrapped
 
     @property
     def scored(self) -> nn.Module:
@@ -224,7 +229,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """State of optimizer, scaler and average; the model's is kept beside it."""
-        state = {
+        state: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -272,9 +277,9 @@ class Trainer:
         """Add a batch's gradients; returns logits, (loss sum, weight sum) and the number of
         answers to an image, by which the loss was divided."""
         images = images.contiguous(memory_format=self.layout)
-        together = contextlib.nullcontext()
-        if not update and self.world.size > 1:
-            together = self.parallel.no_sync()
+        together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not update and isinstance(self.wrapped, DistributedDataParallel):
+            together = self.wrapped.no_sync()
         with together:
             with autocast(self.world.device, self.optimization.precision):
                 logits = self.parallel(images)
@@ -322,7 +327,7 @@ class Trainer:
 
     def train_one_epoch(
         self,
-        loader: DataLoader,
+        loader: TrainLoader,
         title: str,
         keys: tuple[int, ...],
         tally: Tally | None = None,
@@ -354,15 +359,15 @@ class Trainer:
         group = torch.zeros(2, device=device)
         buffers = self._copied_buffers()
         self.model.train()
-        if self.frozen:
+        if self.pretrained is not None and self.frozen:
             self.pretrained.part.eval()
         with self._bar(loader, title) as bar:
             for step, batch in enumerate(loader, first):
                 lr = self._set_lr(step / last)
                 seed_everything(*keys, step, rank, 1)  # for dropout
-                images, target = self.task.augment(
-                    *self._received(batch), step_generator(*keys, step, rank)
-                )
+                images, target = self._received(batch)
+                generator = step_generator(*keys, step, rank)
+                images, target = self.task.augment(images, target, generator)
                 update = (step + 1) % self.optimization.accumulate == 0 or step + 1 == last
                 logits, sums, answers = self._backward(images, target, update)
                 group += sums
@@ -415,7 +420,7 @@ class Trainer:
             buffer.copy_(kept)
 
     def _require_finite(
-        self, losses: list[tuple[int, Tensor]], loader: DataLoader, title: str, first: int
+        self, losses: list[tuple[int, Tensor]], loader: TrainLoader, title: str, first: int
     ) -> None:
         """Look at the losses of the last steps, `first` being the loader's first; where one
         process stops, all do."""
@@ -433,7 +438,7 @@ class Trainer:
 
     @torch.inference_mode()
     def evaluate(
-        self, loader: DataLoader, title: str, between: Callable[[], None] = lambda: None
+        self, loader: Loader, title: str, between: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
         """Score the model, in evaluation mode, on every image of `loader`.
 
@@ -469,7 +474,7 @@ class Trainer:
         """The batch on this process's device; bytes, so that it is soon there."""
         return (part.to(self.world.device, non_blocking=True) for part in batch)
 
-    def _bar(self, loader: DataLoader, title: str) -> tqdm:
+    def _bar(self, loader: Loader, title: str) -> tqdm:
         """Progress in images, with rate and ETA; one bar for all processes."""
         return tqdm(
             total=len(loader.sampler) * self.world.size,

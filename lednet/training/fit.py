@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lednet.data.datasets import SkippingDataset
+from lednet.deploy.speed import peak_memory_mb
 from lednet.errors import UserError
 from lednet.evaluation.report import plot_curves
 from lednet.training.checkpoints import Checkpoints
 from lednet.training.dashboard import Dashboard
 from lednet.training.engine import NonFiniteLoss, Tally, Trainer
-from lednet.training.loading import end_loading
+from lednet.training.loading import Loader, TrainLoader, end_loading
 from lednet.training.runs import RunFolder
 from lednet.training.stages import Stage
 from lednet.training.stopping import SAVE, Keeper, Stopped
@@ -149,8 +149,8 @@ class Equipment(NamedTuple):
     """What a stage is trained with; loaders of training and of validation data."""
 
     trainer: Trainer
-    train_loader: DataLoader
-    val_loader: DataLoader
+    train_loader: TrainLoader
+    val_loader: Loader
 
 
 def train_stages(
@@ -267,7 +267,7 @@ class _Fit:
                 self._obey(tally, self.keeper.stop())
 
         start = time.perf_counter()
-        scored = {"loss": None, task.score: None}
+        scored: dict[str, Any] = {"loss": None, task.score: None}
         if epoch % self.course.validate_every == 0 or epoch == self.stage.epochs:
             scored = trainer.evaluate(self.val_loader, f"{title} val", between)
         end = time.perf_counter()
@@ -279,6 +279,7 @@ class _Fit:
             **{f"val_{key}": value for key, value in scored.items()},
             "images_per_second": trained["images_per_second"],
             "seconds": end - begin,
+            **_peak_memory(world.device),
             **{key: trained[key] for key in ("skipped",) if key in trained},
             **self._damaged(),
         }
@@ -294,7 +295,7 @@ class _Fit:
             self._save(None)
             self.run.say(self._line(record, improved, end - start))
             if self.course.dashboard is not None:
-                self.course.dashboard.show(record, trainer.scored, self.val_loader)
+                self.course.dashboard.show(progress.records, task, trainer.scored, self.val_loader)
         if number := self.keeper.stop():
             raise Stopped(number)
 
@@ -338,7 +339,7 @@ class _Fit:
         if improved:
             save_checkpoint(folder / stage.best_file, scored, meta)
             if stage.encoder_file:
-                encoder = nn.ModuleDict({"encoder": scored.encoder})
+                encoder = nn.ModuleDict({"encoder": scored.get_submodule("encoder")})
                 save_checkpoint(folder / stage.encoder_file, encoder, meta)
         if self.course.keep_every and epoch % self.course.keep_every == 0:
             save_checkpoint(folder / f"{stage.name}_epoch{epoch:03d}.pth", scored, meta)
@@ -382,6 +383,14 @@ class _Fit:
             + (f"  {record['skipped']} steps skipped" if "skipped" in record else "")
             + ("  best" if improved else "")
         )
+
+
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    """The most that the main process, and tensors on its GPU, took so far, in MB."""
+    peaks = {"process_memory_mb": round(peak_memory_mb(torch.device("cpu")))}
+    if device.type == "cuda":
+        peaks["gpu_memory_mb"] = round(peak_memory_mb(device))
+    return peaks
 
 
 def _show(value: float | None) -> str:

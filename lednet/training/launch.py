@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lednet.data.labels import LabelScheme
 from lednet.errors import UserError
 from lednet.precision import AMP_DTYPES, autocast
 from lednet.training.checkpoints import Checkpoints
+from lednet.training.dashboard import Dashboard, Display
 from lednet.training.distributed import World, join_world, leave_world, lost_processes
 from lednet.training.engine import Optimization
 from lednet.training.loading import worker_failures
@@ -118,6 +120,11 @@ def add_run_flags(parser: argparse.ArgumentParser, savedir: str) -> None:
     )
     run.add_argument("--visualize", action="store_true", help="show the run on a visdom server")
     run.add_argument("--port", type=int, default=8097, help="of the visdom server")
+    run.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="show it in TensorBoard: writes tensorboard/ in the run's folder",
+    )
 
 
 def parse_flags(
@@ -198,6 +205,37 @@ def open_run(args: argparse.Namespace, path: Path, world: World) -> tuple[RunFol
         RunFolder(path, bool(args.resume), world.is_main),
         Checkpoints(path, args.keep_checkpoints),
     )
+
+
+def open_dashboard(
+    args: argparse.Namespace, folder: RunFolder, scheme: LabelScheme | None = None
+) -> Dashboard | None:
+    """What --visualize and --tensorboard ask for, in the main process.
+
+    Args:
+        scheme: see `Dashboard`.
+
+    Raises:
+        UserError: what one of them needs is not installed.
+    """
+    displays: list[Display] = []
+    if folder.main and args.visualize:
+        try:
+            from lednet.training.visdom_display import VisdomDisplay
+        except ImportError as error:
+            raise UserError(
+                "--visualize needs visdom: install it as README.md says, or leave the flag out"
+            ) from error
+        displays.append(VisdomDisplay(folder.path.name, port=args.port))
+    if folder.main and args.tensorboard:
+        try:
+            from lednet.training.tensorboard_display import TensorBoardDisplay
+        except ImportError as error:
+            raise UserError(
+                "--tensorboard needs TensorBoard: pip install tensorboard, or leave the flag out"
+            ) from error
+        displays.append(TensorBoardDisplay(folder.path / "tensorboard"))
+    return Dashboard(displays, scheme) if displays else None
 
 
 def launch(args: argparse.Namespace, train: Callable[[World, Keeper], None]) -> None:

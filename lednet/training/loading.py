@@ -2,10 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from lednet.data.pairs import PairDataset
 from lednet.errors import UserError
 from lednet.training.distributed import (
     ClassUniformSampler,
@@ -15,20 +19,35 @@ from lednet.training.distributed import (
 )
 from lednet.training.stopping import ignore_stop_signals
 
+
+class Loader(DataLoader[tuple[Tensor, Tensor]]):
+    """Batches of this process's share of the samples."""
+
+    dataset: PairDataset
+    sampler: EachOnceSampler | ShuffledSampler
+    batch_size: int
+
+
+class TrainLoader(Loader):
+    """The same, shuffled."""
+
+    sampler: ShuffledSampler
+
+
 WORKER_FAILURE = "DataLoader worker (pid"
 """What PyTorch says first when a loading process has died."""
 
 
 def make_loaders(
-    train: Dataset,
-    val: Dataset,
+    train: PairDataset,
+    val: PairDataset,
     world: World,
     batch_size: int,
     workers: int,
     seed: int,
     class_counts: np.ndarray | None = None,
     class_uniform: float = 0.0,
-) -> tuple[DataLoader, DataLoader]:
+) -> tuple[TrainLoader, Loader]:
     """Loaders of this process's share of both data sets; no image is left out.
 
     Args:
@@ -40,7 +59,7 @@ def make_loaders(
     sampler = ShuffledSampler(len(train), world, seed)
     if class_counts is not None:
         sampler = ClassUniformSampler(class_counts, class_uniform, world, seed)
-    common = {
+    common: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": workers,
         "pin_memory": world.device.type == "cuda",
@@ -48,8 +67,8 @@ def make_loaders(
         "worker_init_fn": ignore_stop_signals,
     }
     return (
-        DataLoader(train, sampler=sampler, **common),
-        DataLoader(val, sampler=EachOnceSampler(len(val), world), **common),
+        TrainLoader(train, sampler=sampler, **common),
+        Loader(val, sampler=EachOnceSampler(len(val), world), **common),
     )
 
 
@@ -59,11 +78,11 @@ def end_loading(loader: DataLoader) -> None:
     After an error, Python would wait for them for ever: it ends them by SIGTERM, which they
     ignore.
     """
-    if loader._iterator is not None:
+    if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
         loader._iterator._shutdown_workers()
 
 
-def batch_names(loader: DataLoader, number: int) -> list[str]:
+def batch_names(loader: TrainLoader, number: int) -> list[str]:
     """File names of the images of a training batch, the loader's first being number 0."""
     sampler = loader.sampler
     begin = sampler.start + number * loader.batch_size

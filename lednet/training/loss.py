@@ -35,7 +35,7 @@ def class_weights(shares: Sequence[float] | np.ndarray, offset: float) -> np.nda
     return 1.0 / np.log(offset + np.asarray(shares, dtype=np.float64))
 
 
-def resize_target(target: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_target(target: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest-neighbour labels at another size, each taken at its cell's centre.
 
     target: (N, H, W) integers -> (N, *size)

@@ -93,7 +93,7 @@ def _typed(action: argparse.Action, value: Any) -> Any:
         if not isinstance(value, bool):
             raise TypeError
         return value
-    value = action.type(value) if action.type else str(value)
+    value = action.type(value) if callable(action.type) else str(value)
     if action.choices is not None and value not in action.choices:
         raise ValueError
     return value

@@ -1,6 +1,5 @@
 """A run's folder: its options, logs and checkpoints."""
 
-import contextlib
 import json
 import platform
 import subprocess
@@ -19,8 +18,7 @@ from lednet.errors import UserError
 from lednet.files import read_json, remove_leftovers, write_json, write_text
 from lednet.training.distributed import World
 
-fcntl = None
-with contextlib.suppress(ImportError):  # not on Windows
+if sys.platform != "win32":
     import fcntl
 
 
@@ -94,9 +92,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"cannot read {path / 'log.jsonl'} ({error}): train on") from error
 
 
-CLOCK_KEYS = ("images_per_second", "seconds")
+MEASURED_KEYS = ("images_per_second", "seconds", "process_memory_mb", "gpu_memory_mb")
 """Of an epoch's record in log.jsonl, what differs between two runs that do the same. `seconds`
-are those of training and validation since the run was last started."""
+are those of training and validation since the run was last started; memory is the most that the
+main process, and tensors on its GPU, took since then, in MB (10^6 bytes)."""
 
 
 class RunFolder:
@@ -111,6 +110,7 @@ class RunFolder:
     | `checkpoint_<steps>.pth` | to resume from; the last few |
     | `best.pth`, `encoder_best.pth` ... | weights of the best validation score of each stage |
     | `curves.png` | loss and score |
+    | `tensorboard/` | event files, if asked for |
 
     Args:
         path: the folder, made if need be.
@@ -148,7 +148,7 @@ class RunFolder:
     def _take_lock(self) -> None:
         """Refuse a folder that another process writes to. The lock dies with its process,
         and loading processes do not inherit it. Nothing is locked outside POSIX."""
-        if fcntl is None:
+        if sys.platform == "win32":
             return
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

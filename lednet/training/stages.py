@@ -61,13 +61,17 @@ def parse_sizes(text: str) -> list[tuple[tuple[int, int], int]]:
     """
     if not text:
         return []
-    found = [re.fullmatch(r"(\d+)x(\d+):(\d+)", word.strip()) for word in text.split(",")]
-    if not all(found) or not all(int(number) for match in found for number in match.groups()):
-        raise UserError(
-            f"--progressive {text!r}: write height, width and epochs, as in 128x256:50,256x512:50"
-        )
-    numbers = [tuple(map(int, match.groups())) for match in found]
-    return [((height, width), epochs) for height, width, epochs in numbers]
+    parts = []
+    for word in text.split(","):
+        match = re.fullmatch(r"(\d+)x(\d+):(\d+)", word.strip())
+        height, width, epochs = map(int, match.groups()) if match else (0, 0, 0)
+        if not (height and width and epochs):
+            raise UserError(
+                f"--progressive {text!r}: write height, width and epochs, as in "
+                "128x256:50,256x512:50"
+            )
+        parts.append(((height, width), epochs))
+    return parts
 
 
 def plan_stages(

@@ -4,7 +4,7 @@ The engine knows of no other difference between segmentation and classification.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ class Task(Protocol):
 
     score: str
     score_name: str
+
+    def to(self, device: torch.device, /) -> Self: ...
 
     def augment(
         self, images: Tensor, target: Tensor, generator: torch.Generator

@@ -112,7 +112,7 @@ def installed(package: str) -> bool:
 def missing_packages(format: str, precision: str = "fp32") -> list[str]:
     """Packages that writing a file of `precision` needs and that are not installed."""
     row = FORMATS[format]
-    packages = (*row.packages, row.int8) if precision == "int8" else row.packages
+    packages = (*row.packages, row.int8) if precision == "int8" and row.int8 else row.packages
     return [name for name in packages if not installed(name)]
 
 

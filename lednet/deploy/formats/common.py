@@ -66,7 +66,7 @@ class Exported:
 
     path: Path
     runtime: str
-    bounds: tuple[Bounds, Bounds, Bounds]
+    bounds: tuple[Bounds, ...]
     metadata: dict[str, str]
     run: Callable[[np.ndarray], np.ndarray]
 
@@ -161,7 +161,7 @@ def opening(path: str | os.PathLike) -> Iterator[None]:
 
 def trace(module: BytesToLogits, shape: Shape, dynamic: bool) -> ExportedProgram:
     """The graph of `module` for images of `shape`, or for any batch and size."""
-    options = {}
+    options: dict[str, Any] = {}
     if dynamic:
         # That both halves of a downsampler have one size is beyond the tracer's algebra;
         # it becomes a check at run time instead of a refusal.

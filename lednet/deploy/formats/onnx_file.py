@@ -35,11 +35,11 @@ def to_onnx(module: BytesToLogits, shape: Shape, dynamic: bool = False) -> Any:
     """
     onnx, _ = import_optional("onnx"), import_optional("onnxscript")
     program = trace(module, shape, dynamic)
-    options = {}
+    options: dict[str, Any] = {}
     if dynamic:  # names the axes
         options["dynamic_shapes"] = ({0: "batch", 1: "height", 2: "width"},)
     with _quiet_exporter():
-        model = torch.onnx.export(
+        model = torch.onnx.export(  # type: ignore[union-attr]  # None only without dynamo
             program,
             program.example_inputs[0],
             dynamo=True,

@@ -112,7 +112,7 @@ def load_openvino(path: str | os.PathLike, options: RunOptions) -> Exported:
         UserError: no such file, or openvino is missing.
     """
     openvino = import_optional("openvino")
-    config = {
+    config: dict[str, str | int] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": PRECISION_HINTS[options.precision],
     }

@@ -84,7 +84,7 @@ def test_images_are_turned_upright():
     [
         (b"", "no image that can be read"),
         (b"a letter to a friend", "no image that can be read"),
-        (encoded(noise(), "GIF"), "give JPEG, PNG, WEBP, BMP or TIFF"),
+        (encoded(noise(), "GIF"), "give PNG, JPEG, BMP, WEBP or TIFF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image that can be read"),
         (encoded(noise())[:3000], "damaged"),
         (huge_png(50_000), "far larger"),

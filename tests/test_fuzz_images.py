@@ -24,6 +24,7 @@ from lednet.data.pairs import Pair
 from lednet.deploy.video import VideoReader
 from lednet.errors import UserError
 from lednet.evaluation.benchmark import read_instances
+from lednet.evaluation.demo import MAX_SIDE, decode_image
 from lednet.evaluation.upload import check_upload
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as the library does with Pillow's
@@ -99,6 +100,11 @@ def read_all(path: Path) -> None:
         assert 0 < image.shape[0] * image.shape[1] <= PIXELS
     upright = ends_well(lambda: to_rgb(open_image(path)), path.name)
     assert (image is None) == (upright is None)
+    uploaded = ends_well(lambda: decode_image(path.read_bytes(), PIXELS), "image")  # to the page
+    if upright is None or max(upright.shape) > MAX_SIDE:
+        assert uploaded is None
+    else:
+        assert np.array_equal(uploaded, upright)
     label = ends_well(lambda: read_label(path, SCHEME), path.name)
     if label is not None:
         assert set(np.unique(label)) <= {*range(SCHEME.num_classes), IGNORE_INDEX}

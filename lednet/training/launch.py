@@ -224,7 +224,7 @@ def open_dashboard(
             from lednet.training.visdom_display import VisdomDisplay
         except ImportError as error:
             raise UserError(
-                "--visualize needs visdom: install it as docs/install.md says, or leave the flag out"
+                "--visualize needs visdom: docs/install.md says how, or leave the flag out"
             ) from error
         displays.append(VisdomDisplay(folder.path.name, port=args.port))
     if folder.main and args.tensorboard:

@@ -66,7 +66,7 @@ def plan(datadir: Path, root: Path, pairs: int) -> list[Copy]:
 def make(copy: Copy) -> None:
     pixels = np.roll(np.asarray(Image.open(copy.source)), copy.shift, axis=1)
     with copy.path.open("wb") as file:
-        Image.fromarray(pixels).save(file, format="PNG", compress_level=3)
+        Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
         file.flush()
         os.fsync(file.fileno())  # what is not on disk yet cannot be taken out of memory
 

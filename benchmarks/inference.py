@@ -34,11 +34,12 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from lednet.data.datasets import read_image
+from lednet.data.images import read_image
 from lednet.data.pairs import IMAGE_SUFFIXES
 from lednet.deploy.backends import BACKENDS, available
 from lednet.deploy.export import export
 from lednet.deploy.formats import compile_openvino, missing_packages
+from lednet.deploy.formats.common import import_optional
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.speed import count_macs, describe_device, peak_memory_mb, synchronize
 from lednet.errors import UserError, exit_on_user_error
@@ -94,7 +95,7 @@ def peer_runner(device: torch.device) -> Runner:
 
 def openvino_peer_runner() -> Runner:
     """The peer through OpenVINO, its argmax inside."""
-    import openvino
+    openvino = import_optional("openvino")
 
     net = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=20).eval()
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from lednet.data.datasets import read_image
+from lednet.data.images import read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
 from lednet.data.layouts import DEFAULT_SIZES
 from lednet.data.pairs import present

@@ -87,7 +87,9 @@ def score(
 ) -> ConfusionMatrix:
     if args.at == "network":
         data.size = predictor.size
-    loader = DataLoader(data, args.batch_size, num_workers=args.num_workers, collate_fn=collate)
+    loader: DataLoader = DataLoader(
+        data, args.batch_size, num_workers=args.num_workers, collate_fn=collate
+    )
     with tqdm(total=len(data), desc=f"{args.subset}", unit="image", dynamic_ncols=True) as bar:
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,11 +1,13 @@
 """Strange input: ways to make it, and what may become of it."""
 
 import copy
+import io
 import json
 import math
 import os
 import resource
 import signal
+import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -137,6 +139,14 @@ def json_files(draw: Callable, whole: Any) -> bytes:
     content = as_json(draw(altered(whole)))
     deep = b"[" * 100_000
     return draw(st.one_of(st.just(content), st.just(content), foreign([content]), st.just(deep)))
+
+
+def zip_of(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
 
 
 class Trap:

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 import lednet.model
 from lednet import LEDNet, UserError, load_network
-from lednet.data.datasets import open_image, read_image, to_rgb
+from lednet.data.images import open_image, read_image, to_rgb
 from lednet.deploy import backends, formats
 from lednet.deploy.backends import BACKENDS
 from lednet.deploy.fold import fold_batch_norm

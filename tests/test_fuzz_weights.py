@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzzing import Trap, altered, as_json, damaged, ends_well, fewer, foreign, json_files, values
+from fuzzing import (
+    Trap,
+    altered,
+    as_json,
+    damaged,
+    ends_well,
+    fewer,
+    foreign,
+    json_files,
+    values,
+    zip_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from test_training import small_trainer
@@ -103,14 +114,6 @@ def parts_of(checkpoint: bytes) -> dict[str, bytes]:
         return {member.filename: archive.read(member) for member in archive.infolist()}
 
 
-def packed(parts: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for name, content in parts.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
 PARTS = parts_of(SOUND[0])
 PICKLE = next(name for name in PARTS if name.endswith("data.pkl"))
 GLOBALS = [
@@ -170,7 +173,7 @@ def test_pickles_run_no_code(place, program, wrap):
         if wrap == "names":
             parts = {name.replace("archive", "../x"): part for name, part in parts.items()}
             parts["../../sprung"] = b"x"
-        content = packed(parts, zipfile.ZIP_DEFLATED if wrap == "deflated" else zipfile.ZIP_STORED)
+        content = zip_of(parts, zipfile.ZIP_DEFLATED if wrap == "deflated" else zipfile.ZIP_STORED)
     open_it(write(place / "w.pth", content))
     assert not (place / "sprung").exists() and not (place.parent / "sprung").exists()
 
@@ -189,7 +192,7 @@ def test_checkpoints_of_odd_parts(place, data):
         parts[name] = data.draw(foreign([PARTS[name]]))
         if data.draw(st.integers(0, 9)) == 0:
             del parts[name]
-    open_it(write(place / "w.pth", packed(parts)))
+    open_it(write(place / "w.pth", zip_of(parts)))
 
 
 def _odd_tensors() -> st.SearchStrategy:
@@ -251,7 +254,7 @@ def test_networks_of_odd_shapes(place, data):
 
 def test_compressed_checkpoint_is_not_inflated(place):
     parts = {**PARTS, PICKLE.replace("data.pkl", "data/0"): bytes(20 << 20)}
-    path = write(place / "w.pth", packed(parts, zipfile.ZIP_DEFLATED))
+    path = write(place / "w.pth", zip_of(parts, zipfile.ZIP_DEFLATED))
     assert path.stat().st_size < 1 << 17
     with pytest.raises(UserError, match=r"w\.pth is damaged or no PyTorch checkpoint"):
         read_checkpoint(path)
@@ -445,7 +448,7 @@ def test_pt2_archives_of_odd_graphs(pt2, data):
     path, parts = pt2
     name = data.draw(st.sampled_from([name for name in parts if name.endswith(".json")]))
     odd = as_json(data.draw(altered(json.loads(parts[name]), values | tempting)))
-    write(path, packed({**parts, name: odd}))
+    write(path, zip_of({**parts, name: odd}))
     found = ends_well(lambda: load(path), path.name)
     if found is not None:
         ends_well(lambda: found.meta and found.skeleton(), path.name)
@@ -483,14 +486,14 @@ def test_a_pt2_archive_runs_no_code(pt2):
         "a module": graph(lambda m: m.update(y='{"__enum__": true, "fqn": "antigravity:x"}')),
     }  # fmt: skip
     for name, odd in traps.items():
-        write(path, packed(odd))
+        write(path, zip_of(odd))
         with pytest.raises(UserError, match=r"net\.pt2 cannot be opened") as caught:
             load(path)
         assert isinstance(caught.value.__cause__, ValueError | pickle.UnpicklingError), name
-    write(path, packed(parts))
+    write(path, zip_of(parts))
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(model.upper(), b"{}")
     with pytest.raises(UserError):
         load(path)
-    write(path, packed(parts))
+    write(path, zip_of(parts))
     assert load(path).bounds == ((1, 1), (16, 16), (24, 24))

@@ -11,6 +11,7 @@ from lednet.model import (
     Block,
     Down,
     Downsampler,
+    Encoder,
     EncoderClassifier,
     SSnbt,
     channel_shuffle,
@@ -222,3 +223,12 @@ def check_compiled(backend: str, shape: tuple[int, ...]) -> None:
     compiled = dict(net.named_parameters())
     for name, gradient in gradients.items():
         torch.testing.assert_close(compiled[name].grad, gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_a_feature_sees_499_pixels_to_each_side():
+    """As docs/architecture.md says."""
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 16, 1600, dtype=torch.float64, requires_grad=True)
+    Encoder().double().eval()(x)[0, :, 1, 100].sum().backward()
+    seen = x.grad.abs().sum(dim=(0, 1, 2)).nonzero()
+    assert (seen.min().item(), seen.max().item()) == (8 * 100 - 499, 8 * 100 + 499)

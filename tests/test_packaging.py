@@ -55,6 +55,8 @@ def test_wheel_holds_what_the_library_needs(built):
     assert {
         "lednet/py.typed",
         "lednet/data/classes/ADE20K.yaml",
+        "lednet/demo/page.css",
+        "lednet/demo/page.js",
         "lednet/evaluation/page.html",
         "lednet/evaluation/dataset.html",
         "lednet/released/camvid-d20/model.safetensors",

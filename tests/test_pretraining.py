@@ -389,7 +389,7 @@ def pretrain(run_inside, pictures):
 
 
 QUICK = ("--recipe", "modern", "--num-epochs", 8, "--warmup-epochs", 1, "--lr", 0.05,
-         "--ema-decay", 0.5)  # fmt: skip
+         "--mixup", 0, "--ema-decay", 0.5)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +418,7 @@ def test_pretraining_learns_colours_and_writes_the_encoder(pretrained):
     assert {"classifier.weight", "classifier.bias"} <= best.keys()
     assert all(torch.equal(best[key], value) for key, value in content["state_dict"].items())
     records = [json.loads(x) for x in (pretrained / "log.jsonl").read_text().splitlines()]
-    assert max(record["val_top1"] for record in records) > 0.7  # by chance, a third
+    assert max(record["val_top1"] for record in records) > 0.9
     assert all(record["val_top5"] == 1 for record in records)  # of three classes
     assert (pretrained / "curves.png").exists()
 
@@ -477,7 +477,7 @@ def test_two_processes_train_and_count_each_picture_once(run_script, pictures, t
 
 
 def test_no_average_is_kept_where_the_recipe_has_one(pretrain, tmp_path):
-    result = pretrain(tmp_path / "run", *QUICK[:-2], "--num-epochs", 2, "--ema-decay", 0)
+    result = pretrain(tmp_path / "run", *QUICK[:-4], "--num-epochs", 2, "--ema-decay", 0)
     assert result.returncode == 0, result.stderr
     checkpoint = sorted((tmp_path / "run").glob("checkpoint_*.pth"))[-1]
     assert "average" not in read_checkpoint(checkpoint)["trainer"]

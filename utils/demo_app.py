@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from lednet.deploy.backends import BACKENDS, choose_backend
 from lednet.deploy.formats import installed
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.demo import Labeller, Limits
+from lednet.demo.labeller import Labeller, Limits
 from lednet.pretrained import released_names
 from lednet.training.distributed import choose_device
 
@@ -59,7 +59,7 @@ def main() -> None:
     args = parse_options()
     if not installed("nicegui"):
         raise UserError("the page needs NiceGUI: pip install nicegui")
-    from lednet.evaluation.demo_page import serve
+    from lednet.demo.page import serve
 
     limits = Limits(
         int(args.max_upload * 1e6), int(args.max_pixels * 1e6), args.max_seconds, args.max_frames

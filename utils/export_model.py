@@ -35,7 +35,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lednet.data.datasets import SegmentationDataset, open_dataset, to_rgb
+from lednet.data.datasets import SegmentationDataset, open_dataset
+from lednet.data.images import to_rgb
 from lednet.data.images import open_image
 from lednet.data.layouts import DATASETS
 from lednet.data.pairs import IMAGE_SUFFIXES

@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lednet.data.pairs import Pair, PairDataset
+from lednet.data.datasets import PairDataset
+from lednet.data.pairs import Pair
 from lednet.errors import UserError
 from lednet.files import read_json, require_space, write_atomically, write_text
 
@@ -435,6 +436,7 @@ def _change(old: Sequence[Stamp], new: Sequence[Stamp]) -> str:
         if name not in before:
             return f"{name} is new"
         for i in (0, 3):
-            if before[name][i : i + 3] != after[name][i : i + 3]:
-                return f"{[*after[name][i:], name][0]} has changed"
+            part = after[name][i : i + 3]
+            if before[name][i : i + 3] != part:
+                return f"{part[0] if part else name} has changed"
     return "the order of the files has changed"

@@ -1,24 +1,23 @@
 """Data sets: pairs of files and a label scheme behind one `SegmentationDataset`."""
 
 import os
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from lednet.data.images import open_image
+from lednet.data.images import open_image, read_image
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
 from lednet.data.layouts import DEFAULT_SIZES, list_split
 from lednet.data.pairs import (
     Pair,
-    PairDataset,
     ground_truth,
     hold_out,
     list_examples,
@@ -27,87 +26,6 @@ from lednet.data.pairs import (
 )
 from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
-
-ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What turns an image upright, by its EXIF orientation."""
-
-# Of senseless EXIF, and of palettes whose transparency is dropped: such an image is used as it
-# is. For good: a filter that comes and goes makes Python forget which warnings it has shown once.
-warnings.filterwarnings(
-    "ignore",
-    "(possibly )?corrupt EXIF|truncated file read|metadata warning|tag data larger than file"
-    "|palette images with transp",
-    module=r"PIL\.",
-)
-
-
-def read_image(path: Path) -> np.ndarray:
-    """Decode an image file to RGB, (H, W, 3) uint8, as it lies on disk beside its label.
-
-    Raises:
-        UserError: missing, truncated, or no image of at most 16 bits.
-    """
-    return to_rgb(open_image(path), upright=False)
-
-
-def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
-    """RGB, (H, W, 3) uint8, of an image in another form; transparency is dropped.
-
-    Args:
-        image: of any PIL mode; 16-bit grey is brought to 8 bits. Or uint8: (H, W),
-            (H, W, 1), (H, W, 3) RGB or (H, W, 4).
-        upright: turn a PIL image as its EXIF orientation says.
-
-    Raises:
-        UserError: an array of another kind, or an image of 32-bit values or a colour mode
-            that PIL cannot convert.
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
-            raise UserError(
-                f"an image is (H, W, 3) uint8, not {image.shape} {image.dtype}: convert it first"
-            )
-        planes = np.atleast_3d(image)
-        if planes.shape[2] not in (1, 3, 4):
-            raise UserError(f"an image has 1, 3 or 4 channels last, not {image.shape}")
-        return planes.repeat(3, axis=2) if planes.shape[2] == 1 else planes[..., :3]
-    name = getattr(image, "filename", "") or "the image"
-    if image.mode in ("I", "F"):
-        raise UserError(f"{name} has 32-bit values ({image.mode}): save it with 8 or 16 bits")
-    if upright:
-        image = _upright(image)
-    if image.mode.startswith("I;16"):  # PIL's own conversion would clip it to white
-        grey = np.array(image).astype(np.float32) / 257
-        return to_rgb(grey.round().astype(np.uint8))
-    try:
-        return np.array(image.convert("RGB"))
-    except ValueError as error:
-        raise UserError(f"{name} has the colour mode {image.mode}: save it as RGB") from error
-
-
-def turning(image: Image.Image) -> Image.Transpose | None:
-    """What brings the image upright as its EXIF says, if that can be read and asks for it."""
-    try:
-        return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 0))
-    except Exception:  # a parser of many kinds, on bytes of any kind
-        return None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says.
-
-    PIL's own function also writes the EXIF anew, and fails where another entry of it is odd.
-    """
-    turn = turning(image)
-    return image if turn is None else image.transpose(turn)
 
 
 def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
@@ -133,6 +51,36 @@ def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
             "or declare what the labels hold (--labels, or the class file)"
         )
     return label.astype(np.uint8)
+
+
+class PairDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Samples that are read from a pair of files each: what training and validation take.
+
+    Attributes:
+        pairs: the files of each sample; a slice of it is a sequence too.
+        scheme: classes of label maps; images of classes have none.
+    """
+
+    pairs: Sequence[Pair]
+    scheme: LabelScheme
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def count_label(self, index: int) -> np.ndarray:
+        """Pixels of each class in a label map, (num_classes + 1,) int64, void last."""
+        raise TypeError("images of classes have no label maps to count")
+
+    def class_counts(self, workers: int = 4) -> np.ndarray:
+        """Those of all label maps, (len, num_classes + 1) int64, at the files' own size.
+
+        The bigger part of it, decoding, runs in threads.
+        """
+        with ThreadPoolExecutor(workers) as pool:
+            counts = pool.map(self.count_label, range(len(self)))
+            return np.stack(
+                list(tqdm(counts, "class shares", len(self), unit="label", leave=False))
+            )
 
 
 class SegmentationDataset(PairDataset):
@@ -184,13 +132,6 @@ class SegmentationDataset(PairDataset):
         file = present(self.pairs[index].label, "labels")
         return count_classes(read_label(file, self.scheme), self.scheme)
 
-    def class_counts(self, workers: int = 4) -> np.ndarray:
-        """Those of all label files, (len, num_classes + 1) int64, at the files' own size.
-
-        Shows a progress bar.
-        """
-        return _count_labels(self.count_label, len(self), workers)
-
     def _fixed_size(self) -> tuple[int, int]:
         if self.size is None:
             raise ValueError("only samples of one size can be cached: give the data a size")
@@ -234,9 +175,6 @@ class SkippingDataset(PairDataset):
             self.scheme = data.scheme
         self.damaged = torch.zeros(len(data), dtype=torch.bool).share_memory_()
 
-    def __len__(self) -> int:
-        return len(self.data)
-
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         for step in range(len(self)):
             other = (index + step) % len(self)
@@ -256,22 +194,15 @@ class SkippingDataset(PairDataset):
             return np.zeros(self.scheme.num_classes + 1, dtype=np.int64)
 
     def class_counts(self, workers: int = 4) -> np.ndarray:
-        """As `SegmentationDataset.class_counts`, zeros for each label that cannot be read.
+        """As of the data, zeros for each label that cannot be read.
 
         Raises:
             UserError: none can be.
         """
-        counts = _count_labels(self.count_label, len(self), workers)
+        counts = super().class_counts(workers)
         if not counts.any():
             self.data.count_label(0)
         return counts
-
-
-def _count_labels(count: Callable[[int], np.ndarray], length: int, workers: int) -> np.ndarray:
-    """`count` of each index, (length, ...). The bigger part of it, decoding, runs in threads."""
-    with ThreadPoolExecutor(workers) as pool:
-        counts = pool.map(count, range(length))
-        return np.stack(list(tqdm(counts, "class shares", length, unit="label", leave=False)))
 
 
 def count_classes(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:

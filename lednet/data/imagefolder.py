@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lednet.data.datasets import to_rgb
-from lednet.data.images import open_image
-from lednet.data.pairs import Pair, PairDataset, list_examples
+from lednet.data.datasets import PairDataset
+from lednet.data.images import open_image, to_rgb
+from lednet.data.pairs import Pair, list_examples
 from lednet.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")

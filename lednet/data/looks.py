@@ -10,8 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lednet.data.datasets import to_rgb, turning
-from lednet.data.images import open_header
+from lednet.data.images import open_header, to_rgb, turning
 from lednet.data.lookalikes import THUMBNAIL
 from lednet.data.pairs import Pair, present
 from lednet.errors import UserError

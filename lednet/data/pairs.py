@@ -1,16 +1,12 @@
 """Which label file belongs to which image: pairs are made by name, never by order."""
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from lednet.data.labels import LabelScheme
 from lednet.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -29,29 +25,6 @@ class Pair(NamedTuple):
 
     image: Path
     label: Path | None
-
-
-class PairDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Samples that are read from a pair of files each: what training and validation take.
-
-    Attributes:
-        pairs: the files of each sample; a slice of it is a sequence too.
-        scheme: classes of label maps; images of classes have none.
-    """
-
-    pairs: Sequence[Pair]
-    scheme: LabelScheme
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def count_label(self, index: int) -> np.ndarray:
-        """Pixels of each class in a label map, (num_classes + 1,) int64, void last."""
-        raise NotImplementedError
-
-    def class_counts(self, workers: int = 4) -> np.ndarray:
-        """Those of all label maps, (len, num_classes + 1) int64."""
-        raise NotImplementedError
 
 
 def present(file: Path | None, what: str) -> Path:

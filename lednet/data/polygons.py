@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from lednet.data.images import max_pixels
 from lednet.data.labels import CITYSCAPES_LABELS
 from lednet.data.pairs import ground_truth
 from lednet.errors import UserError
@@ -21,8 +22,6 @@ from lednet.files import write_atomically
 ENDING = "_polygons.json"
 MAX_BYTES = 16 * 2**20
 """Of a file; the largest published one has under 1 MB."""
-MAX_PIXELS = 2**25
-"""Of an image; those of Cityscapes have 2**21."""
 FARTHEST = 10**6
 """Largest coordinate. Points may lie outside of the image, the published ones by a few pixels."""
 
@@ -70,8 +69,8 @@ def read_polygons(path: str | os.PathLike) -> Annotation:
 
 def _annotation(content: Any) -> Annotation:
     height, width = (_field(content, key, int) for key in ("imgHeight", "imgWidth"))
-    if min(height, width) < 1 or height * width > MAX_PIXELS:
-        raise _Malformed(f"an image of no pixels, or of more than {MAX_PIXELS}")
+    if min(height, width) < 1 or height * width > max_pixels():
+        raise _Malformed(f"an image of no pixels, or of more than {max_pixels():,}")
     objects = []
     for number, row in enumerate(_field(content, "objects", list)):
         try:

@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lednet.data.datasets import to_rgb
-from lednet.data.images import open_image
+from lednet.data.images import open_image, to_rgb
 from lednet.data.labels import LabelScheme
 from lednet.deploy.backends import choose_backend, exported_core, make_core, open_exported
 from lednet.deploy.formats import Exported, is_exported
@@ -203,14 +202,17 @@ class Predictor:
             tile_spans(-(-length // STRIDE), side // STRIDE, self.overlap // STRIDE)
             for length, side in zip(prepared.shape[1:3], tile, strict=True)
         ]
-
-        def own(y: Span, x: Span) -> Tensor:
+        size = spans[0][-1].own_stop, spans[1][-1].own_stop
+        answer = torch.empty(0)
+        for y, x in itertools.product(*spans):
             rows, columns = (slice(s.start * STRIDE, s.stop * STRIDE) for s in (y, x))
             low = self.core(prepared[:, rows, columns].contiguous())
+            if not answer.numel():
+                answer = low.new_empty(*low.shape[:2], *size)
             inside = [slice(s.own_start - s.start, s.own_stop - s.start) for s in (y, x)]
-            return low[:, :, inside[0], inside[1]]
-
-        return torch.cat([torch.cat([own(y, x) for x in spans[1]], 3) for y in spans[0]], 2)
+            own = [slice(s.own_start, s.own_stop) for s in (y, x)]
+            answer[:, :, own[0], own[1]] = low[:, :, inside[0], inside[1]]
+        return answer
 
     @torch.inference_mode()
     def scores(self, images: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from lednet.data.datasets import read_image, read_label
-from lednet.data.images import open_image
+from lednet.data.datasets import read_label
+from lednet.data.images import open_image, read_image
 from lednet.data.labels import LabelScheme, cityscapes_id_scheme, cityscapes_label_ids
 from lednet.data.pairs import (
     cityscapes_labels,

@@ -8,7 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lednet.data.datasets import read_image, read_label
+from lednet.data.datasets import read_label
+from lednet.data.images import read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
 from lednet.data.pairs import present
 from lednet.deploy.speed import speed_rows

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lednet.data.datasets import SegmentationDataset, read_image
+from lednet.data.datasets import SegmentationDataset
 from lednet.data.doctor import Diagnosis
 from lednet.data.findings import SEVERITIES, counted, relative_name
+from lednet.data.images import read_image
 from lednet.data.labels import IGNORE_INDEX
 from lednet.data.lookalikes import Lookalike, most_telling
 from lednet.data.splits import Split

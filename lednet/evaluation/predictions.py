@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lednet.data.datasets import to_rgb
-from lednet.data.images import open_image
+from lednet.data.images import open_image, to_rgb
 from lednet.data.labels import LabelScheme
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.stream import overlap

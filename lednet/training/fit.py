@@ -50,10 +50,22 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, all but stage and epoch, which its "meta" has."""
-        return {key: getattr(self, key) for key in PROGRESS_KEYS}
+        return {key: getattr(self, key) for key in PROGRESS_KINDS}
 
 
-PROGRESS_KEYS = ("steps", "best_score", "records", "tally")
+META_KINDS: dict[str, type | UnionType] = {
+    "stage": str,
+    "epoch": int,
+    "mean": list | tuple,
+    "std": list | tuple,
+}
+PROGRESS_KINDS: dict[str, type | UnionType] = {
+    "steps": int,
+    "best_score": int | float,
+    "records": list,
+    "tally": dict | None,
+}
+"""What a checkpoint's "meta" and "progress" hold to go on from, and of which types."""
 
 
 @dataclass
@@ -107,7 +119,7 @@ class Course:
             )
         load_state(self.net, content["state_dict"], path)
         self.meta |= {key: meta[key] for key in ("mean", "std")}
-        progress = Progress(meta["stage"], meta["epoch"], **{k: state[k] for k in PROGRESS_KEYS})
+        progress = Progress(meta["stage"], meta["epoch"], **{k: state[k] for k in PROGRESS_KINDS})
         self.folder.write_records(progress.records)
         step = progress.tally["step"] if progress.tally else 0
         within = f", {step} batches into the next" if step else ""
@@ -117,32 +129,20 @@ class Course:
         return progress, content["trainer"]
 
 
-def _is_progress(meta: dict[str, Any], state: Any) -> bool:
+def _is_progress(meta: Any, state: Any) -> bool:
     """Whether a checkpoint's "meta" and "progress" are what `_Fit` wrote."""
-    told = {**meta, **state} if isinstance(state, dict) else {}
-    if not {*_PROGRESS} <= told.keys():
-        return False
-    if not all(isinstance(told[key], kind) for key, kind in _PROGRESS.items()):
-        return False
+    for told, kinds in ((meta, META_KINDS), (state, PROGRESS_KINDS)):
+        if not isinstance(told, dict) or not kinds.keys() <= told.keys():
+            return False
+        if not all(isinstance(told[key], kind) for key, kind in kinds.items()):
+            return False
     try:
-        json.dumps(told["records"], allow_nan=False)
+        json.dumps(state["records"], allow_nan=False)
     except (TypeError, ValueError, RecursionError):
         return False
-    tally = told["tally"]
+    tally = state["tally"]
     counted = tally is None or isinstance(tally.get("step"), int)
-    return counted and all(isinstance(record, dict) for record in told["records"])
-
-
-_PROGRESS: dict[str, type | UnionType] = {
-    "stage": str,
-    "epoch": int,
-    "mean": list | tuple,
-    "std": list | tuple,
-    "steps": int,
-    "best_score": int | float,
-    "records": list,
-    "tally": dict | None,
-}
+    return counted and all(isinstance(record, dict) for record in state["records"])
 
 
 class Equipment(NamedTuple):

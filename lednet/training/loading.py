@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from lednet.data.pairs import PairDataset
+from lednet.data.datasets import PairDataset
 from lednet.errors import UserError
 from lednet.training.distributed import (
     ClassUniformSampler,

@@ -32,7 +32,8 @@ class TensorBoardDisplay:
     def __init__(self, folder: Path):
         self.folder = folder
         self.trouble = f"cannot write to {folder}"
-        self.stage, self.file, self.titles = "", folder, [""]
+        self.stage, self.file = "", folder
+        self.titles: list[str] = []
 
     def open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ class TensorBoardDisplay:
             folder = self.folder / view.stage
             if not any(folder.glob("events.out.tfevents.*")):
                 first = 1  # a run that had no such display before
-            self.stage, self.titles = view.stage, [""]
+            self.stage, self.titles = view.stage, []
             self.file = self._new_file(folder)
             add(step=first, file_version="brain.Event:2")
             add(step=first, session_log=SessionLog(status=SessionLog.START))

@@ -108,11 +108,10 @@ class Exported:
                 for key, value in self.metadata.items()
             }
             require_meta(told, self.path)
-            return (
-                told
-                | {key: told[key] for key in ("output", "precision")}
-                | {"size": tuple(told["size"])}
-            )
+            missing = {"output", "precision", "size"} - told.keys()
+            if missing:
+                raise KeyError(*missing)
+            return told | {"size": tuple(told["size"])}
         except _STRANGE as error:
             raise self._unknown() from error
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from lednet.data.datasets import to_rgb
-from lednet.data.images import FORMATS
+from lednet.data.images import open_image, to_rgb
 from lednet.data.labels import LabelScheme
 from lednet.data.layouts import DEFAULT_SIZES
 from lednet.deploy.backends import BACKENDS, available
@@ -77,30 +76,13 @@ def decode_image(data: bytes, max_pixels: int = Limits.pixels) -> np.ndarray:
     decoded.
 
     Raises:
-        UserError: and nothing else, whatever the bytes are: not an image of `FORMATS`, a
-            damaged one, or one of more than `max_pixels`, or with a side beyond `MAX_SIDE`.
+        UserError: and nothing else, whatever the bytes are: as `open_image` and `to_rgb`, or a
+            side beyond `MAX_SIDE`.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels or max(width, height) > MAX_SIDE:
-                raise UserError(
-                    f"the image has {width}x{height} pixels, and the limit is {max_pixels:,} in "
-                    f"all and {MAX_SIDE:,} a side: make it smaller"
-                )
-            image.load()
-            return to_rgb(image)
-    except UserError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UserError(
-            f"this is no image that can be read: give {', '.join(FORMATS[:-1])} or "
-            f"{FORMATS[-1]}, or a video"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"the image is far larger than {max_pixels:,} pixels: shrink it") from error
-    except Exception as error:  # parsers of many kinds, on bytes of any kind
-        raise UserError("the image is damaged: save it again, or give another one") from error
+    image = open_image(io.BytesIO(data), max_pixels)
+    if max(image.size) > MAX_SIDE:
+        raise UserError(f"the image has a side of more than {MAX_SIDE:,} pixels: make it smaller")
+    return to_rgb(image)
 
 
 class SharedPredictor(Predictor):

@@ -1,4 +1,4 @@
-"""The live page: NiceGUI around `lednet.evaluation.demo`. `demo_page.js` draws in the browser."""
+"""The live page: NiceGUI around `lednet.demo.labeller`. `page.js` draws in the browser."""
 
 import asyncio
 import base64
@@ -14,10 +14,10 @@ from typing import Any
 from nicegui import app, events, ui
 
 from lednet.data.images import FORMATS
+from lednet.demo.guard import Guard
+from lednet.demo.labeller import Labeller, Limits, Progress
 from lednet.deploy.video import VIDEO_SUFFIXES
 from lednet.errors import UserError
-from lednet.evaluation.demo import Labeller, Limits, Progress
-from lednet.evaluation.guard import Guard
 
 TITLE = "LEDNet"
 STYLE = Path(__file__).with_suffix(".css")
@@ -36,7 +36,7 @@ def invitation(limits: Limits) -> str:
     )
 
 
-class Picture(ui.element, component="demo_page.js"):
+class Picture(ui.element, component="page.js"):
     """The image under its classes, the list of them, the camera: what acts in the browser."""
 
 
@@ -131,7 +131,7 @@ class Session:
                     self.complain(trouble)
 
     def send(self, method: str, *args: Any) -> None:
-        """Call a method of `demo_page.js`, if the page is still open."""
+        """Call a method of `page.js`, if the page is still open."""
         if not self.client.is_deleted:
             self.picture.run_method(method, *args)
 

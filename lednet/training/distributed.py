@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -155,6 +156,9 @@ def lost_processes() -> Iterator[None]:
 def leave_world() -> None:
     """Close the process group, if there is one."""
     if dist.is_initialized():
+        # Before 2.8 PyTorch waits for gloo's threads with the interpreter locked, and they may need
+        # it to let go of their last tensors (pytorch/pytorch#154976): they do so now.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 

@@ -27,8 +27,7 @@ from make_toy_cityscapes import toy_scene
 from PIL import Image
 from tqdm import tqdm
 
-from lednet.data.images import to_rgb
-from lednet.data.images import open_image
+from lednet.data.images import open_image, to_rgb
 from lednet.data.layouts import DEFAULT_SIZES
 from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor

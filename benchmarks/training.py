@@ -37,9 +37,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.datasets import SegmentationDataset, open_dataset
+from lednet.data.datasets import PairDataset, SegmentationDataset, open_dataset
 from lednet.data.layouts import DATASETS
-from lednet.data.datasets import PairDataset
 from lednet.data.transforms import Augmentation
 from lednet.deploy.speed import describe_device, peak_memory_mb, synchronize
 from lednet.errors import UserError, exit_on_user_error

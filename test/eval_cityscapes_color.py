@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from lednet.data.layouts import DEFAULT_SIZES
 from lednet.data.inputs import find_inputs
+from lednet.data.layouts import DEFAULT_SIZES
 from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor
 from lednet.errors import UserError, exit_on_user_error, refuse

@@ -32,17 +32,23 @@ from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.speed import speed_card, speed_rows
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.benchmark import Frame, FrameResult, find_frames, find_predictions
-from lednet.evaluation.benchmark import predict_frames, score_predictions, total_scores
+from lednet.evaluation.benchmark import (
+    Frame,
+    FrameResult,
+    find_frames,
+    find_predictions,
+    predict_frames,
+    score_predictions,
+    total_scores,
+)
 from lednet.evaluation.benchmark_report import write_benchmark_report
-from lednet.evaluation.cityscapes import EVALUATED_CATEGORIES, EVALUATED_CLASSES
-from lednet.evaluation.cityscapes import BenchmarkScores
+from lednet.evaluation.cityscapes import EVALUATED_CATEGORIES, EVALUATED_CLASSES, BenchmarkScores
 from lednet.evaluation.journal import Journal
 from lednet.evaluation.upload import NUM_FILES, check_upload, prediction_name, write_upload
 from lednet.files import plain_values, write_json
 from lednet.precision import AMP_DTYPES
-from lednet.training.distributed import World, join_world, leave_world
 from lednet.pretrained import RELEASED
+from lednet.training.distributed import World, join_world, leave_world
 from lednet.weights import weights_checksum, weights_file
 
 

@@ -22,11 +22,11 @@ from test_bad_input import assert_refused
 from test_page import chromium
 
 from lednet import UserError
-from lednet.deploy.predictor import Predictor
-from lednet.deploy.video import VideoReader, write_video
 from lednet.data.images import FORMATS
 from lednet.demo.labeller import MAX_SIDE, decode_image
-from lednet.evaluation.draw import overlay, output_scheme
+from lednet.deploy.predictor import Predictor
+from lednet.deploy.video import VideoReader, write_video
+from lednet.evaluation.draw import output_scheme, overlay
 from lednet.evaluation.predictions import class_shares, count_pixels
 from lednet.weights import load_network, save_checkpoint
 

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import CLASSES, COLORS, ROOT
+from PIL import Image
 from test_bad_input import assert_refused
 
 from lednet import LEDNet, UserError

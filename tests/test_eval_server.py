@@ -12,9 +12,9 @@ from PIL import Image
 from test_bad_input import assert_refused
 
 from lednet import LEDNet
+from lednet.errors import UserError
 from lednet.evaluation.benchmark import find_frames, find_predictions, score_predictions
 from lednet.evaluation.journal import Journal
-from lednet.errors import UserError
 from lednet.weights import load_state, save_checkpoint
 
 SCRIPT = "test/eval_cityscapes_server.py"

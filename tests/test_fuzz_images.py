@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lednet.data.datasets import read_label
-from lednet.data.images import read_image, to_rgb
-from lednet.data.images import FORMATS, LIMIT, open_image
+from lednet.data.images import FORMATS, LIMIT, open_image, read_image, to_rgb
 from lednet.data.labels import IGNORE_INDEX, cityscapes_scheme
 from lednet.data.looks import look_at
 from lednet.data.pairs import Pair
+from lednet.demo.labeller import MAX_SIDE, decode_image
 from lednet.deploy.video import VideoReader
 from lednet.errors import UserError
 from lednet.evaluation.benchmark import read_instances
-from lednet.demo.labeller import MAX_SIDE, decode_image
 from lednet.evaluation.upload import check_upload
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as the library does with Pillow's

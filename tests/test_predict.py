@@ -15,9 +15,9 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import ROOT
 from make_toy_cityscapes import toy_scene
+from PIL import Image
 from test_bad_input import assert_refused
 
 from lednet import LEDNet, UserError

@@ -16,6 +16,8 @@ from lednet import LEDNet, UserError
 from lednet.data.datasets import SkippingDataset, open_dataset
 from lednet.data.pairs import Pair
 from lednet.data.transforms import Augmentation
+from lednet.training import stopping
+from lednet.training.checkpoints import Checkpoints
 from lednet.training.distributed import (
     ClassUniformSampler,
     EachOnceSampler,
@@ -23,8 +25,6 @@ from lednet.training.distributed import (
     World,
     choose_device,
 )
-from lednet.training import stopping
-from lednet.training.checkpoints import Checkpoints
 from lednet.training.engine import (
     NonFiniteLoss,
     Optimization,

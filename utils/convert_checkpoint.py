@@ -22,8 +22,14 @@ from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.draw import output_scheme
 from lednet.model import LEDNet, count_parameters
 from lednet.pretrained import save_pretrained
-from lednet.weights import compare_keys, input_size, load_network, read_checkpoint
-from lednet.weights import save_checkpoint, weights_file
+from lednet.weights import (
+    compare_keys,
+    input_size,
+    load_network,
+    read_checkpoint,
+    save_checkpoint,
+    weights_file,
+)
 
 NO_NORMALIZATION = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 """What weights that say nothing of it were trained with: the release's raw [0, 1] images."""

@@ -14,10 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from lednet.demo.labeller import Labeller, Limits
 from lednet.deploy.backends import BACKENDS, choose_backend
 from lednet.deploy.formats import installed
 from lednet.errors import UserError, exit_on_user_error
-from lednet.demo.labeller import Labeller, Limits
 from lednet.pretrained import released_names
 from lednet.training.distributed import choose_device
 

@@ -36,8 +36,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lednet.data.datasets import SegmentationDataset, open_dataset
-from lednet.data.images import to_rgb
-from lednet.data.images import open_image
+from lednet.data.images import open_image, to_rgb
 from lednet.data.layouts import DATASETS
 from lednet.data.pairs import IMAGE_SUFFIXES
 from lednet.deploy.export import OUTPUTS, PRECISIONS, Parity, ParityError, export

@@ -36,18 +36,26 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from lednet.data.layouts import DEFAULT_SIZES
 from lednet.data.imagefolder import SUFFIXES
 from lednet.data.inputs import find_inputs
 from lednet.data.labels import LabelScheme, cityscapes_label_ids, cityscapes_scheme
+from lednet.data.layouts import DEFAULT_SIZES
 from lednet.deploy.backends import BACKENDS
 from lednet.deploy.predictor import Predictor
 from lednet.deploy.video import VIDEO_SUFFIXES, VideoError, VideoReader, import_av, open_camera
 from lednet.errors import UserError, exit_on_user_error, refuse
 from lednet.evaluation.draw import Painter, output_scheme
 from lednet.evaluation.journal import Journal
-from lednet.evaluation.predictions import KINDS, Output, Task, class_shares, errors_of
-from lednet.evaluation.predictions import predict_images, predict_video, video_output
+from lednet.evaluation.predictions import (
+    KINDS,
+    Output,
+    Task,
+    class_shares,
+    errors_of,
+    predict_images,
+    predict_video,
+    video_output,
+)
 from lednet.files import write_json
 from lednet.precision import AMP_DTYPES
 from lednet.training.distributed import World, join_world, leave_world

@@ -622,6 +622,32 @@ def test_the_webcam_is_labelled_frame_by_frame(open_page):
     page.get_by_role("button", name="Webcam", exact=True).wait_for()
 
 
+def test_a_late_frame_does_not_cover_the_image_that_was_given_after_it(open_page):
+    page = open_page()
+    page.evaluate(
+        """() => {
+          const unpacked = Response.prototype.arrayBuffer;
+          Response.prototype.arrayBuffer = async function () {
+            const labels = await unpacked.call(this);
+            if (labels.byteLength === 640 * 480) await new Promise((go) => setTimeout(go, 3000));
+            window.late = labels.byteLength === 640 * 480;
+            return labels;
+          };
+        }"""
+    )
+    page.get_by_role("button", name="Webcam").click()
+    page.locator(".facts dd", has_text="fps").wait_for()
+    page.evaluate("window.late = false")
+    page.get_by_role("button", name="Example").click()
+    wait_for_result(page, "toy_street.png")
+    page.wait_for_function("window.late")
+    page.evaluate("new Promise(requestAnimationFrame)")
+    assert facts(page)["file"] == "toy_street.png"
+    # It is still the image that other weights label.
+    choose(page, "Weights", "camvid-d20")
+    page.locator(".classes li", has_text="Pole").wait_for()
+
+
 def test_a_result_belongs_to_the_page_that_asked(open_page, folder):
     one, other = open_page(), open_page()
     upload(one, folder / "noise.png")

@@ -98,6 +98,7 @@ export default {
     // Not reactive: large, or of the browser.
     this.labels = new Uint8Array();
     this.stream = this.frame = null;
+    this.given = 0; // images and videos so far
     this.shown = this.fps = 0;
     this.waiting = false; // for the answer to a frame
   },
@@ -130,10 +131,12 @@ export default {
     // Called by the server.
     async show(answer) {
       const fromCamera = !answer.image;
-      if (fromCamera) this.waiting = false;
-      if (fromCamera && !this.stream) return;
+      if (!fromCamera) this.given += 1;
+      const given = this.given;
       const labels = await inflate(answer.labels);
       const image = fromCamera ? this.frame : await loadImage(answer.image);
+      if (fromCamera) this.waiting = false;
+      if (given !== this.given || (fromCamera && !this.stream)) return; // overtaken meanwhile
       if (!fromCamera) this.stopCamera();
       for (const canvas of [this.$refs.image, this.$refs.overlay]) {
         if (canvas.width !== answer.columns || canvas.height !== answer.rows) {
@@ -156,6 +159,7 @@ export default {
       if (fromCamera) this.sendFrame();
     },
     showVideo(answer) {
+      this.given += 1;
       this.stopCamera();
       this.view = "video";
       this.url = answer.url;

@@ -91,7 +91,7 @@ class Session:
         self.picture.props["invitation"] = invitation(labeller.limits)
         self.picture.on("opacity", self.keep_opacity)
         self.picture.on("frame", self.take_frame)
-        self.picture.on("camera", self.name_camera)
+        self.picture.on("camera", self.note_camera)
         self.picture.on("trouble", lambda event: self.complain(str(event.args)))
         for button, method in ((choose, "choose"), (self.camera, "toggleCamera")):
             # In the browser: it gives files and cameras only to a click.
@@ -139,8 +139,11 @@ class Session:
     def choice(self) -> tuple[str, str]:
         return str(self.weights.value), str(self.backend.value)
 
-    def name_camera(self, event: events.GenericEventArguments) -> None:
+    def note_camera(self, event: events.GenericEventArguments) -> None:
+        """The camera was started, and takes the image's place, or it was stopped."""
         self.camera.text = "Stop webcam" if event.args else "Webcam"
+        if event.args:
+            self.image = None
 
     def keep_opacity(self, event: events.GenericEventArguments) -> None:
         self.opacity = min(max(float(event.args), 0.0), 1.0)
@@ -217,7 +220,6 @@ class Session:
 
     async def take_frame(self, event: events.GenericEventArguments) -> None:
         """Label a frame of the camera; the browser sends the next one after the answer."""
-        self.image = None
         await self.work("", partial(self.show_frame, str(event.args)))
 
     async def show_frame(self, uri: str) -> None:

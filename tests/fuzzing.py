@@ -11,8 +11,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 
 from lednet import UserError
 

@@ -12,8 +12,7 @@ import fuzzing
 import numpy as np
 import pytest
 from fuzzing import Hang, damaged, ends_well, foreign, zip_of
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 
 from lednet.data.datasets import read_label

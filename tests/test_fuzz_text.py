@@ -11,8 +11,7 @@ import torch
 import yaml
 from conftest import make_camvid
 from fuzzing import altered, as_json, damaged, ends_well, fewer, foreign, json_files
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 
 from lednet.data.cache import MANIFEST, CachedDataset, build_cache

@@ -23,8 +23,7 @@ from fuzzing import (
     values,
     zip_of,
 )
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from test_training import small_trainer
 from torch import nn
 

@@ -13,12 +13,10 @@ from lednet.data.labels import camvid_scheme, cityscapes_scheme
 from lednet.model import count_parameters
 from lednet.pretrained import (
     CONFIG,
+    RELEASED as RELEASED_FOLDER,
     TENSORS,
     released_names,
     save_pretrained,
-)
-from lednet.pretrained import (
-    RELEASED as RELEASED_FOLDER,
 )
 from lednet.weights import save_checkpoint
 

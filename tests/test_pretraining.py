@@ -389,7 +389,7 @@ def pretrain(run_inside, pictures):
 
 
 QUICK = ("--recipe", "modern", "--num-epochs", 8, "--warmup-epochs", 1, "--lr", 0.05,
-         "--mixup", 0, "--ema-decay", 0.5)  # fmt: skip
+         "--mixup", 0.05, "--ema-decay", 0.5)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -477,7 +477,7 @@ def test_two_processes_train_and_count_each_picture_once(run_script, pictures, t
 
 
 def test_no_average_is_kept_where_the_recipe_has_one(pretrain, tmp_path):
-    result = pretrain(tmp_path / "run", *QUICK[:-4], "--num-epochs", 2, "--ema-decay", 0)
+    result = pretrain(tmp_path / "run", *QUICK, "--num-epochs", 2, "--ema-decay", 0)
     assert result.returncode == 0, result.stderr
     checkpoint = sorted((tmp_path / "run").glob("checkpoint_*.pth"))[-1]
     assert "average" not in read_checkpoint(checkpoint)["trainer"]

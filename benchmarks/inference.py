@@ -179,7 +179,9 @@ def load_images(folder: Path | None, size: tuple[int, int], count: int) -> Tenso
         return torch.from_numpy(blocks.repeat(32, axis=2).repeat(32, axis=3))
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise UserError(f"{folder} holds no images (png or jpg): check --images and --calibrate")
+        raise UserError(
+            f"{folder} holds no images (png, jpg or webp): check --images and --calibrate"
+        )
     images = (read_image(paths[i * len(paths) // count]) for i in range(count))
     return torch.stack(
         [

@@ -189,6 +189,16 @@ def test_a_planted_fault_is_found_and_its_file_named(tree, kind):
     assert "{" not in str(finding)
 
 
+def test_webp_is_taken_as_an_image_and_not_as_a_label(tree):
+    for path in (tree / "train").iterdir():
+        Image.open(path).save(path.with_suffix(".webp"), lossless=True)
+        path.unlink()
+    assert not examine(tree).findings
+    label = tree / "trainannot/train_03.png"
+    Image.open(label).save(label.with_suffix(".webp"), lossless=True)
+    assert found(examine(tree)) == {"not-taken": "trainannot/train_03.webp"}
+
+
 @pytest.mark.parametrize(
     ("label", "mode"),
     [

@@ -104,6 +104,53 @@ def test_jpeg_images_are_found(own_camvid):
     assert len(open_dataset("camvid", own_camvid, "val")) == 3
 
 
+def to_webp(folder: Path, ending: str = "") -> None:
+    """Put WebP, without loss and with suffixes of any case, in the place of PNG images."""
+    for i, path in enumerate(sorted(folder.rglob(f"*{ending}.png"))):
+        suffix = (".webp", ".WEBP", ".WebP")[i % 3]
+        Image.open(path).save(path.with_suffix(suffix), "WEBP", lossless=True)
+        path.unlink()
+
+
+def test_webp_images_of_camvid_are_found_and_read(camvid, own_camvid):
+    for split, count in (("train", 5), ("val", 3)):
+        to_webp(own_camvid / split)
+        data, original = (open_dataset("camvid", root, split) for root in (own_camvid, camvid))
+        assert len(data) == count
+        for i, (image, label) in enumerate(data.pairs):
+            assert image.suffix.lower() == ".webp" and label.name == f"{image.stem}.png"
+            for ours, theirs in zip(data.read(i), original.read(i), strict=True):
+                assert np.array_equal(ours, theirs)
+
+
+def test_webp_images_of_cityscapes_are_found_and_read(own_cityscapes, toy_cityscapes):
+    to_webp(own_cityscapes / "leftImg8bit", "_leftImg8bit")
+    data, original = (open_training_data("cityscapes", root, 64, 128, annotations="both")
+                      for root in (own_cityscapes, toy_cityscapes))  # fmt: skip
+    for part, expected in zip(data, original, strict=True):
+        assert folders(part) == folders(expected)
+        assert {pair.image.suffix.lower() for pair in part.pairs} == {".webp"}
+        for ours, theirs in zip(part.read(0), expected.read(0), strict=True):
+            assert np.array_equal(ours, theirs)
+    assert len(open_dataset("cityscapes", own_cityscapes, "test")) == 2
+
+
+def test_webp_label_is_never_paired(own_camvid):
+    label = own_camvid / "valannot/val_001.png"
+    Image.open(label).save(label.with_suffix(".webp"), lossless=True)
+    pairs = open_dataset("camvid", own_camvid, "val").pairs
+    assert [pair.label.name for pair in pairs] == [f"val_00{i}.png" for i in range(3)]
+    label.unlink()
+    with pytest.raises(UserError, match=r"1 of 3 images have no label \(val_001\)"):
+        open_dataset("camvid", own_camvid, "val")
+
+
+def test_image_in_two_formats_is_named(own_camvid):
+    Image.open(own_camvid / "val/val_001.png").save(own_camvid / "val/val_001.webp")
+    with pytest.raises(UserError, match=r"1 images stand twice .*val_001"):
+        open_dataset("camvid", own_camvid, "val")
+
+
 def test_empty_split_and_missing_folder_are_named(own_camvid, tmp_path):
     (own_camvid / "test").mkdir()
     (own_camvid / "testannot").mkdir()
@@ -616,6 +663,7 @@ def test_augmentation_depends_on_its_generator_alone(preset):
     assert x.is_contiguous() and augmentation.normalize(strided, labels)[0].is_contiguous()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_augmentation_is_the_same_on_a_gpu(preset):

@@ -214,6 +214,29 @@ def test_files_that_a_voc_list_names_must_be_there(voc):
         open_dataset("voc", voc, "train")
 
 
+def test_images_of_voc_and_ade20k_may_be_webp(voc, ade20k):
+    for name, root, folder in (
+        ("voc", voc, voc / "JPEGImages"),
+        ("ade20k", ade20k, ade20k / "images/validation"),
+    ):
+        before = open_dataset(name, root, "val").pairs
+        for path in folder.glob("*.jpg"):
+            Image.open(path).save(path.with_suffix(".WebP"), "WEBP")
+            path.unlink()
+        data = open_dataset(name, root, "val")
+        assert [pair.label for pair in data.pairs] == [pair.label for pair in before]
+        assert {pair.image.suffix for pair in data.pairs} == {".WebP"}
+        for i, pair in enumerate(before):
+            assert data.pairs[i].image == pair.image.with_suffix(".WebP")
+            assert data.read(i)[0].shape[:2] == data.read(i)[1].shape
+
+
+def test_image_of_a_voc_list_in_two_formats_is_refused(voc):
+    save_image(voc / "JPEGImages/2007_000033.webp", np.zeros(SIZES[0], np.uint8))
+    with pytest.raises(UserError, match=r"1 images stand twice .*2007_000033"):
+        open_dataset("voc", voc, "val")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

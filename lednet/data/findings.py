@@ -55,7 +55,7 @@ KINDS = {
     "absent": Kind("warning", "class", "without a pixel",
                    "none can be learned; add images of them, or take them out of the classes"),
     "not-taken": Kind("warning", "picture", "not taken, for name or format",
-                      "images are png or jpg, labels png; convert, rename or remove it"),
+                      "images are png, jpg or webp, labels png; convert, rename or remove it"),
     "unscored": Kind("note", "class", "without a pixel", "no IoU will be given for these"),
     "mode": Kind("note", "{noun}", "of mode {mode}", "{reading}"),
     "sizes": Kind("note", "", "", "each is brought to the working size, whatever its proportions"),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lednet.errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CITYSCAPES_ENCODINGS = ("labelIds", "labelTrainIds")
 CITYSCAPES_ARCHIVES = {
     "leftImg8bit": "leftImg8bit_trainvaltest.zip",
@@ -136,7 +136,9 @@ def _images_below(folder: Path, ending: str = "") -> list[Path]:
 
 def _refuse_empty(images: Collection, folder: Path) -> None:
     if not images:
-        raise UserError(f"{folder} holds no images (png or jpg): check the data folder and split")
+        raise UserError(
+            f"{folder} holds no images (png, jpg or webp): check the data folder and split"
+        )
 
 
 def ground_truth(annotations: str) -> str:
@@ -291,8 +293,9 @@ def list_voc(root: str | os.PathLike, split: str, annotations: str = "fine") -> 
     if not names:
         raise UserError(f"{path} names no images: {next_step}")
     image_folder = _require_folder(root / "JPEGImages", next_step)
-    images = {name: [image_folder / f"{name}.jpg"] for name in names}
-    lost = [name for name, (image,) in images.items() if not image.is_file()]
+    there = _by_name(p for p in image_folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    images = {name: there[name] for name in names if name in there}
+    lost = names.keys() - images.keys()
     if lost:
         raise UserError(
             f"{path} names {len(lost)} images that are not in {image_folder} "

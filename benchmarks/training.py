@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lednet.data.cache import CachedDataset, build_cache
 from lednet.data.datasets import PairDataset, SegmentationDataset, open_dataset
@@ -47,7 +46,7 @@ from lednet.model import LEDNet
 from lednet.precision import fast_precisions
 from lednet.training.distributed import World, choose_device
 from lednet.training.engine import Optimization, Trainer, seed_everything
-from lednet.training.loading import TrainLoader, make_loaders
+from lednet.training.loading import TrainBatches, make_loaders
 from lednet.training.loss import WeightedCrossEntropy
 from lednet.training.runs import environment
 from lednet.training.tasks import Segmentation
@@ -124,7 +123,7 @@ class Stopwatch:
         return [1000 * (end - start) for start, end in pairs]
 
 
-def time_loader(loader: DataLoader) -> list[float]:
+def time_loader(loader: Iterable[Any]) -> list[float]:
     """Milliseconds of each batch that is loaded."""
     watch = Stopwatch(torch.device("cpu"))
     watch.tick()
@@ -133,7 +132,7 @@ def time_loader(loader: DataLoader) -> list[float]:
     return watch.times()
 
 
-def time_steps(trainer: Trainer, loader: TrainLoader | SameBatch) -> list[float]:
+def time_steps(trainer: Trainer, loader: TrainBatches | SameBatch) -> list[float]:
     """Milliseconds of each step, with what it waits for its batch."""
     watch = Stopwatch(trainer.world.device)
     watch.tick()
@@ -208,7 +207,7 @@ class Bench:
         self.cache_bytes = sum(path.stat().st_size for path in cache.rglob("*.npy"))
         self.data = {PLAIN: files, FAST: CachedDataset(cache / "train", files, "")}
 
-    def loader(self, path: str, batches: int, workers: int) -> TrainLoader:
+    def loader(self, path: str, batches: int, workers: int) -> TrainBatches:
         data = Repeated(self.data[path], batches * self.args.batch_size)
         return make_loaders(data, data, self.world, self.args.batch_size, workers, seed=1)[0]
 

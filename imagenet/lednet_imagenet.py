@@ -55,6 +55,7 @@ from lednet.training.schedule import SCHEDULES
 from lednet.training.stages import Stage
 from lednet.training.stopping import Keeper
 from lednet.training.tasks import Classification
+from lednet.training.time_budget import TimeBudget
 from lednet.weights import load_state, load_weights, read_checkpoint
 
 ENCODER_FILE = "encoder.pth"
@@ -209,6 +210,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
     }
     course = Course(net, [stage], folder, checkpoints, meta, args.seed, keeper)
     course.keep_every, course.validate_every = args.epochs_save, args.validate_every
+    course.budget = TimeBudget(world, args.max_minutes)
     course.dashboard = open_dashboard(args, folder)
     state = course.resume() if args.resume else ()
     if not args.resume and args.state:
@@ -225,8 +227,12 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
     def equip(stage: Stage) -> Equipment:
         data = SkippingDataset(train_data) if args.skip_damaged else train_data
         optimization = optimization_of(args, optimizer="sgd")
-        loaders = make_loaders(data, val_data, world, args.batch_size, args.num_workers, args.seed)
-        return Equipment(Trainer(net, task, stage.epochs, world, optimization), *loaders)
+        loaders = make_loaders(
+            data, val_data, world, args.batch_size, args.num_workers, args.seed,
+            on_device=args.cache_device,
+        )  # fmt: skip
+        trainer = Trainer(net, task, stage.epochs, world, optimization, notify=folder.say)
+        return Equipment(trainer, *loaders)
 
     folder.say(
         f"{len(classes)} classes, {len(train_data)} training and {len(val_data)} validation "

@@ -16,6 +16,7 @@ Everything a run writes lies in its folder below save/.
 
 import argparse
 import functools
+import math
 import sys
 from pathlib import Path
 
@@ -65,6 +66,7 @@ from lednet.training.schedule import SCHEDULES
 from lednet.training.stages import Stage, parse_curriculum, parse_sizes, plan_stages
 from lednet.training.stopping import Keeper
 from lednet.training.tasks import Segmentation
+from lednet.training.time_budget import TimeBudget
 from lednet.weights import load_state, read_checkpoint, weights_file
 
 NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -251,6 +253,12 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     return plan_stages(parts, encoder_epochs, parse_sizes(args.progressive or ""))
 
 
+def stage_costs(stages: list[Stage], args: argparse.Namespace) -> list[float]:
+    """What each stage costs, in epochs at full size: how --max-minutes is divided."""
+    full = args.height * args.width
+    return [stage.epochs * (math.prod(stage.size) / full if stage.size else 1) for stage in stages]
+
+
 class Data:
     """What a stage trains and validates on, at working size; fills in --height and --width."""
 
@@ -339,6 +347,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
     }
     course = Course(net, stages, folder, checkpoints, meta, args.seed, keeper)
     course.keep_every, course.validate_every = args.epochs_save, args.validate_every
+    course.budget = TimeBudget(world, args.max_minutes, stage_costs(stages, args))
     course.dashboard = open_dashboard(args, folder, scheme)
     state = course.resume() if args.resume else ()
     if not args.resume:
@@ -354,8 +363,9 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
         data = open_data(stage.annotations)
         weights = weights_for(args, stage, data)
         height, width = stage.size or (args.height, args.width)
+        epochs = f"{stage.epochs} epochs" if args.max_minutes is None else "epochs"
         folder.say(
-            f"{stage.title}: {stage.epochs} epochs of {len(data.train)} training and "
+            f"{stage.title}: {epochs} of {len(data.train)} training and "
             f"{len(data.val)} validation images of {scheme.name} at {height}x{width}"
         )
         model: nn.Module = net.encoder_stage()
@@ -371,8 +381,9 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
         )
         task = Segmentation(criterion, augmentation, scheme.classes)
         trainer = Trainer(
-            model, task, stage.epochs, world, optimization_of(args), args.iou_train, pretrained
-        )
+            model, task, stage.epochs, world, optimization_of(args), args.iou_train, pretrained,
+            folder.say,
+        )  # fmt: skip
         loaders = make_loaders(
             data.train,
             data.val,
@@ -382,6 +393,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
             args.seed,
             class_counts=data.class_counts if args.class_uniform else None,
             class_uniform=args.class_uniform or 0.0,
+            on_device=args.cache_device,
         )
         return Equipment(trainer, *loaders)
 

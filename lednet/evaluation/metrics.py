@@ -18,7 +18,12 @@ def count_pairs(truth: Tensor, prediction: Tensor, rows: int, columns: int) -> T
         (rows, columns) int64.
     """
     codes = truth.to(torch.int32) * columns + prediction  # int32: half the memory traffic of int64
-    return torch.bincount(codes.flatten(), minlength=rows * columns).view(rows, columns)
+    codes, bins = codes.flatten().int(), rows * columns
+    if codes.is_cuda:  # bincount would wait for the GPU, to find the largest code
+        counts = torch.histc(codes, bins, min=0, max=bins - 1).long()
+    else:
+        counts = torch.bincount(codes, minlength=bins)
+    return counts.view(rows, columns)
 
 
 class ConfusionMatrix:

@@ -13,7 +13,7 @@ from torch import nn
 from lednet.data.labels import LabelScheme
 from lednet.deploy.predictor import predict_at
 from lednet.evaluation.draw import colorize
-from lednet.training.loading import Loader
+from lednet.training.loading import Batches
 from lednet.training.tasks import Task
 
 Curve = list[tuple[int, float]]
@@ -80,7 +80,7 @@ class Dashboard:
         self._each(lambda display: display.open())
 
     def show(
-        self, records: Sequence[dict[str, Any]], task: Task, model: nn.Module, loader: Loader
+        self, records: Sequence[dict[str, Any]], task: Task, model: nn.Module, loader: Batches
     ) -> None:
         """Show an epoch that has ended.
 
@@ -113,7 +113,7 @@ class Dashboard:
 
     @torch.inference_mode()
     def _pictures(
-        self, scheme: LabelScheme, task: Task, model: nn.Module, loader: Loader
+        self, scheme: LabelScheme, task: Task, model: nn.Module, loader: Batches
     ) -> list[np.ndarray]:
         """The first images, each beside its label and what the model makes of it."""
         device = next(model.parameters()).device

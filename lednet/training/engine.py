@@ -19,15 +19,17 @@ from tqdm import tqdm
 from lednet.errors import UserError
 from lednet.evaluation.metrics import none_if_nan
 from lednet.precision import autocast
+from lednet.training.cuda_graph import CapturedStep, Recorder, record_cuda_graph
 from lednet.training.distributed import World
-from lednet.training.loading import Loader, TrainLoader, batch_names
+from lednet.training.loading import Batches, TrainBatches, batch_names
 from lednet.training.schedule import lr_factor
 from lednet.training.tasks import Task
+from lednet.training.time_budget import StageClock
 
 Weights = tuple[Tensor, ...] | list[Tensor]
 
 CHECK_EVERY = 20
-"""Steps between two looks at the loss on a GPU, which each one makes wait; a CPU has it at once."""
+"""Steps whose losses are read together on a GPU; a CPU has each at once."""
 
 
 class NonFiniteLoss(UserError):
@@ -53,6 +55,8 @@ class Optimization:
             (1 + n) / (10 + n).
         channels_last: memory layout of weights and images.
         compile: `torch.compile` the network.
+        cuda_graph: record forward pass, backward pass and update as one CUDA graph; where
+            that is not possible, steps are eager and `Trainer` says why.
         skip_bad_steps: leave an update out when its loss is not finite, and go on; looks at
             every step, which makes a GPU wait.
     """
@@ -68,6 +72,7 @@ class Optimization:
     ema_decay: float | None = None
     channels_last: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     skip_bad_steps: bool = False
 
 
@@ -145,6 +150,71 @@ class Tally:
             self.counts.copy_(state["counts"])
 
 
+class LossMonitor:
+    """Checks the losses of an epoch, on a GPU without making it wait.
+
+    There, the losses of `CHECK_EVERY` steps are copied together, and read when the next ones are
+    copied: the GPU is always a whole group of steps ahead.
+
+    Args:
+        check: called with (step, loss) of a group of steps, the same ones in every process.
+
+    Attributes:
+        mean: weighted mean of the losses read so far; NaN before the first.
+    """
+
+    def __init__(self, device: torch.device, check: Callable[[list[tuple[int, float]]], None]):
+        self.check = check
+        self.mean = math.nan
+        self._cuda = device.type == "cuda"
+        self._new: list[tuple[int, Tensor]] = []
+        self._copied: tuple[list[int], Tensor, torch.cuda.Event | None] | None = None
+
+    def add(self, step: int, loss: Tensor, sums: Tensor) -> None:
+        """
+        Args:
+            loss: of this step, a scalar.
+            sums: (2,) sums of loss and weights, of the epoch so far.
+        """
+        self._new.append((step, loss))
+        if len(self._new) == (CHECK_EVERY if self._cuda else 1):
+            self._copy(sums)
+
+    def finish(self, sums: Tensor) -> None:
+        """Check what is left at the end of an epoch."""
+        if self._new:
+            self._copy(sums)
+        self._read()
+
+    def _copy(self, sums: Tensor) -> None:
+        values = torch.stack([*sums, *(loss for _, loss in self._new)])
+        steps = [step for step, _ in self._new]
+        self._new.clear()
+        event = None
+        if self._cuda:
+            on_device = values
+            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values.copy_(on_device, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._read()
+        self._copied = steps, values, event
+        if not self._cuda:
+            self._read()
+
+    def _read(self) -> None:
+        """Check the values that were copied last."""
+        if self._copied is None:
+            return
+        steps, values, event = self._copied
+        self._copied = None
+        if event is not None:
+            event.synchronize()
+        loss_sum, weight_sum, *losses = values.tolist()
+        self.mean = loss_sum / weight_sum if weight_sum else math.nan
+        self.check(list(zip(steps, losses, strict=True)))
+
+
 class Trainer:
     """A model with what moves it: loss, optimizer, schedule, loss scaling.
 
@@ -154,6 +224,7 @@ class Trainer:
         num_epochs: length of the schedule.
         count_training: count the training batches as well.
         pretrained: a part of `model` that is to be treated with care.
+        notify: called with a sentence when steps cannot be done as `optimization` asks.
     """
 
     def __init__(
@@ -165,6 +236,7 @@ class Trainer:
         optimization: Optimization,
         count_training: bool = True,
         pretrained: Pretrained | None = None,
+        notify: Callable[[str], None] = print,
     ):
         device = world.device
         self.model, self.world, self.optimization = model, world, optimization
@@ -181,6 +253,15 @@ class Trainer:
             self.average = AveragedModel(model, multi_avg_fn=mix_in, use_buffers=True)
         self.epoch = 1
         self.frozen = False
+        self.notify = notify
+        self.clock: StageClock | None = None
+        self.record: Recorder | None = None
+        if optimization.cuda_graph:
+            if obstacle := self._graph_obstacle():
+                self._step_eagerly(obstacle)
+            else:
+                self.record = record_cuda_graph
+        self._captured: CapturedStep | None = None
         self._freeze(self._frozen_in(self.epoch))
         self.optimizer = self._make_optimizer()
         fp16 = optimization.precision == "fp16"
@@ -207,8 +288,39 @@ class Trainer:
             "fused": self.world.device.type in ("cpu", "cuda"),
         }
         if optimization.optimizer == "sgd":
-            return SGD(groups, momentum=0.9, **options)
-        return Adam(groups, betas=(0.9, 0.999), eps=1e-8, **options)
+            optimizer: Optimizer = SGD(groups, momentum=0.9, **options)
+        else:
+            optimizer = Adam(groups, betas=(0.9, 0.999), eps=1e-8, **options)
+        self._make_capturable(optimizer)
+        return optimizer
+
+    def _make_capturable(self, optimizer: Optimizer) -> None:
+        """A CUDA graph reads the learning rate from the device's memory, other steps do not."""
+        for group in optimizer.param_groups:
+            lr = float(group["lr"])
+            captured = self.record is not None
+            group["lr"] = torch.tensor(lr, device=self.world.device) if captured else lr
+            if "capturable" in group:
+                group["capturable"] = captured
+
+    def _graph_obstacle(self) -> str | None:
+        """Why steps cannot be recorded as a CUDA graph; None if they can."""
+        optimization = self.optimization
+        if self.world.device.type != "cuda":
+            return "it needs an NVIDIA GPU"
+        if self.world.size > 1:
+            return "it needs a single process"
+        if optimization.precision == "fp16":
+            return "the loss scaling of fp16 is not recorded"
+        if optimization.accumulate > 1:
+            return "it does not go with --accumulate"
+        if optimization.skip_bad_steps:
+            return "it does not go with --skip-bad-steps"
+        return None
+
+    def _step_eagerly(self, reason: str) -> None:
+        self.record = None
+        self.notify(f"--cuda-graph: steps are eager instead ({reason})")
 
     def _frozen_in(self, epoch: int) -> bool:
         return self.pretrained is not None and epoch <= self.pretrained.frozen_epochs
@@ -218,6 +330,7 @@ class Trainer:
         if self.pretrained is not None:
             self.pretrained.part.requires_grad_(not frozen)
         self.frozen = frozen
+        self._captured = None
         self.wrapped = self.world.wrap(self.model)
         compiled = self.optimization.compile
         self.parallel = torch.compile(self.wrapped) if compiled else self.wrapped
@@ -239,6 +352,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        self._make_capturable(self.optimizer)
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             if "average" not in state:
@@ -261,16 +375,23 @@ class Trainer:
             self._freeze(not self.frozen)
         return self._set_lr(0.0)
 
-    def _set_lr(self, done: float) -> float:
-        """Set the learning rate of a step, `done` being the part of the epoch behind it."""
+    def _set_lr(self, done: float, step: int = 0) -> float:
+        """Set the learning rate of a step, `done` being the part of the epoch behind it; with a
+        clock, the schedule follows the time instead."""
         optimization, behind = self.optimization, self.epoch - 1 + done
+        if self.clock is not None:
+            # Below the end, where schedules are not defined.
+            behind = min(self.clock.share(step), 1 - 1e-6) * self.num_epochs
         factor = lr_factor(
             optimization.schedule, behind, self.num_epochs, optimization.warmup_epochs
         )
         lr = optimization.lr * factor
         factors = [1.0, self.pretrained.lr_factor] if self.pretrained else [1.0]
         for group, times in zip(self.optimizer.param_groups, factors, strict=True):
-            group["lr"] = lr * times
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr * times)
+            else:
+                group["lr"] = lr * times
         return lr
 
     def _backward(self, images: Tensor, target: Tensor, update: bool) -> tuple[Tensor, Tensor, int]:
@@ -301,24 +422,64 @@ class Trainer:
             Whether it was done; not where loss or gradients are not finite and that may be
             skipped.
         """
-        optimization = self.optimization
         joint = self.world.sum(sums.clone())
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        done = not optimization.skip_bad_steps or self._all_finite(joint[0], gradients)
+        done = True
+        if self.optimization.skip_bad_steps:
+            done = self._all_finite(joint[0], self._gradients())
         if done:
-            # DDP averages gradients over the processes; the loss is the mean over the weights.
-            factor = self.world.size * answers / joint[1].clamp(min=1e-12)
-            torch._foreach_mul_(gradients, factor)
-            if optimization.clip_norm is not None:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.model.parameters(), optimization.clip_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            if self.average is not None:
-                self.average.update_parameters(self.model)
-                self.updates += 1
+            self._move_weights(joint[1], answers)
+            self._average_weights()
         self.optimizer.zero_grad(set_to_none=True)
         return done
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def _move_weights(self, weight_sum: Tensor, answers: int) -> None:
+        """The optimizer's step; `weight_sum` is that of all processes."""
+        # DDP averages gradients over the processes; the loss is the mean over the weights.
+        factor = self.world.size * answers / weight_sum.clamp(min=1e-12)
+        torch._foreach_mul_(self._gradients(), factor)
+        if self.optimization.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.optimization.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _average_weights(self) -> None:
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+            self.updates += 1
+
+    def _whole_step(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward pass, backward pass and optimizer step, without waiting for the device: what a
+        CUDA graph records. Returns logits and (loss sum, weight sum)."""
+        logits, sums, answers = self._backward(images, target, update=True)
+        self._move_weights(sums[1], answers)
+        self.optimizer.zero_grad(set_to_none=True)
+        return logits, sums
+
+    def _changed_by_a_step(self) -> list[Tensor]:
+        states = self.optimizer.state.values()
+        kept = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *kept]
+
+    def _captured_step(self, images: Tensor, target: Tensor) -> CapturedStep | None:
+        """The recorded step, if there is one for batches of this shape. The first batch's shape
+        is recorded; a smaller last batch is stepped eagerly."""
+        if self.record is None:
+            return None
+        if self._captured is None:
+            try:
+                self._captured = CapturedStep(
+                    self._whole_step, images, target, self._changed_by_a_step, self.layout,
+                    self.record,
+                )  # fmt: skip
+            except RuntimeError as error:
+                self.optimizer.zero_grad(set_to_none=True)
+                self._step_eagerly(str(error).splitlines()[0])
+                return None
+        return self._captured if self._captured.fits(images, target) else None
 
     def _all_finite(self, loss: Tensor, gradients: list[Tensor]) -> bool:
         """Of scaled gradients, the scaler leaves out what is not finite, and scales less."""
@@ -327,13 +488,13 @@ class Trainer:
 
     def train_one_epoch(
         self,
-        loader: TrainLoader,
+        loader: TrainBatches,
         title: str,
         keys: tuple[int, ...],
         tally: Tally | None = None,
         after_update: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
-        """Train on every batch of `loader` once.
+        """Train on every batch of `loader` once; with a `clock`, until its time is over.
 
         Args:
             loader: gives images (N, 3, H, W) uint8 and their targets.
@@ -354,36 +515,40 @@ class Trainer:
         device, rank = self.world.device, self.world.rank
         tally = tally or self.new_tally()
         first, last = tally.step, tally.step + len(loader)
-        check_every = CHECK_EVERY if device.type == "cuda" else 1
-        images_seen, start, unchecked = 0, time.perf_counter(), []
+        images_seen, start = 0, time.perf_counter()
         group = torch.zeros(2, device=device)
         buffers = self._copied_buffers()
+        monitor = LossMonitor(
+            device, lambda losses: self._require_finite(losses, loader, title, first)
+        )
         self.model.train()
         if self.pretrained is not None and self.frozen:
             self.pretrained.part.eval()
         with self._bar(loader, title) as bar:
             for step, batch in enumerate(loader, first):
-                lr = self._set_lr(step / last)
+                lr = self._set_lr(step / last, step)
                 seed_everything(*keys, step, rank, 1)  # for dropout
                 images, target = self._received(batch)
                 generator = step_generator(*keys, step, rank)
                 images, target = self.task.augment(images, target, generator)
                 update = (step + 1) % self.optimization.accumulate == 0 or step + 1 == last
-                logits, sums, answers = self._backward(images, target, update)
+                captured = self._captured_step(images, target)
+                if captured is not None:
+                    logits, sums = captured(images, target)
+                    sums = sums.clone()
+                    self._average_weights()
+                else:
+                    logits, sums, answers = self._backward(images, target, update)
                 group += sums
-                unchecked.append((step, sums[0]))
-                if not self.optimization.skip_bad_steps and (
-                    len(unchecked) == check_every or step + 1 == last
-                ):
-                    self._require_finite(unchecked, loader, title, first)
-                    unchecked.clear()
+                if not self.optimization.skip_bad_steps:
+                    monitor.add(step, sums[0], tally.sums + group)
                 if self.count_training:
                     self.task.count(tally.counts, logits, target, exact=False)
                 tally.step = step + 1
                 tally.images += len(images) * self.world.size
                 images_seen += len(images)
                 if update:
-                    if self._update(group, answers):
+                    if captured is not None or self._update(group, answers):
                         tally.sums += group
                         buffers = self._copied_buffers()
                     else:
@@ -392,9 +557,10 @@ class Trainer:
                     group.zero_()
                     after_update()
                 bar.update(len(images) * self.world.size)
-                if (step + 1) % check_every == 0:
-                    loss = _mean(tally.sums)
-                    bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+                bar.set_postfix(loss=f"{monitor.mean:.3f}", lr=f"{lr:.1e}", refresh=False)
+                if update and self.clock is not None and self.clock.share(step + 1) >= 1:
+                    break
+        monitor.finish(tally.sums)
         seconds = time.perf_counter() - start
         self.world.share_buffers(self.model)
         if self.average is not None:
@@ -420,25 +586,24 @@ class Trainer:
             buffer.copy_(kept)
 
     def _require_finite(
-        self, losses: list[tuple[int, Tensor]], loader: TrainLoader, title: str, first: int
+        self, losses: list[tuple[int, float]], loader: TrainBatches, title: str, first: int
     ) -> None:
-        """Look at the losses of the last steps, `first` being the loader's first; where one
-        process stops, all do."""
-        values = torch.stack([loss for _, loss in losses]).tolist()
-        bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
+        """Look at the losses of some steps, `first` being the loader's first; where one process
+        stops, all do."""
+        bad = [(step, value) for step, value in losses if not math.isfinite(value)]
         if not self.world.largest(len(bad)):
             return
         if not bad:
             raise NonFiniteLoss(f"the loss of another process is not finite in {title}")
-        step = losses[bad[0]][0]
+        step, value = bad[0]
         raise NonFiniteLoss(
-            f"the loss is {values[bad[0]]} in step {step + 1} of {title}, of "
+            f"the loss is {value} in step {step + 1} of {title}, of "
             f"{', '.join(batch_names(loader, step - first))}"
         )
 
     @torch.inference_mode()
     def evaluate(
-        self, loader: Loader, title: str, between: Callable[[], None] = lambda: None
+        self, loader: Batches, title: str, between: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
         """Score the model, in evaluation mode, on every image of `loader`.
 
@@ -474,7 +639,7 @@ class Trainer:
         """The batch on this process's device; bytes, so that it is soon there."""
         return (part.to(self.world.device, non_blocking=True) for part in batch)
 
-    def _bar(self, loader: Loader, title: str) -> tqdm:
+    def _bar(self, loader: Batches, title: str) -> tqdm:
         """Progress in images, with rate and ETA; one bar for all processes."""
         return tqdm(
             total=len(loader.sampler) * self.world.size,

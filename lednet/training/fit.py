@@ -21,10 +21,11 @@ from lednet.evaluation.report import plot_curves
 from lednet.training.checkpoints import Checkpoints
 from lednet.training.dashboard import Dashboard
 from lednet.training.engine import NonFiniteLoss, Tally, Trainer
-from lednet.training.loading import Loader, TrainLoader, end_loading
+from lednet.training.loading import Batches, TrainBatches, end_loading
 from lednet.training.runs import RunFolder
 from lednet.training.stages import Stage
 from lednet.training.stopping import SAVE, Keeper, Stopped
+from lednet.training.time_budget import TimeBudget
 from lednet.weights import load_state, save_checkpoint
 
 
@@ -39,6 +40,8 @@ class Progress:
         best_score: best validation score of that stage; -1 before the first.
         records: the lines of `log.jsonl` so far, of all stages.
         tally: of the epoch that was interrupted, as `Tally.state` gave it; or None.
+        seconds: of the whole run so far.
+        stage_start: value of `seconds` when the stage began.
     """
 
     stage: str
@@ -47,10 +50,12 @@ class Progress:
     best_score: float = -1.0
     records: list[dict[str, Any]] = field(default_factory=list)
     tally: dict[str, Any] | None = None
+    seconds: float = 0.0
+    stage_start: float = 0.0
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, all but stage and epoch, which its "meta" has."""
-        return {key: getattr(self, key) for key in PROGRESS_KINDS}
+        return {key: getattr(self, key) for key in (*PROGRESS_KINDS, *TIME_KEYS)}
 
 
 META_KINDS: dict[str, type | UnionType] = {
@@ -66,6 +71,8 @@ PROGRESS_KINDS: dict[str, type | UnionType] = {
     "tally": dict | None,
 }
 """What a checkpoint's "meta" and "progress" hold to go on from, and of which types."""
+TIME_KEYS = ("seconds", "stage_start")
+"""What "progress" holds too, but for checkpoints of earlier versions."""
 
 
 @dataclass
@@ -80,6 +87,7 @@ class Course:
         keeper: says when to save and when to stop.
         keep_every: keep the weights of every n-th epoch as well; 0 keeps none.
         validate_every: score every n-th epoch of a stage, and its last.
+        budget: time that the run has; None for any.
     """
 
     net: nn.Module
@@ -92,6 +100,7 @@ class Course:
     dashboard: Dashboard | None = None
     keep_every: int = 0
     validate_every: int = 1
+    budget: TimeBudget | None = None
 
     def resume(self) -> tuple[Progress, dict[str, Any]]:
         """Load the newest sound checkpoint into `net`; returns where to go on, and the trainer's
@@ -119,7 +128,8 @@ class Course:
             )
         load_state(self.net, content["state_dict"], path)
         self.meta |= {key: meta[key] for key in ("mean", "std")}
-        progress = Progress(meta["stage"], meta["epoch"], **{k: state[k] for k in PROGRESS_KINDS})
+        kept = {key: state[key] for key in (*PROGRESS_KINDS, *TIME_KEYS) if key in state}
+        progress = Progress(meta["stage"], meta["epoch"], **kept)
         self.folder.write_records(progress.records)
         step = progress.tally["step"] if progress.tally else 0
         within = f", {step} batches into the next" if step else ""
@@ -142,15 +152,16 @@ def _is_progress(meta: Any, state: Any) -> bool:
         return False
     tally = state["tally"]
     counted = tally is None or isinstance(tally.get("step"), int)
-    return counted and all(isinstance(record, dict) for record in state["records"])
+    timed = all(isinstance(state.get(key, 0.0), int | float) for key in TIME_KEYS)
+    return counted and timed and all(isinstance(record, dict) for record in state["records"])
 
 
 class Equipment(NamedTuple):
     """What a stage is trained with; loaders of training and of validation data."""
 
     trainer: Trainer
-    train_loader: TrainLoader
-    val_loader: Loader
+    train_loader: TrainBatches
+    val_loader: Batches
 
 
 def train_stages(
@@ -175,16 +186,23 @@ def train_stages(
     """
     names = [stage.name for stage in course.stages]
     progress = progress or Progress(names[0])
+    budget = course.budget or TimeBudget(course.keeper.world)
+    budget.add(progress.seconds)
     with course.keeper.request.watching():
         for stage in course.stages[names.index(progress.stage) :]:
             if stage.name != progress.stage:
-                progress = Progress(stage.name, steps=progress.steps, records=progress.records)
+                progress = Progress(
+                    stage.name,
+                    steps=progress.steps,
+                    records=progress.records,
+                    stage_start=budget.elapsed,
+                )
                 trainer_state = None
             equipment = equip(stage)
             if trainer_state is not None:
                 with as_saved():
                     equipment.trainer.load_state_dict(trainer_state)
-            _Fit(course, stage, equipment, progress).train()
+            _Fit(course, stage, equipment, progress, budget).train()
     return progress
 
 
@@ -207,18 +225,27 @@ def as_saved() -> Iterator[None]:
 class _Fit:
     """A stage under way; brings `progress` forward, step by step."""
 
-    def __init__(self, course: Course, stage: Stage, equipment: Equipment, progress: Progress):
+    def __init__(
+        self,
+        course: Course,
+        stage: Stage,
+        equipment: Equipment,
+        progress: Progress,
+        budget: TimeBudget,
+    ):
         self.course, self.stage, self.progress = course, stage, progress
         self.trainer, self.train_loader, self.val_loader = equipment
         self.run, self.keeper = course.folder, course.keeper
         self.number = [stage.name for stage in course.stages].index(stage.name)
         self.main = self.trainer.world.is_main
+        self.budget = budget
+        self.clock = self.trainer.clock = budget.stage(self.number, progress.stage_start)
 
     def train(self) -> None:
         """Train the rest of the stage; after each epoch score, save and log."""
         try:
-            for epoch in range(self.progress.epoch + 1, self.stage.epochs + 1):
-                self._epoch(epoch)
+            while not self._finished():
+                self._epoch(self.progress.epoch + 1)
         except NonFiniteLoss as error:
             saved = self.course.checkpoints.paths()
             last = f"{saved[0]} is sound" if saved else "there is no checkpoint yet"
@@ -241,6 +268,14 @@ class _Fit:
                 task.score_name,
             )
 
+    def _finished(self) -> bool:
+        """Whether the stage has had its epochs or, with a time limit, its time."""
+        if self.clock is None:
+            return self.progress.epoch >= self.stage.epochs
+        records = [r for r in self.progress.records if r["stage"] == self.stage.name]
+        scored = bool(records) and records[-1][f"val_{self.trainer.task.score}"] is not None
+        return scored and self.progress.tally is None and self.clock.share() >= 1
+
     def _epoch(self, epoch: int) -> None:
         trainer, progress, loader = self.trainer, self.progress, self.train_loader
         task, world = trainer.task, trainer.world
@@ -251,13 +286,20 @@ class _Fit:
             progress.tally = None
         loader.sampler.epoch = epoch
         loader.sampler.start = min(tally.images // world.size, loader.sampler.share)
-        title = f"{self.stage.name} {epoch}/{self.stage.epochs}"
+        title = f"{self.stage.name} {epoch}"
+        if self.clock is None:
+            title += f"/{self.stage.epochs}"
         lr = trainer.start_epoch(epoch)
         begin = time.perf_counter()
         keys = (self.course.seed, self.number, epoch)
 
+        images_before = tally.images
+
         def after_update() -> None:
             progress.steps += 1
+            if self.clock is not None:  # a validation image takes no longer than a training image
+                seconds_per_image = (time.perf_counter() - begin) / (tally.images - images_before)
+                self.clock.expect_validation(len(self.val_loader.dataset) * seconds_per_image)
             self._obey(tally, self.keeper.order(progress.steps))
 
         trained = trainer.train_one_epoch(loader, title, keys, tally, after_update)
@@ -268,8 +310,13 @@ class _Fit:
 
         start = time.perf_counter()
         scored: dict[str, Any] = {"loss": None, task.score: None}
-        if epoch % self.course.validate_every == 0 or epoch == self.stage.epochs:
+        last = epoch == self.stage.epochs
+        if self.clock is not None:
+            last = self.clock.share() >= 1
+        if epoch % self.course.validate_every == 0 or last:
             scored = trainer.evaluate(self.val_loader, f"{title} val", between)
+            if self.clock is not None:
+                self.clock.validated(time.perf_counter() - start)
         end = time.perf_counter()
         record = {
             "stage": self.stage.name,
@@ -346,7 +393,7 @@ class _Fit:
 
     def _save(self, tally: dict[str, Any] | None) -> Path:
         """Write a checkpoint, and the log that belongs to it."""
-        self.progress.tally = tally
+        self.progress.tally, self.progress.seconds = tally, self.budget.elapsed
         path = self.course.checkpoints.save(
             self.progress.steps,
             self.course.net,
@@ -370,12 +417,15 @@ class _Fit:
     def _line(self, record: dict[str, Any], improved: bool, validation_seconds: float) -> str:
         """What is printed of an epoch."""
         score, epoch, epochs = self.trainer.task.score, record["epoch"], self.stage.epochs
-        left, rate = "", record["images_per_second"]
-        if epoch < epochs and rate:  # resumed behind its last step, an epoch has no rate
+        left, rate, of_epochs = "", record["images_per_second"], f"/{epochs}"
+        if self.clock is not None:
+            seconds, of_epochs = max(0.0, self.clock.end - self.budget.elapsed), ""
+            left = f"  {timedelta(seconds=math.ceil(seconds))} left"
+        elif epoch < epochs and rate:  # resumed behind its last step, an epoch has no rate
             seconds = len(self.train_loader.dataset) / rate + validation_seconds
             left = f"  {timedelta(seconds=math.ceil(seconds * (epochs - epoch)))} left"
         return (
-            f"{record['stage']} {epoch:3d}/{epochs}  lr {record['lr']:.2e}  "
+            f"{record['stage']} {epoch:3d}{of_epochs}  lr {record['lr']:.2e}  "
             f"loss {_show(record['train_loss'])} val {_show(record['val_loss'])}  "
             f"{self.trainer.task.score_name} {_show(record[f'train_{score}'])} "
             f"val {_show(record[f'val_{score}'])}  "

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lednet.data.labels import LabelScheme
 from lednet.errors import UserError
-from lednet.precision import AMP_DTYPES, autocast
+from lednet.precision import AMP_DTYPES, allow_tf32, autocast
 from lednet.training.checkpoints import Checkpoints
 from lednet.training.dashboard import Dashboard, Display
 from lednet.training.distributed import World, join_world, leave_world, lost_processes
@@ -76,6 +78,21 @@ def add_run_flags(parser: argparse.ArgumentParser, savedir: str) -> None:
         "--channels-last", action="store_true", help="memory layout that suits bf16 and fp16"
     )
     speed.add_argument("--compile", action="store_true", help="torch.compile the network")
+    speed.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="record the training step as a CUDA graph (one GPU)",
+    )
+    speed.add_argument(
+        "--cache-device",
+        action="store_true",
+        help="keep the decoded data set in the memory of the training device",
+    )
+    speed.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="use deterministic GPU kernels, which are slower; CPUs need no flag",
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--savedir", help=f"run folder; a bare name lies below save/ ({savedir})")
@@ -117,6 +134,13 @@ def add_run_flags(parser: argparse.ArgumentParser, savedir: str) -> None:
         default=1,
         metavar="N",
         help="score every N-th epoch, and the last of a stage (1)",
+    )
+    run.add_argument(
+        "--max-minutes",
+        type=float,
+        metavar="X",
+        help="end after X minutes, validation included: the schedule follows the time, and numbers "
+        "of epochs say how stages share it (no limit)",
     )
     run.add_argument("--visualize", action="store_true", help="show the run on a visdom server")
     run.add_argument("--port", type=int, default=8097, help="of the visdom server")
@@ -163,8 +187,10 @@ def parse_flags(
         )
     require_range(args, POSITIVE, 1)
     require_range(args, NOT_NEGATIVE, 0)
-    if args.clip_norm is not None and args.clip_norm <= 0:
-        raise UserError(f"--clip-norm is {args.clip_norm}: give more than 0")
+    for name in ("clip_norm", "max_minutes"):
+        value = getattr(args, name, None)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: give more than 0")
     if args.ema_decay is not None and not 0 <= args.ema_decay < 1:
         raise UserError(f"--ema-decay is {args.ema_decay}: give 0 to below 1")
     return args
@@ -238,6 +264,19 @@ def open_dashboard(
     return Dashboard(displays, scheme) if displays else None
 
 
+def set_backends(device: torch.device, precision: str, deterministic: bool = False) -> None:
+    """Settings of the whole process for training on `device`."""
+    if device.type != "cuda":
+        return
+    allow_tf32(precision != "fp32")
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # Read when cuBLAS is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # PyTorch warns of max pooling, whose windows do not overlap here: it is deterministic.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def launch(args: argparse.Namespace, train: Callable[[World, Keeper], None]) -> None:
     """Take this process's place, and train so that signals find a moment to stop at.
 
@@ -252,6 +291,7 @@ def launch(args: argparse.Namespace, train: Callable[[World, Keeper], None]) -> 
     try:
         with autocast(world.device, args.precision):
             pass  # refuses a precision that the device lacks, before anything is written
+        set_backends(world.device, args.precision, args.deterministic)
         keeper = Keeper(world, StopRequest(), args.save_steps, args.save_minutes)
         with lost_processes(), worker_failures():
             train(world, keeper)

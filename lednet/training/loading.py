@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lednet.data.datasets import PairDataset
+from lednet.data.device_cache import DeviceLoader, load_to_device
 from lednet.errors import UserError
 from lednet.training.distributed import (
     ClassUniformSampler,
@@ -34,6 +35,9 @@ class TrainLoader(Loader):
     sampler: ShuffledSampler
 
 
+Batches = Loader | DeviceLoader[EachOnceSampler] | DeviceLoader[ShuffledSampler]
+TrainBatches = TrainLoader | DeviceLoader[ShuffledSampler]
+
 WORKER_FAILURE = "DataLoader worker (pid"
 """What PyTorch says first when a loading process has died."""
 
@@ -47,7 +51,8 @@ def make_loaders(
     seed: int,
     class_counts: np.ndarray | None = None,
     class_uniform: float = 0.0,
-) -> tuple[TrainLoader, Loader]:
+    on_device: bool = False,
+) -> tuple[TrainBatches, Batches]:
     """Loaders of this process's share of both data sets; no image is left out.
 
     Args:
@@ -55,6 +60,7 @@ def make_loaders(
         workers: loading processes for each loader; 0 loads in the training process.
         class_counts, class_uniform: see `ClassUniformSampler`; None and 0 take every training
             image once an epoch.
+        on_device: decode both data sets into the memory of `world.device` now.
     """
     sampler = ShuffledSampler(len(train), world, seed)
     if class_counts is not None:
@@ -66,23 +72,32 @@ def make_loaders(
         "persistent_workers": workers > 0,
         "worker_init_fn": ignore_stop_signals,
     }
+    val_sampler = EachOnceSampler(len(val), world)
+    train_loader = TrainLoader(train, sampler=sampler, **common)
+    val_loader = Loader(val, sampler=val_sampler, **common)
+    if not on_device:
+        return train_loader, val_loader
+    # In the course of the epochs every process trains on all images; it validates on its share.
+    shared_by = world.size if world.device.type == "cpu" else 1
     return (
-        TrainLoader(train, sampler=sampler, **common),
-        Loader(val, sampler=EachOnceSampler(len(val), world), **common),
+        load_to_device(train_loader, sampler, world.device, None, shared_by),
+        load_to_device(val_loader, val_sampler, world.device, val_sampler.indices, shared_by),
     )
 
 
-def end_loading(loader: DataLoader) -> None:
+def end_loading(loader: Batches) -> None:
     """End the loading processes of `loader`.
 
     After an error, Python would wait for them for ever: it ends them by SIGTERM, which they
     ignore.
     """
-    if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
+    if isinstance(loader, DataLoader) and isinstance(
+        loader._iterator, _MultiProcessingDataLoaderIter
+    ):
         loader._iterator._shutdown_workers()
 
 
-def batch_names(loader: TrainLoader, number: int) -> list[str]:
+def batch_names(loader: TrainBatches, number: int) -> list[str]:
     """File names of the images of a training batch, the loader's first being number 0."""
     sampler = loader.sampler
     begin = sampler.start + number * loader.batch_size

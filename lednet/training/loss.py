@@ -58,12 +58,16 @@ class WeightedCrossEntropy(nn.Module):
     """
 
     weight: Tensor
+    weight_by_value: Tensor
 
     def __init__(self, weights: Sequence[float] | np.ndarray, num_outputs: int):
         super().__init__()
         weight = torch.zeros(num_outputs)
         weight[: len(weights)] = torch.as_tensor(np.asarray(weights), dtype=torch.float32)
         self.register_buffer("weight", weight)
+        by_value = torch.zeros(IGNORE_INDEX + 1)
+        by_value[:num_outputs] = weight
+        self.register_buffer("weight_by_value", by_value, persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -75,8 +79,7 @@ class WeightedCrossEntropy(nn.Module):
             Sum of the weighted losses, and sum of the weights (0 where all is void).
         """
         target = resize_target(target, logits.shape[-2:])
-        total = F.cross_entropy(
-            logits.float(), target, self.weight, ignore_index=IGNORE_INDEX, reduction="sum"
-        )
-        counted = torch.bincount(target.flatten(), minlength=256)[: len(self.weight)]
-        return total, (counted * self.weight).sum()
+        losses = F.cross_entropy(
+            logits.float(), target, self.weight, ignore_index=IGNORE_INDEX, reduction="none"
+        )  # on CUDA, its own sum is not deterministic
+        return losses.sum(), self.weight_by_value.take(target).sum()

@@ -1,0 +1,85 @@
+"""Training for a fixed time: the schedule follows the share of the time that has passed."""
+
+import time
+from collections.abc import Sequence
+
+from lednet.training.distributed import World
+from lednet.training.stopping import AGREE_EVERY
+
+
+class TimeBudget:
+    """Wall-clock time of a run, divided among its stages.
+
+    Args:
+        world: all processes read the time of the slowest.
+        minutes: for the whole run, validation included; None for no limit.
+        costs: of the stages, in any unit; each gets its share of the time. A stage that takes
+            longer leaves less to the next ones.
+    """
+
+    def __init__(self, world: World, minutes: float | None = None, costs: Sequence[float] = (1.0,)):
+        self.world = world
+        self.limit = None if minutes is None else 60 * minutes
+        self.costs = list(costs)
+        self._start = time.monotonic()
+
+    def add(self, seconds: float) -> None:
+        """Count time that earlier processes of the run have used."""
+        self._start -= seconds
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the run has taken, in all its processes one after the other."""
+        return time.monotonic() - self._start
+
+    def stage(self, number: int, start: float) -> "StageClock | None":
+        """The clock of a stage; None without a limit.
+
+        Args:
+            number: of the stage, from 0.
+            start: value of `elapsed` when the stage began.
+        """
+        if self.limit is None:
+            return None
+        share = sum(self.costs[: number + 1]) / sum(self.costs)
+        return StageClock(self, start, share * self.limit)
+
+
+class StageClock:
+    """Says how much of a stage's time has passed.
+
+    Args:
+        start, end: seconds of the budget.
+    """
+
+    def __init__(self, budget: TimeBudget, start: float, end: float):
+        self.budget, self.start, self.end = budget, start, end
+        self.validation = 0.0
+        self._validated = False
+        self._share = 0.0
+
+    def expect_validation(self, seconds: float) -> None:
+        """Keep this much time for the last validation, until one has been timed."""
+        if not self._validated:
+            self.validation = seconds
+
+    def validated(self, seconds: float) -> None:
+        """Keep as much time for the last validation as the longest one took."""
+        self.validation = max(self.validation, seconds) if self._validated else seconds
+        self._validated = True
+
+    def share(self, step: int = 0) -> float:
+        """Share of the training time that has passed, 0 to 1; the same in all processes.
+
+        Args:
+            step: on several GPUs, the processes compare their clocks only at some steps, so that
+                they need not wait for each other at all others.
+        """
+        world = self.budget.world
+        if world.size > 1 and world.device.type == "cuda" and step % AGREE_EVERY:
+            return self._share
+        training = max(self.end - self.validation - self.start, 1e-3)
+        share = (self.budget.elapsed - self.start) / training
+        # In millionths: processes exchange integers.
+        self._share = world.largest(min(1_000_000, max(0, round(share * 1_000_000)))) / 1_000_000
+        return self._share

@@ -420,8 +420,9 @@ def save_checkpoint(path: str | os.PathLike, net: nn.Module, meta: dict, **extra
     state = {key: value.detach().cpu() for key, value in net.state_dict().items()}
     content = io.BytesIO()  # writing to a file, torch.save does not say why it fails
     torch.save({"state_dict": state, "meta": meta, **extra}, content)
-    with write_atomically(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+    # CPython 3.12.1 crashes if the view is left to the garbage collector.
+    with write_atomically(path) as temporary, content.getbuffer() as view:
+        temporary.write_bytes(view)
 
 
 def _describe(net: nn.Module) -> str:

@@ -262,6 +262,7 @@ def test_results_depend_on_the_generator_alone(preset):
     assert torch.equal(x, augment(images, batch[1], seeded())[0])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("preset", crops.PRESETS)
 def test_devices_agree(preset):

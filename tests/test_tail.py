@@ -205,9 +205,9 @@ def test_mistakes_would_be_seen(monkeypatch, name, wrong):
         assert_like_plain(low, (64, 96), (128, 192))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_answers_like_the_cpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU: CUDA is untested here")
     low = smooth((64, 96), 2)
     for size in ((64, 96), (130, 99)):
         found = label_map(low.cuda(), (64, 96), size)

@@ -27,13 +27,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lednet.data.doctor import diagnose
 from lednet.data.pairs import cityscapes_pairs, present
-from lednet.data.splits import open_splits
-from lednet.deploy.speed import describe_device
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import write_json
-from lednet.training.runs import environment
+from lednet.inference.benchmark import describe_device
+from lednet.io import write_json
+from lednet.training.run_dir import environment
+from lednet.validation.checks import diagnose
+from lednet.validation.splits import open_splits
 
 
 class Copy(NamedTuple):

@@ -59,8 +59,8 @@ from make_toy_cityscapes import write_toy_cityscapes
 from tqdm import tqdm
 
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import write_json, write_text
-from lednet.training.runs import environment
+from lednet.io import write_json, write_text
+from lednet.training.run_dir import environment
 
 EPOCHS = 2
 KILLS = "SIGKILL at a random moment"

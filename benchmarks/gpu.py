@@ -31,7 +31,7 @@ if "benchmarks" not in sys.modules:  # some installed package may have this name
     sys.modules["benchmarks"].__path__ = [str(ROOT / "benchmarks")]
 
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import read_json, write_between_marks, write_json, write_text
+from lednet.io import read_json, write_between_marks, write_json, write_text
 
 Row = dict[str, Any]
 
@@ -199,8 +199,9 @@ def summary(results: Mapping[str, Any]) -> str:
     if results.get("dry_run"):
         parts.append("A dry run on a CPU: no figure says anything about a GPU.")
     legs = results["legs"]
-    head = ("leg", "", "seconds", "limit", "rows", "failed")
-    parts.append(table(head, map(leg_line, legs.items())))
+    parts.append(
+        table(("leg", "", "seconds", "limit", "rows", "failed"), map(leg_line, legs.items()))
+    )
     for name, leg in legs.items():
         if leg.get("rows") or leg.get("info"):
             parts.append(f"### {TITLES[name]}")

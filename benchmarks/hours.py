@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lednet.errors import exit_on_user_error
-from lednet.files import read_json, write_between_marks
+from lednet.io import read_json, write_between_marks
 
 LETTER_FPS = 71
 """On a GTX 1080 Ti at 512x1024 (the letter)."""

@@ -34,21 +34,21 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from lednet.data.images import read_image
+from lednet.checkpoint import load_network
+from lednet.data.image_io import read_image
 from lednet.data.pairs import IMAGE_SUFFIXES
-from lednet.deploy.backends import BACKENDS, available
-from lednet.deploy.export import export
-from lednet.deploy.formats import compile_openvino, missing_packages
-from lednet.deploy.formats.common import import_optional
-from lednet.deploy.predictor import Predictor
-from lednet.deploy.speed import count_macs, describe_device, peak_memory_mb, synchronize
+from lednet.device import autocast, fast_precisions
+from lednet.distributed import choose_device
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import write_json
+from lednet.export.common import import_optional
+from lednet.export.exporter import export
+from lednet.export.formats import compile_openvino, missing_packages
+from lednet.inference.backends import BACKENDS, available
+from lednet.inference.benchmark import count_macs, describe_device, peak_memory_mb, synchronize
+from lednet.inference.predictor import Predictor
+from lednet.io import write_json
 from lednet.model import LEDNet
-from lednet.precision import autocast, fast_precisions
-from lednet.training.distributed import choose_device
-from lednet.training.runs import environment
-from lednet.weights import load_network
+from lednet.training.run_dir import environment
 
 SIZES = ((512, 1024), (1024, 2048))
 CALIBRATION_IMAGES = 32

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from lednet.data.pairs import present
-from lednet.deploy.speed import describe_device, time_runs
 from lednet.errors import exit_on_user_error
-from lednet.evaluation.benchmark import find_frames, score_predictions, total_scores
-from lednet.evaluation.cityscapes import count_image
-from lednet.evaluation.metrics import ConfusionMatrix
-from lednet.files import write_json
-from lednet.training.runs import environment
+from lednet.evaluation.cityscapes_evaluator import find_frames, score_predictions, total_scores
+from lednet.evaluation.cityscapes_metrics import count_image
+from lednet.inference.benchmark import describe_device, time_runs
+from lednet.io import write_json
+from lednet.metrics import ConfusionMatrix
+from lednet.training.run_dir import environment
 
 SIZE = (1024, 2048)
 NUM_CLASSES = 19

@@ -27,19 +27,19 @@ from make_toy_cityscapes import toy_scene
 from PIL import Image
 from tqdm import tqdm
 
-from lednet.data.images import open_image, to_rgb
-from lednet.data.layouts import DEFAULT_SIZES
-from lednet.deploy.backends import BACKENDS
-from lednet.deploy.predictor import Predictor
-from lednet.deploy.speed import describe_device
-from lednet.deploy.video import DEFAULT_RATE, Clock, VideoReader, write_video
+from lednet.data.image_io import open_image, to_rgb
+from lednet.data.registry import DEFAULT_SIZES
+from lednet.device import AMP_DTYPES
+from lednet.distributed import choose_device
 from lednet.errors import exit_on_user_error
-from lednet.evaluation.draw import Painter, output_scheme
-from lednet.evaluation.predictions import Output, Task, predict_images, predict_video, video_output
-from lednet.files import write_json
-from lednet.precision import AMP_DTYPES
-from lednet.training.distributed import choose_device
-from lednet.training.runs import environment
+from lednet.inference.backends import BACKENDS
+from lednet.inference.benchmark import describe_device
+from lednet.inference.predictor import Predictor
+from lednet.inference.video import DEFAULT_RATE, Clock, VideoReader, write_video
+from lednet.inference.writers import Output, Task, predict_images, predict_video, video_output
+from lednet.io import write_json
+from lednet.training.run_dir import environment
+from lednet.visualization import Painter, output_scheme
 
 SCENES = 4
 WAYS = ("network", "overlapped", "one_by_one")

@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 from matplotlib.figure import Figure
 
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import read_json, write_atomically, write_between_marks, write_json
-from lednet.training.runs import read_records
+from lednet.io import read_json, write_atomically, write_between_marks, write_json
+from lednet.training.run_dir import read_records
 
 THRESHOLDS = (0.55, 0.60, 0.65)
 

@@ -36,20 +36,20 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.datasets import PairDataset, SegmentationDataset, open_dataset
-from lednet.data.layouts import DATASETS
+from lednet.data.dataset import PairDataset, SegmentationDataset, open_dataset
+from lednet.data.loaders import TrainBatches, make_loaders
+from lednet.data.registry import DATASETS
 from lednet.data.transforms import Augmentation
-from lednet.deploy.speed import describe_device, peak_memory_mb, synchronize
+from lednet.device import fast_precisions
+from lednet.distributed import World, choose_device
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import write_json
+from lednet.inference.benchmark import describe_device, peak_memory_mb, synchronize
+from lednet.io import write_json
 from lednet.model import LEDNet
-from lednet.precision import fast_precisions
-from lednet.training.distributed import World, choose_device
-from lednet.training.engine import Optimization, Trainer, seed_everything
-from lednet.training.loading import TrainBatches, make_loaders
-from lednet.training.loss import WeightedCrossEntropy
-from lednet.training.runs import environment
+from lednet.training.losses import WeightedCrossEntropy
+from lednet.training.run_dir import environment
 from lednet.training.tasks import Segmentation
+from lednet.training.trainer import Optimization, Trainer, seed_everything
 
 PLAIN, FAST = "plain", "fast"
 LOADER_BATCHES = 8

@@ -30,11 +30,11 @@ sys.path.insert(0, str(ROOT))
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lednet.deploy.speed import describe_device
+from lednet.distributed import choose_device
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import write_atomically, write_between_marks, write_json
-from lednet.training.distributed import choose_device
-from lednet.training.runs import environment, read_records
+from lednet.inference.benchmark import describe_device
+from lednet.io import write_atomically, write_between_marks, write_json
+from lednet.training.run_dir import environment, read_records
 
 COLORS = ("#4c78a8", "#f58518")
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lednet.data.labels import CITYSCAPES_LABELS
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import read_json, write_atomically, write_json, write_text
+from lednet.io import read_json, write_atomically, write_json, write_text
 
 DRAWING = 1
 """Raised when the same seed gives other pictures, so that an old tree is not taken for new."""

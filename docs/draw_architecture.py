@@ -23,7 +23,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from torch import Tensor, nn
 
 from lednet import LEDNet
-from lednet.files import write_atomically, write_between_marks
+from lednet.io import write_atomically, write_between_marks
 from lednet.model import VARIANTS, Downsampler, SSnbt, count_parameters
 
 SIZE = (512, 1024)

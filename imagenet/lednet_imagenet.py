@@ -26,18 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.data.cache import CLASSIFICATION_FLAGS, CachedDataset, command_line
-from lednet.data.crops import IMAGENET_MEAN, IMAGENET_STD, ImageAugmentation
-from lednet.data.datasets import SkippingDataset
-from lednet.data.imagefolder import ImageFolderDataset
-from lednet.data.transforms import PRESETS
-from lednet.errors import UserError, exit_on_user_error
-from lednet.files import plain_values, write_text
-from lednet.model import EncoderClassifier, count_parameters
-from lednet.training.distributed import World, synchronize_batch_norm
-from lednet.training.engine import Trainer, seed_everything
-from lednet.training.fit import Course, Equipment, train_stages
-from lednet.training.launch import (
+from lednet.checkpoint import load_state, load_weights, read_checkpoint
+from lednet.cli.train_args import (
     add_loading_flags,
     add_recipe_flags,
     add_run_flags,
@@ -49,14 +39,24 @@ from lednet.training.launch import (
     require_range,
     require_schedule,
 )
-from lednet.training.loading import end_loading, make_loaders
-from lednet.training.runs import environment
-from lednet.training.schedule import SCHEDULES
+from lednet.data.cache import CLASSIFICATION_FLAGS, CachedDataset, command_line
+from lednet.data.classification_transforms import IMAGENET_MEAN, IMAGENET_STD, ImageAugmentation
+from lednet.data.dataset import SkippingDataset
+from lednet.data.imagefolder import ImageFolderDataset
+from lednet.data.loaders import end_loading, make_loaders
+from lednet.data.transforms import PRESETS
+from lednet.distributed import World, synchronize_batch_norm
+from lednet.errors import UserError, exit_on_user_error
+from lednet.io import plain_values, write_text
+from lednet.model import EncoderClassifier, count_parameters
+from lednet.training.loop import Course, Equipment, train_stages
+from lednet.training.lr_schedule import SCHEDULES
+from lednet.training.run_dir import environment
+from lednet.training.signals import Keeper
 from lednet.training.stages import Stage
-from lednet.training.stopping import Keeper
 from lednet.training.tasks import Classification
 from lednet.training.time_budget import TimeBudget
-from lednet.weights import load_state, load_weights, read_checkpoint
+from lednet.training.trainer import Trainer, seed_everything
 
 ENCODER_FILE = "encoder.pth"
 

@@ -305,7 +305,7 @@ class LEDNet(nn.Module):
         Raises:
             UserError: there is none, its checksum differs, or it is no LEDNet.
         """
-        from lednet.weights import load_network  # which builds on this module
+        from lednet.checkpoint import load_network  # which builds on this module
 
         return load_network(name)[0]
 

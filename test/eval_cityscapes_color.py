@@ -19,15 +19,15 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from lednet.data.inputs import find_inputs
-from lednet.data.layouts import DEFAULT_SIZES
-from lednet.deploy.backends import BACKENDS
-from lednet.deploy.predictor import Predictor
+from lednet.data.registry import DEFAULT_SIZES
+from lednet.device import AMP_DTYPES
+from lednet.distributed import choose_device
 from lednet.errors import UserError, exit_on_user_error, refuse
-from lednet.evaluation.draw import Painter, output_scheme
-from lednet.evaluation.predictions import Output, Task, errors_of, predict_images
-from lednet.precision import AMP_DTYPES
-from lednet.training.distributed import choose_device
+from lednet.inference.backends import BACKENDS
+from lednet.inference.inputs import find_inputs
+from lednet.inference.predictor import Predictor
+from lednet.inference.writers import Output, Task, errors_of, predict_images
+from lednet.visualization import Painter, output_scheme
 
 KINDS = ("color", "overlay")
 

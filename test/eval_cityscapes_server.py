@@ -24,15 +24,16 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from lednet.data.images import read_image
+from lednet.checkpoint import weights_checksum, weights_file
+from lednet.data.image_io import read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
-from lednet.data.layouts import DEFAULT_SIZES
 from lednet.data.pairs import present
-from lednet.deploy.backends import BACKENDS
-from lednet.deploy.predictor import Predictor
-from lednet.deploy.speed import speed_card, speed_rows
+from lednet.data.registry import DEFAULT_SIZES
+from lednet.device import AMP_DTYPES
+from lednet.distributed import World, join_world, leave_world
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.benchmark import (
+from lednet.evaluation.benchmark_report import write_benchmark_report
+from lednet.evaluation.cityscapes_evaluator import (
     Frame,
     FrameResult,
     find_frames,
@@ -41,15 +42,23 @@ from lednet.evaluation.benchmark import (
     score_predictions,
     total_scores,
 )
-from lednet.evaluation.benchmark_report import write_benchmark_report
-from lednet.evaluation.cityscapes import EVALUATED_CATEGORIES, EVALUATED_CLASSES, BenchmarkScores
-from lednet.evaluation.journal import Journal
-from lednet.evaluation.upload import NUM_FILES, check_upload, prediction_name, write_upload
-from lednet.files import plain_values, write_json
-from lednet.precision import AMP_DTYPES
-from lednet.pretrained import RELEASED
-from lednet.training.distributed import World, join_world, leave_world
-from lednet.weights import weights_checksum, weights_file
+from lednet.evaluation.cityscapes_metrics import (
+    EVALUATED_CATEGORIES,
+    EVALUATED_CLASSES,
+    BenchmarkScores,
+)
+from lednet.evaluation.cityscapes_submission import (
+    NUM_FILES,
+    check_upload,
+    prediction_name,
+    write_upload,
+)
+from lednet.hub import RELEASED
+from lednet.inference.backends import BACKENDS
+from lednet.inference.benchmark import speed_card, speed_rows
+from lednet.inference.predictor import Predictor
+from lednet.inference.progress_log import Journal
+from lednet.io import plain_values, write_json
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,15 +14,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.data.layouts import DEFAULT_SIZES
-from lednet.deploy.backends import BACKENDS
-from lednet.deploy.predictor import Predictor
-from lednet.deploy.speed import speed_card, speed_rows
+from lednet.data.registry import DEFAULT_SIZES
+from lednet.device import AMP_DTYPES
+from lednet.distributed import choose_device
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import write_json
+from lednet.inference.backends import BACKENDS
+from lednet.inference.benchmark import speed_card, speed_rows
+from lednet.inference.predictor import Predictor
+from lednet.io import write_json
 from lednet.model import VARIANTS, LEDNet
-from lednet.precision import AMP_DTYPES
-from lednet.training.distributed import choose_device
 
 IMAGE_SIZE = (1024, 2048)
 """(height, width) of a Cityscapes image."""

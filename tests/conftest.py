@@ -14,7 +14,7 @@ from make_toy_cityscapes import write_toy_cityscapes
 from PIL import Image
 
 from lednet import LEDNet
-from lednet.weights import save_checkpoint
+from lednet.checkpoint import save_checkpoint
 
 # On these small tensors a second thread only waits, and for long where cores are shared.
 torch.set_num_threads(1)

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from lednet.checkpoint import read_checkpoint
 from lednet.errors import UserError
-from lednet.training.checkpoints import Checkpoints
-from lednet.training.runs import MEASURED_KEYS
-from lednet.weights import read_checkpoint
+from lednet.training.checkpointing import Checkpoints
+from lednet.training.run_dir import MEASURED_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 

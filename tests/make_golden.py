@@ -16,8 +16,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lednet import LEDNet
-from lednet.pretrained import released_names
-from lednet.weights import load_state
+from lednet.checkpoint import load_state
+from lednet.hub import released_names
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZE = (64, 96)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import Tensor
 
-from lednet.training.loss import WeightedCrossEntropy
+from lednet.training.losses import WeightedCrossEntropy
 
 CHECKPOINT_BYTES = 8e6
 """With the optimizer's state a checkpoint has more, and no other file of a run has."""

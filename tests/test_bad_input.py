@@ -11,7 +11,7 @@ from PIL import Image
 from test_weights import Bomb
 
 from lednet import LEDNet
-from lednet.weights import save_checkpoint
+from lednet.checkpoint import save_checkpoint
 
 
 def assert_refused(result, *words: str) -> None:

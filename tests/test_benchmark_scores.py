@@ -9,22 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from lednet.data.datasets import read_label
+from lednet.data.dataset import read_label
 from lednet.data.labels import CITYSCAPES_LABELS, cityscapes_id_scheme
-from lednet.evaluation.benchmark import (
+from lednet.evaluation.cityscapes_evaluator import (
     FrameResult,
     find_frames,
     find_predictions,
     score_predictions,
     total_scores,
 )
-from lednet.evaluation.cityscapes import (
+from lednet.evaluation.cityscapes_metrics import (
     AVERAGE_INSTANCE_SIZE,
     EVALUATED_CLASSES,
     BenchmarkScores,
     count_image,
 )
-from lednet.evaluation.metrics import ConfusionMatrix
+from lednet.metrics import ConfusionMatrix
 
 ID = {label.name: label.id for label in CITYSCAPES_LABELS}
 EVALUATED = [ID[name] for name in EVALUATED_CLASSES]

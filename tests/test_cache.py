@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from lednet import UserError
-from lednet.data import cache, datasets
+from lednet.checkpoint import read_checkpoint
+from lednet.data import cache, dataset
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.datasets import SegmentationDataset, open_dataset, open_training_data
+from lednet.data.dataset import SegmentationDataset, open_dataset, open_training_data
 from lednet.data.labels import LabelScheme
-from lednet.files import write_text
-from lednet.training.runs import MEASURED_KEYS
-from lednet.weights import read_checkpoint
+from lednet.io import write_text
+from lednet.training.run_dir import MEASURED_KEYS
 
 SIZE = (36, 44)
 COMMAND = "python build"
@@ -390,7 +390,7 @@ def test_libraries_that_read_otherwise_are_noticed(built, source, monkeypatch):
     def nearest(size):
         return v2.Compose([v2.Resize(size, v2.InterpolationMode.NEAREST), v2.ToPureTensor()])
 
-    monkeypatch.setattr(datasets, "resize_transform", nearest)
+    monkeypatch.setattr(dataset, "resize_transform", nearest)
     with pytest.raises(UserError, match=r"train_000\.png is now read otherwise .* --rebuild`"):
         open_cached(built, source)
 

@@ -12,11 +12,12 @@ from PIL import Image, ImageFilter
 from test_page import CHROMIUM, QUIET
 
 from lednet import UserError
-from lednet.data.alignment import edge_fit
-from lednet.data.doctor import Diagnosis, diagnose
-from lednet.data.findings import KINDS, SEVERITIES
 from lednet.data.labels import cityscapes_scheme
-from lednet.data.lookalikes import (
+from lednet.data.pairs import Pair
+from lednet.training.losses import class_weights
+from lednet.validation.alignment import edge_fit
+from lednet.validation.checks import Diagnosis, diagnose
+from lednet.validation.duplicates import (
     CLOSE,
     SAME,
     THUMBNAIL,
@@ -24,11 +25,10 @@ from lednet.data.lookalikes import (
     find_lookalikes,
     similarities,
 )
-from lednet.data.looks import look_at
-from lednet.data.pairs import Pair
-from lednet.data.splits import open_splits
-from lednet.evaluation.dataset_page import worst_aligned, write_dataset_page
-from lednet.training.loss import class_weights
+from lednet.validation.inspection import look_at
+from lednet.validation.issues import KINDS, SEVERITIES
+from lednet.validation.report import worst_aligned, write_dataset_page
+from lednet.validation.splits import open_splits
 
 SIZE = (96, 128)  # (height, width)
 COLORS = np.random.default_rng(7).integers(30, 225, (12, 3))

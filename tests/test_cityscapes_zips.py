@@ -20,11 +20,11 @@ from test_bad_input import assert_refused
 from tqdm import tqdm
 
 from lednet import UserError
-from lednet.data import cityscapes_tree
-from lednet.data.archives import SMALL, Archive
-from lednet.data.cityscapes_tree import BLACK_FRAME, FRAMES, LIMITS, open_archive
 from lednet.data.labels import CITYSCAPES_LABELS
-from lednet.data.polygons import FARTHEST, draw_labels, read_polygons
+from lednet.data.prepare import cityscapes_tree
+from lednet.data.prepare.cityscapes_tree import BLACK_FRAME, FRAMES, LIMITS, open_archive
+from lednet.data.prepare.polygons import FARTHEST, draw_labels, read_polygons
+from lednet.data.prepare.zips import SMALL, Archive
 
 FUZZ = settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -8,7 +8,7 @@ from make_golden import GOLDEN, answers
 from PIL import Image
 
 from lednet import LEDNet, load_weights
-from lednet.weights import _our_name, load_network
+from lednet.checkpoint import _our_name, load_network
 
 VARIANTS = ("d20", "d128")
 

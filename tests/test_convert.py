@@ -6,7 +6,7 @@ from test_bad_input import assert_refused
 from test_weights import assert_equal, reference_name
 
 from lednet import LEDNet, load_network
-from lednet.weights import read_checkpoint, save_checkpoint
+from lednet.checkpoint import read_checkpoint, save_checkpoint
 
 SCRIPT = "utils/convert_checkpoint.py"
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop, v2
 
-from lednet.data import crops
-from lednet.data.crops import (
+from lednet.data import classification_transforms
+from lednet.data.classification_transforms import (
     AREAS,
     ASPECTS,
     ATTEMPTS,
@@ -169,9 +169,12 @@ def test_modern_preset_changes_colours_alone():
 
 
 def test_modern_preset_without_jitter_is_the_papers(monkeypatch):
-    monkeypatch.setattr(crops, "JITTER", 0)
+    monkeypatch.setattr(classification_transforms, "JITTER", 0)
     batch = noise(6), targets_of(6)
-    paper, modern = (ImageAugmentation(24, preset)(*batch, seeded())[0] for preset in crops.PRESETS)
+    paper, modern = (
+        ImageAugmentation(24, preset)(*batch, seeded())[0]
+        for preset in classification_transforms.PRESETS
+    )
     torch.testing.assert_close(paper, modern, atol=1e-5, rtol=0)
 
 
@@ -241,7 +244,7 @@ def test_shares_follow_the_beta_distribution(alpha):
 # draws
 
 
-@pytest.mark.parametrize("preset", crops.PRESETS)
+@pytest.mark.parametrize("preset", classification_transforms.PRESETS)
 def test_results_depend_on_the_generator_alone(preset):
     batch = noise(4), targets_of(4)
     augment = ImageAugmentation(24, preset, num_classes=4, mixup=0.2)
@@ -264,7 +267,7 @@ def test_results_depend_on_the_generator_alone(preset):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("preset", crops.PRESETS)
+@pytest.mark.parametrize("preset", classification_transforms.PRESETS)
 def test_devices_agree(preset):
     batch = noise(8), targets_of(8)
     augment = ImageAugmentation(24, preset, num_classes=8, mixup=0.2)

@@ -18,22 +18,22 @@ import torch
 from PIL import Image
 
 from lednet import LEDNet
-from lednet.data.datasets import open_dataset
+from lednet.data.dataset import open_dataset
 from lednet.data.transforms import Augmentation
-from lednet.evaluation.draw import colorize
-from lednet.training.dashboard import PICTURE_HEIGHT, Dashboard, charts_of
-from lednet.training.loss import WeightedCrossEntropy
-from lednet.training.runs import read_records
-from lednet.training.stopping import Keeper
+from lednet.training.loggers import PICTURE_HEIGHT, Dashboard, charts_of
+from lednet.training.losses import WeightedCrossEntropy
+from lednet.training.run_dir import read_records
+from lednet.training.signals import Keeper
 from lednet.training.tasks import Segmentation
+from lednet.visualization import colorize
 
 visdom = pytest.importorskip("visdom")
 pytest.importorskip("tensorboard")
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lednet.training.tensorboard_display import TensorBoardDisplay
-from lednet.training.visdom_display import VisdomDisplay
+from lednet.training.tensorboard_logger import TensorBoardDisplay
+from lednet.training.visdom_logger import VisdomDisplay
 
 
 def record(epoch: int, stage: str = "decoder", **values: object) -> dict:

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from lednet import UserError
 from lednet.data import transforms
 from lednet.data.cache import CachedDataset
-from lednet.data.datasets import (
+from lednet.data.dataset import (
     SegmentationDataset,
     SkippingDataset,
     cache_split,
@@ -29,8 +29,8 @@ from lednet.data.labels import (
     camvid_scheme,
     cityscapes_scheme,
 )
-from lednet.data.layouts import read_class_file
 from lednet.data.pairs import cityscapes_pairs
+from lednet.data.registry import read_class_file
 from lednet.data.transforms import (
     PRESETS,
     SHIFT,

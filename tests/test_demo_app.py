@@ -22,13 +22,13 @@ from test_bad_input import assert_refused
 from test_page import chromium
 
 from lednet import UserError
-from lednet.data.images import FORMATS
+from lednet.checkpoint import load_network, save_checkpoint
+from lednet.data.image_io import FORMATS
 from lednet.demo.labeller import MAX_SIDE, decode_image
-from lednet.deploy.predictor import Predictor
-from lednet.deploy.video import VideoReader, write_video
-from lednet.evaluation.draw import output_scheme, overlay
-from lednet.evaluation.predictions import class_shares, count_pixels
-from lednet.weights import load_network, save_checkpoint
+from lednet.inference.predictor import Predictor
+from lednet.inference.video import VideoReader, write_video
+from lednet.inference.writers import class_shares, count_pixels
+from lednet.visualization import output_scheme, overlay
 
 STREET = ROOT / "docs/toy_street.png"
 FAKE_CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]

@@ -17,16 +17,17 @@ from torchvision.transforms import v2
 
 import lednet.model
 from lednet import LEDNet, UserError, load_network
-from lednet.data.images import open_image, read_image, to_rgb
-from lednet.deploy import backends, formats
-from lednet.deploy.backends import BACKENDS
-from lednet.deploy.fold import fold_batch_norm
-from lednet.deploy.graph import BytesToLogits
-from lednet.deploy.predictor import Predictor, enlarge, predict_at, tile_spans
-from lednet.deploy.speed import count_macs, speed_card, speed_rows, time_runs
-from lednet.deploy.unshuffle import remove_shuffles
+from lednet.checkpoint import load_state, save_checkpoint
+from lednet.data.image_io import open_image, read_image, to_rgb
+from lednet.export import formats
+from lednet.export.fuse import fold_batch_norm
+from lednet.export.unshuffle import remove_shuffles
+from lednet.export.wrappers import BytesToLogits
+from lednet.inference import backends
+from lednet.inference.backends import BACKENDS
+from lednet.inference.benchmark import count_macs, speed_card, speed_rows, time_runs
+from lednet.inference.predictor import Predictor, enlarge, predict_at, tile_spans
 from lednet.model import Block, Down, SSnbt
-from lednet.weights import load_state, save_checkpoint
 
 VARIANTS = ("d20", "d128")
 
@@ -281,7 +282,7 @@ def test_engines_do_not_report_to_their_makers(tmp_path):
     program = (
         "import sys, torch\n"
         "from lednet import LEDNet\n"
-        "from lednet.deploy.predictor import Predictor\n"
+        "from lednet.inference.predictor import Predictor\n"
         "for backend in ('onnxruntime', 'openvino'):\n"
         "    Predictor(LEDNet(3).eval(), (32, 32), backend=backend)(torch.zeros(3, 9, 9).byte())\n"
         "print('openvino.tools.ovc.telemetry_stub' in sys.modules)\n"

@@ -19,19 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lednet.data.loaders import make_loaders
 from lednet.data.pairs import Pair
 from lednet.data.transforms import Augmentation
+from lednet.distributed import ShuffledSampler, World
 from lednet.model import LEDNet
-from lednet.training.checkpoints import Checkpoints
-from lednet.training.distributed import ShuffledSampler, World
-from lednet.training.engine import Optimization, Tally, Trainer
-from lednet.training.fit import Course, Equipment, Progress, train_stages
-from lednet.training.loading import make_loaders
-from lednet.training.loss import WeightedCrossEntropy, resize_target
-from lednet.training.runs import RunFolder
+from lednet.training.checkpointing import Checkpoints
+from lednet.training.loop import Course, Equipment, Progress, train_stages
+from lednet.training.losses import WeightedCrossEntropy, resize_target
+from lednet.training.run_dir import RunFolder
+from lednet.training.signals import SAVE, Keeper, Stopped, StopRequest
 from lednet.training.stages import Stage
-from lednet.training.stopping import SAVE, Keeper, Stopped, StopRequest
 from lednet.training.tasks import Segmentation
+from lednet.training.trainer import Optimization, Tally, Trainer
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)

@@ -12,11 +12,11 @@ from PIL import Image
 from test_bad_input import assert_refused
 
 from lednet import LEDNet, UserError
+from lednet.checkpoint import load_network, save_checkpoint
 from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, cityscapes_scheme
-from lednet.deploy.predictor import Predictor
-from lednet.evaluation.draw import Painter, colorize, draw_legend, output_scheme, overlay
-from lednet.evaluation.report import contact_sheet
-from lednet.weights import load_network, save_checkpoint
+from lednet.inference.predictor import Predictor
+from lednet.plots import contact_sheet
+from lednet.visualization import Painter, colorize, draw_legend, output_scheme, overlay
 
 SCRIPT = ROOT / "test/eval_cityscapes_color.py"
 SCHEME = camvid_scheme()

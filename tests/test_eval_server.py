@@ -12,10 +12,10 @@ from PIL import Image
 from test_bad_input import assert_refused
 
 from lednet import LEDNet
+from lednet.checkpoint import load_state, save_checkpoint
 from lednet.errors import UserError
-from lednet.evaluation.benchmark import find_frames, find_predictions, score_predictions
-from lednet.evaluation.journal import Journal
-from lednet.weights import load_state, save_checkpoint
+from lednet.evaluation.cityscapes_evaluator import find_frames, find_predictions, score_predictions
+from lednet.inference.progress_log import Journal
 
 SCRIPT = "test/eval_cityscapes_server.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

@@ -15,11 +15,13 @@ from PIL import Image
 from test_deploy import worn
 from torch import nn
 
-import lednet.deploy.graph
+import lednet.export.wrappers
 import lednet.model
 from lednet import LEDNet, UserError
+from lednet.checkpoint import save_checkpoint
 from lednet.data.labels import camvid_scheme
-from lednet.deploy.export import (
+from lednet.export import executorch
+from lednet.export.exporter import (
     Parity,
     ParityError,
     check_parity,
@@ -27,13 +29,12 @@ from lednet.deploy.export import (
     reference_logits,
     require_parity,
 )
-from lednet.deploy.fold import fold_batch_norm
-from lednet.deploy.formats import FORMATS, Format, executorch_file, load
-from lednet.deploy.graph import BytesToLabels
-from lednet.deploy.predictor import Predictor
-from lednet.deploy.speed import speed_card
+from lednet.export.formats import FORMATS, Format, load
+from lednet.export.fuse import fold_batch_norm
+from lednet.export.wrappers import BytesToLabels
+from lednet.inference.benchmark import speed_card
+from lednet.inference.predictor import Predictor
 from lednet.model import Block, Down
-from lednet.weights import save_checkpoint
 
 SIZE = (71, 105)
 FULL_STAGES = lednet.model.ENCODER_STAGES
@@ -440,7 +441,7 @@ def test_tampered_network_leaves_no_file(run_inside, weights, tmp_path, monkeypa
         folded.decoder.mid[0].weight.mul_(1.05)
         return folded
 
-    monkeypatch.setattr(lednet.deploy.graph, "fold_batch_norm", fold_and_spoil)
+    monkeypatch.setattr(lednet.export.wrappers, "fold_batch_norm", fold_and_spoil)
     arguments = ("--weights", weights, "--format", "torch", "--output", "logits", "--out")
     result = run_inside("utils/export_model.py", *arguments, tmp_path / "out/new.pt2")
     assert result.returncode == 1 and "nothing was written" in result.stderr
@@ -519,9 +520,9 @@ def test_executorch_of_another_torch_is_named(net, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "executorch", types.ModuleType("executorch"))
     partitioner = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
     monkeypatch.setitem(sys.modules, partitioner, None)
-    monkeypatch.setattr(executorch_file.importlib.metadata, "version", lambda name: "0.1")
+    monkeypatch.setattr(executorch.importlib.metadata, "version", lambda name: "0.1")
     with pytest.raises(UserError, match=r"executorch 0.1 .* beside torch .* executorch==1.5.1"):
-        executorch_file.write_executorch(BytesToLabels(net), tmp_path / "net.pte", (1, *SIZE))
+        executorch.write_executorch(BytesToLabels(net), tmp_path / "net.pte", (1, *SIZE))
 
 
 @pytest.mark.parametrize("suffix", [row.suffix for row in FORMATS.values()])

@@ -8,22 +8,22 @@ import torch
 from test_training import CPU, KEYS, Loader, batches, small_trainer
 
 from lednet import LEDNet, UserError
+from lednet.checkpoint import read_checkpoint
 from lednet.data import device_cache
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.datasets import SkippingDataset, open_training_data
+from lednet.data.dataset import SkippingDataset, open_training_data
 from lednet.data.device_cache import DeviceLoader
-from lednet.training import engine, time_budget
-from lednet.training.checkpoints import Checkpoints
+from lednet.data.loaders import make_loaders
+from lednet.distributed import World
+from lednet.training import time_budget
+from lednet.training.checkpointing import Checkpoints
 from lednet.training.cuda_graph import CapturedStep
-from lednet.training.distributed import World
-from lednet.training.engine import LossMonitor
-from lednet.training.fit import Course, Equipment, train_stages
-from lednet.training.loading import make_loaders
-from lednet.training.runs import RunFolder, read_records
+from lednet.training.loop import Course, Equipment, train_stages
+from lednet.training.run_dir import RunFolder, read_records
+from lednet.training.signals import Keeper, StopRequest
 from lednet.training.stages import Stage
-from lednet.training.stopping import Keeper, StopRequest
 from lednet.training.time_budget import TimeBudget
-from lednet.weights import read_checkpoint
+from lednet.training.trainer import LossMonitor
 
 
 @pytest.fixture(params=["files", "cache", "skip damaged"])
@@ -208,7 +208,7 @@ def test_steps_that_cannot_be_recorded_are_eager_and_announced():
 def test_obstacles_to_recording_are_named(device, size, options, reason):
     trainer = small_trainer(**(options if device == "cpu" else {}))
     trainer.world = World(0, size, torch.device(device))
-    trainer.optimization = engine.Optimization(**options)
+    trainer.optimization = trainer.Optimization(**options)
     obstacle = trainer._graph_obstacle()
     assert (obstacle is None) if reason is None else (reason in obstacle)
 

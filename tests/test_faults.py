@@ -23,8 +23,8 @@ from fault_injection import (
 )
 from make_toy_cityscapes import write_toy_cityscapes
 
+from lednet.data.loaders import worker_failures
 from lednet.errors import UserError
-from lednet.training.loading import worker_failures
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="finds processes and sets limits as Linux does"

@@ -15,16 +15,16 @@ from fuzzing import Hang, damaged, ends_well, foreign, zip_of
 from hypothesis import given, strategies as st
 from PIL import Image
 
-from lednet.data.datasets import read_label
-from lednet.data.images import FORMATS, LIMIT, open_image, read_image, to_rgb
+from lednet.data.dataset import read_label
+from lednet.data.image_io import FORMATS, LIMIT, open_image, read_image, to_rgb
 from lednet.data.labels import IGNORE_INDEX, cityscapes_scheme
-from lednet.data.looks import look_at
 from lednet.data.pairs import Pair
 from lednet.demo.labeller import MAX_SIDE, decode_image
-from lednet.deploy.video import VideoReader
 from lednet.errors import UserError
-from lednet.evaluation.benchmark import read_instances
-from lednet.evaluation.upload import check_upload
+from lednet.evaluation.cityscapes_evaluator import read_instances
+from lednet.evaluation.cityscapes_submission import check_upload
+from lednet.inference.video import VideoReader
+from lednet.validation.inspection import look_at
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as the library does with Pillow's
 

@@ -15,16 +15,16 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 from lednet.data.cache import MANIFEST, CachedDataset, build_cache
-from lednet.data.datasets import open_dataset
+from lednet.data.dataset import open_dataset
 from lednet.data.imagefolder import ImageFolderDataset
 from lednet.data.labels import IGNORE_INDEX
-from lednet.data.layouts import read_class_file
+from lednet.data.registry import read_class_file
 from lednet.errors import UserError
-from lednet.evaluation.benchmark import FrameResult
-from lednet.evaluation.journal import Journal
-from lednet.files import MAX_YAML, read_json
-from lednet.training.recipes import set_options, set_recipe
-from lednet.training.runs import read_options, read_records
+from lednet.evaluation.cityscapes_evaluator import FrameResult
+from lednet.inference.progress_log import Journal
+from lednet.io import MAX_YAML, read_json
+from lednet.training.config import set_options, set_recipe
+from lednet.training.run_dir import read_options, read_records
 
 
 @pytest.fixture(scope="module")

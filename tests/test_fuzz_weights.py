@@ -28,15 +28,15 @@ from test_training import small_trainer
 from torch import nn
 
 from lednet import LEDNet, UserError, load_network, load_weights
-from lednet.deploy.formats import FORMATS, load
-from lednet.deploy.formats.common import Exported
-from lednet.deploy.graph import BytesToLogits
-from lednet.pretrained import CONFIG, TENSORS, save_pretrained
-from lednet.training.checkpoints import Checkpoints
-from lednet.training.fit import Course, Progress, as_saved
-from lednet.training.runs import RunFolder
+from lednet.checkpoint import read_checkpoint
+from lednet.export.common import Exported
+from lednet.export.formats import FORMATS, load
+from lednet.export.wrappers import BytesToLogits
+from lednet.hub import CONFIG, TENSORS, save_pretrained
+from lednet.training.checkpointing import Checkpoints
+from lednet.training.loop import Course, Progress, as_saved
+from lednet.training.run_dir import RunFolder
 from lednet.training.stages import Stage
-from lednet.weights import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

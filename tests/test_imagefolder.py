@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 
 from lednet import UserError
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.datasets import SkippingDataset, open_dataset
+from lednet.data.dataset import SkippingDataset, open_dataset
 from lednet.data.imagefolder import ImageFolderDataset
 
 COMMAND = "python build"

@@ -10,8 +10,8 @@ from conftest import make_camvid
 from PIL import ExifTags, Image
 from test_bad_input import assert_refused
 
-from lednet.data.datasets import open_dataset
-from lednet.data.splits import open_splits
+from lednet.data.dataset import open_dataset
+from lednet.validation.splits import open_splits
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import lednet, torch
 assert "site" in lednet.__file__, lednet.__file__
 net, meta = lednet.load_network("camvid-d20")
 print(net(torch.rand(1, 3, 32, 48)).shape[1], meta["dataset"])
-import lednet.deploy.export, lednet.evaluation.page, lednet.training.fit
-from lednet.data.layouts import CLASS_FILES, read_class_file
+import lednet.export.exporter, lednet.evaluation.page, lednet.training.loop
+from lednet.data.registry import CLASS_FILES, read_class_file
 assert read_class_file(CLASS_FILES / "ADE20K.yaml").num_classes == 150
 """
 

@@ -21,15 +21,15 @@ from PIL import Image
 from test_bad_input import assert_refused
 
 from lednet import LEDNet, UserError
-from lednet.data.inputs import find_inputs
+from lednet.checkpoint import load_network, save_checkpoint
 from lednet.data.labels import cityscapes_label_ids, cityscapes_scheme
-from lednet.deploy import video
-from lednet.deploy.predictor import Predictor
-from lednet.deploy.stream import overlap
-from lednet.deploy.video import Clock, VideoError, VideoReader, write_video
-from lednet.evaluation.draw import Painter, output_scheme
-from lednet.evaluation.predictions import VideoFiles
-from lednet.weights import load_network, save_checkpoint
+from lednet.inference import video
+from lednet.inference.inputs import find_inputs
+from lednet.inference.pipeline import overlap
+from lednet.inference.predictor import Predictor
+from lednet.inference.video import Clock, VideoError, VideoReader, write_video
+from lednet.inference.writers import VideoFiles
+from lednet.visualization import Painter, output_scheme
 
 PATIENCE = 60
 """Seconds after which a stage is no longer waited for."""

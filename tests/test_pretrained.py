@@ -9,16 +9,16 @@ from conftest import ROOT
 from make_golden import GOLDEN, released_answer
 
 from lednet import LEDNet, UserError, load_network
+from lednet.checkpoint import save_checkpoint
 from lednet.data.labels import camvid_scheme, cityscapes_scheme
-from lednet.model import count_parameters
-from lednet.pretrained import (
+from lednet.hub import (
     CONFIG,
     RELEASED as RELEASED_FOLDER,
     TENSORS,
     released_names,
     save_pretrained,
 )
-from lednet.weights import save_checkpoint
+from lednet.model import count_parameters
 
 META = {"dataset": "CamVid", "classes": ["sky", "car"], "size": [32, 64], "mean": [0, 0, 0]}
 

@@ -17,15 +17,15 @@ from PIL import Image
 from torch import nn
 
 from lednet import UserError
-from lednet.data.crops import IMAGENET_MEAN, IMAGENET_STD, ImageAugmentation
-from lednet.training.distributed import World
-from lednet.training.engine import Optimization, Pretrained, Trainer
-from lednet.training.fit import Progress
-from lednet.training.runs import MEASURED_KEYS, read_records
+from lednet.checkpoint import load_network, read_checkpoint
+from lednet.data.classification_transforms import IMAGENET_MEAN, IMAGENET_STD, ImageAugmentation
+from lednet.distributed import World
+from lednet.training.loop import Progress
+from lednet.training.run_dir import MEASURED_KEYS, read_records
+from lednet.training.signals import Keeper
 from lednet.training.stages import parse_curriculum, parse_sizes, plan_stages
-from lednet.training.stopping import Keeper
 from lednet.training.tasks import Classification
-from lednet.weights import load_network, read_checkpoint
+from lednet.training.trainer import Optimization, Pretrained, Trainer
 
 CPU = torch.device("cpu")
 KEYS = (1, 0, 1)

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 from lednet import UserError
-from lednet.training.launch import add_recipe_flags, parse_flags
-from lednet.training.recipes import recipe_path, set_recipe
+from lednet.cli.train_args import add_recipe_flags, parse_flags
+from lednet.training.config import recipe_path, set_recipe
 
 SHIPPED = sorted(ROOT.glob("*/recipes/*.yaml"))
 ABOUT = "about: {data: d, command: c, hours: h, score: s}\n"

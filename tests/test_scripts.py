@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import ROOT
 
+from lednet.checkpoint import read_checkpoint
 from lednet.data.labels import cityscapes_scheme
-from lednet.training.checkpoints import Checkpoints
-from lednet.training.runs import MEASURED_KEYS
-from lednet.weights import read_checkpoint
+from lednet.training.checkpointing import Checkpoints
+from lednet.training.run_dir import MEASURED_KEYS
 
 SMALL = ("--height", 64, "--width", 128, "--num-workers", 1, "--device", "cpu")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lednet.deploy import tail
-from lednet.deploy.tail import label_map
+from lednet.inference import sparse_argmax
+from lednet.inference.sparse_argmax import label_map
 from lednet.model import resize
 
 SIZES = [  # of the network, and wanted
@@ -38,8 +38,8 @@ def _fresh():
 
 
 def forget() -> None:
-    tail._axis.cache_clear()
-    tail._bands.cache_clear()
+    sparse_argmax._axis.cache_clear()
+    sparse_argmax._bands.cache_clear()
 
 
 def low_size(network_size: tuple[int, int]) -> tuple[int, int]:
@@ -125,8 +125,8 @@ def test_a_class_that_wins_only_between_the_corners(size):
 def test_bands_and_chunks_join(monkeypatch):
     low, sizes = smooth((64, 96), 2), ((64, 96), (130, 99))
     whole = label_map(low, *sizes)
-    monkeypatch.setattr(tail, "BAND", 1)
-    monkeypatch.setattr(tail, "CHUNK", 1)
+    monkeypatch.setattr(sparse_argmax, "BAND", 1)
+    monkeypatch.setattr(sparse_argmax, "CHUNK", 1)
     assert torch.equal(label_map(low, *sizes), whole)
 
 
@@ -147,7 +147,7 @@ def test_no_scores_at_full_size():
     with LargestTensor() as largest:
         label_map(low, (512, 1024), (1024, 2048))
     print(f"largest tensor {largest.size / 1e6:.1f} MB")
-    assert largest.size <= 8 * tail.CHUNK < 4 * 20 * 1024 * 2048 / 30
+    assert largest.size <= 8 * sparse_argmax.CHUNK < 4 * 20 * 1024 * 2048 / 30
 
 
 def test_callers_modes_do_not_matter():
@@ -163,7 +163,7 @@ def test_logits_that_are_upsampled_already():
         label_map(torch.zeros(1, 2, 64, 96), (8, 12), (64, 96))
 
 
-def shifted(low: int, network: int, wanted: int, right=tail._shares) -> Tensor:
+def shifted(low: int, network: int, wanted: int, right=sparse_argmax._shares) -> Tensor:
     return right(low, network, wanted)[[0, *range(wanted - 1)]]
 
 
@@ -176,7 +176,7 @@ def aligned_twice(low: int, network: int, wanted: int) -> Tensor:
     return resize(torch.eye(low)[None, :, :, None], (wanted, 1))[0, :, :, 0].T
 
 
-def shorter(*lengths, right=tail._axis) -> tail.Axis:
+def shorter(*lengths, right=sparse_argmax._axis) -> sparse_argmax.Axis:
     axis = right(*lengths)
     return axis._replace(reach=axis.reach * 0.9)
 
@@ -201,7 +201,7 @@ def test_mistakes_would_be_seen(monkeypatch, name, wrong):
     assert_like_plain(low, (64, 96), (128, 192))
     forget()
     with monkeypatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr(tail, name, wrong)
+        patch.setattr(sparse_argmax, name, wrong)
         assert_like_plain(low, (64, 96), (128, 192))
 
 

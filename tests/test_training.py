@@ -13,35 +13,35 @@ import torch.nn.functional as F
 from torch import nn
 
 from lednet import LEDNet, UserError
-from lednet.data.datasets import SkippingDataset, open_dataset
+from lednet.data.dataset import SkippingDataset, open_dataset
 from lednet.data.pairs import Pair
 from lednet.data.transforms import Augmentation
-from lednet.training import stopping
-from lednet.training.checkpoints import Checkpoints
-from lednet.training.distributed import (
+from lednet.distributed import (
     ClassUniformSampler,
     EachOnceSampler,
     ShuffledSampler,
     World,
     choose_device,
 )
-from lednet.training.engine import (
-    NonFiniteLoss,
-    Optimization,
-    Pretrained,
-    Trainer,
-    step_generator,
-)
-from lednet.training.loss import (
+from lednet.training import signals
+from lednet.training.checkpointing import Checkpoints
+from lednet.training.losses import (
     RELEASED_WEIGHTS,
     WEIGHT_OFFSETS,
     WeightedCrossEntropy,
     class_weights,
     resize_target,
 )
-from lednet.training.schedule import lr_factor
-from lednet.training.stopping import SAVE, Keeper, Stopped, StopRequest
+from lednet.training.lr_schedule import lr_factor
+from lednet.training.signals import SAVE, Keeper, Stopped, StopRequest
 from lednet.training.tasks import Segmentation
+from lednet.training.trainer import (
+    NonFiniteLoss,
+    Optimization,
+    Pretrained,
+    Trainer,
+    step_generator,
+)
 
 CPU = torch.device("cpu")
 
@@ -453,7 +453,7 @@ def test_epoch_that_was_interrupted_ends_as_if_it_had_not_been(stop, accumulate)
 
 def test_keeper_saves_by_steps_and_by_minutes(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
     world, request = World(0, 1, CPU), StopRequest()
     keeper = Keeper(world, request, every_steps=3)
     assert [keeper.order(step) for step in range(1, 7)] == [0, 0, SAVE, 0, 0, SAVE]
@@ -470,8 +470,8 @@ def test_keeper_saves_by_steps_and_by_minutes(monkeypatch):
 def test_signal_is_noted_and_a_later_one_ends(monkeypatch):
     """But not one at the same time: schedulers and torchrun send the same signal twice."""
     clock, raised = [0.0], []
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(stopping.signal, "raise_signal", raised.append)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(signals.signal, "raise_signal", raised.append)
     request, before = StopRequest(), signal.getsignal(signal.SIGTERM)
     with request.watching():
         for clock[0], number in ((10.0, signal.SIGTERM), (11.0, signal.SIGINT)):

@@ -15,7 +15,7 @@ from PIL import Image
 from test_bad_input import assert_refused
 
 from lednet import UserError
-from lednet.evaluation.upload import (
+from lednet.evaluation.cityscapes_submission import (
     CITIES,
     MAX_BYTES,
     check_upload,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lednet import LEDNet, UserError, load_network, load_weights
+from lednet.checkpoint import save_checkpoint
 from lednet.model import EncoderClassifier
-from lednet.weights import save_checkpoint
 
 TO_REFERENCE = (
     ("encoder_head.", "encoder.output_conv."),

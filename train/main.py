@@ -26,24 +26,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from torch import nn
 
-from lednet.data.cache import CachedDataset, command_line
-from lednet.data.datasets import (
-    TRAINING_PARTS,
-    SegmentationDataset,
-    SkippingDataset,
-    cache_split,
-    open_training_data,
-    pixel_shares,
-)
-from lednet.data.layouts import DATASETS
-from lednet.data.transforms import PRESETS, Augmentation
-from lednet.errors import UserError, exit_on_user_error
-from lednet.files import plain_values, write_text
-from lednet.model import VARIANTS, LEDNet, count_parameters
-from lednet.training.distributed import World, synchronize_batch_norm
-from lednet.training.engine import Pretrained, Trainer, seed_everything
-from lednet.training.fit import Course, Equipment, train_stages
-from lednet.training.launch import (
+from lednet.checkpoint import load_state, read_checkpoint, weights_file
+from lednet.cli.train_args import (
     add_loading_flags,
     add_recipe_flags,
     add_run_flags,
@@ -55,19 +39,35 @@ from lednet.training.launch import (
     require_range,
     require_schedule,
 )
-from lednet.training.loading import make_loaders
-from lednet.training.loss import (
+from lednet.data.cache import CachedDataset, command_line
+from lednet.data.dataset import (
+    TRAINING_PARTS,
+    SegmentationDataset,
+    SkippingDataset,
+    cache_split,
+    open_training_data,
+    pixel_shares,
+)
+from lednet.data.loaders import make_loaders
+from lednet.data.registry import DATASETS
+from lednet.data.transforms import PRESETS, Augmentation
+from lednet.distributed import World, synchronize_batch_norm
+from lednet.errors import UserError, exit_on_user_error
+from lednet.io import plain_values, write_text
+from lednet.model import VARIANTS, LEDNet, count_parameters
+from lednet.training.loop import Course, Equipment, train_stages
+from lednet.training.losses import (
     RELEASED_WEIGHTS,
     WEIGHT_OFFSETS,
     WeightedCrossEntropy,
     class_weights,
 )
-from lednet.training.schedule import SCHEDULES
+from lednet.training.lr_schedule import SCHEDULES
+from lednet.training.signals import Keeper
 from lednet.training.stages import Stage, parse_curriculum, parse_sizes, plan_stages
-from lednet.training.stopping import Keeper
 from lednet.training.tasks import Segmentation
 from lednet.training.time_budget import TimeBudget
-from lednet.weights import load_state, read_checkpoint, weights_file
+from lednet.training.trainer import Pretrained, Trainer, seed_everything
 
 NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """The paper trains on raw [0, 1] images."""

@@ -22,19 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.data.doctor import Diagnosis, diagnose
-from lednet.data.findings import SEVERITIES, counted
-from lednet.data.layouts import DATASETS
-from lednet.data.splits import CHECKED, open_splits
+from lednet.data.registry import DATASETS
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.dataset_page import (
-    summary,
-    worst_aligned,
-    write_dataset_page,
-    write_sheet,
-)
-from lednet.files import write_json
-from lednet.training.loss import WEIGHT_OFFSETS, class_weights
+from lednet.io import write_json
+from lednet.training.losses import WEIGHT_OFFSETS, class_weights
+from lednet.validation.checks import Diagnosis, diagnose
+from lednet.validation.issues import SEVERITIES, counted
+from lednet.validation.report import summary, worst_aligned, write_dataset_page, write_sheet
+from lednet.validation.splits import CHECKED, open_splits
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lednet.errors import EXIT_STATUS, exit_on_user_error
-from lednet.evaluation.upload import NUM_FILES, check_upload, image_frames
+from lednet.evaluation.cityscapes_submission import NUM_FILES, check_upload, image_frames
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,10 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 import yaml
 
-from lednet.data.datasets import TRAINING_PARTS, open_training_data, pixel_shares
-from lednet.data.layouts import DATASETS
+from lednet.data.dataset import TRAINING_PARTS, open_training_data, pixel_shares
+from lednet.data.registry import DATASETS
 from lednet.errors import UserError, exit_on_user_error
-from lednet.training.loss import WEIGHT_OFFSETS, class_weights
+from lednet.training.losses import WEIGHT_OFFSETS, class_weights
 
 
 def build_parser() -> argparse.ArgumentParser:

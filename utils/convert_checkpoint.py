@@ -17,12 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.data.layouts import DEFAULT_SIZES
-from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.draw import output_scheme
-from lednet.model import LEDNet, count_parameters
-from lednet.pretrained import save_pretrained
-from lednet.weights import (
+from lednet.checkpoint import (
     compare_keys,
     input_size,
     load_network,
@@ -30,6 +25,11 @@ from lednet.weights import (
     save_checkpoint,
     weights_file,
 )
+from lednet.data.registry import DEFAULT_SIZES
+from lednet.errors import UserError, exit_on_user_error
+from lednet.hub import save_pretrained
+from lednet.model import LEDNet, count_parameters
+from lednet.visualization import output_scheme
 
 NO_NORMALIZATION = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 """What weights that say nothing of it were trained with: the release's raw [0, 1] images."""

@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lednet.demo.labeller import Labeller, Limits
-from lednet.deploy.backends import BACKENDS, choose_backend
-from lednet.deploy.formats import installed
+from lednet.distributed import choose_device
 from lednet.errors import UserError, exit_on_user_error
-from lednet.pretrained import released_names
-from lednet.training.distributed import choose_device
+from lednet.export.formats import installed
+from lednet.hub import released_names
+from lednet.inference.backends import BACKENDS, choose_backend
 
 EXAMPLE = ROOT / "docs" / "toy_street.png"
 

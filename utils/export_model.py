@@ -35,17 +35,17 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lednet.data.datasets import SegmentationDataset, open_dataset
-from lednet.data.images import open_image, to_rgb
-from lednet.data.layouts import DATASETS
+from lednet.checkpoint import input_size, load_network, require_classes, weights_file
+from lednet.data.dataset import SegmentationDataset, open_dataset
+from lednet.data.image_io import open_image, to_rgb
 from lednet.data.pairs import IMAGE_SUFFIXES
-from lednet.deploy.export import OUTPUTS, PRECISIONS, Parity, ParityError, export
-from lednet.deploy.formats import FORMATS, MIN_TRACED_SIDE, Exported, require_packages
-from lednet.deploy.predictor import Predictor
+from lednet.data.registry import DATASETS
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.evaluate import evaluate_predictor, require_labels
+from lednet.evaluation.evaluator import evaluate_predictor, require_labels
+from lednet.export.exporter import OUTPUTS, PRECISIONS, Parity, ParityError, export
+from lednet.export.formats import FORMATS, MIN_TRACED_SIDE, Exported, require_packages
+from lednet.inference.predictor import Predictor
 from lednet.model import LEDNet
-from lednet.weights import input_size, load_network, require_classes, weights_file
 
 EXIT_STATUS = 1
 """The file answers otherwise than the network."""

@@ -36,17 +36,19 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
+from lednet.checkpoint import weights_checksum
 from lednet.data.imagefolder import SUFFIXES
-from lednet.data.inputs import find_inputs
 from lednet.data.labels import LabelScheme, cityscapes_label_ids, cityscapes_scheme
-from lednet.data.layouts import DEFAULT_SIZES
-from lednet.deploy.backends import BACKENDS
-from lednet.deploy.predictor import Predictor
-from lednet.deploy.video import VIDEO_SUFFIXES, VideoError, VideoReader, import_av, open_camera
+from lednet.data.registry import DEFAULT_SIZES
+from lednet.device import AMP_DTYPES
+from lednet.distributed import World, join_world, leave_world
 from lednet.errors import UserError, exit_on_user_error, refuse
-from lednet.evaluation.draw import Painter, output_scheme
-from lednet.evaluation.journal import Journal
-from lednet.evaluation.predictions import (
+from lednet.inference.backends import BACKENDS
+from lednet.inference.inputs import find_inputs
+from lednet.inference.predictor import Predictor
+from lednet.inference.progress_log import Journal
+from lednet.inference.video import VIDEO_SUFFIXES, VideoError, VideoReader, import_av, open_camera
+from lednet.inference.writers import (
     KINDS,
     Output,
     Task,
@@ -56,11 +58,9 @@ from lednet.evaluation.predictions import (
     predict_video,
     video_output,
 )
-from lednet.files import write_json
-from lednet.precision import AMP_DTYPES
-from lednet.training.distributed import World, join_world, leave_world
-from lednet.training.stopping import StopRequest
-from lednet.weights import weights_checksum
+from lednet.io import write_json
+from lednet.training.signals import StopRequest
+from lednet.visualization import Painter, output_scheme
 
 CAMERA = "camera:"
 IMAGE_KINDS, VIDEO_KINDS = ("labels", "overlay"), ("overlay",)

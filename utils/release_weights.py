@@ -19,13 +19,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from lednet.checkpoint import load_network, require_classes
 from lednet.data.labels import camvid_scheme, cityscapes_scheme
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import read_json, write_between_marks, write_text
+from lednet.hub import CONFIG, RELEASED, TENSORS, released_names, save_pretrained
+from lednet.io import read_json, write_between_marks, write_text
 from lednet.model import count_parameters
-from lednet.pretrained import CONFIG, RELEASED, TENSORS, released_names, save_pretrained
-from lednet.training.runs import read_options, read_records
-from lednet.weights import load_network, require_classes
+from lednet.training.run_dir import read_options, read_records
 
 DATA = {
     "CamVid": (

@@ -17,12 +17,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.deploy.predictor import Predictor
-from lednet.deploy.speed import speed_card
+from lednet.distributed import choose_device
 from lednet.errors import UserError, exit_on_user_error
-from lednet.files import read_json, write_json
-from lednet.training.distributed import choose_device
-from lednet.training.runs import holds_run
+from lednet.inference.benchmark import speed_card
+from lednet.inference.predictor import Predictor
+from lednet.io import read_json, write_json
+from lednet.training.run_dir import holds_run
 
 DATA = ROOT / "datasets" / "toy_cityscapes"
 RUN = ROOT / "save" / "demo"

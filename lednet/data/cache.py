@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lednet.data.datasets import PairDataset
+from lednet.data.dataset import PairDataset
 from lednet.data.pairs import Pair
 from lednet.errors import UserError
-from lednet.files import read_json, require_space, write_atomically, write_text
+from lednet.io import read_json, require_space, write_atomically, write_text
 
 VERSION = 2
 MANIFEST = "manifest.json"

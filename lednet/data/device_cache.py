@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from lednet.data.datasets import PairDataset
+from lednet.data.dataset import PairDataset
 from lednet.errors import UserError
 
 MEMORY_SHARE = 0.9

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lednet.data.datasets import PairDataset
-from lednet.data.images import open_image, to_rgb
+from lednet.data.dataset import PairDataset
+from lednet.data.image_io import open_image, to_rgb
 from lednet.data.pairs import Pair, list_examples
 from lednet.errors import UserError
 

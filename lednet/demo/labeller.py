@@ -15,22 +15,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lednet.data.images import open_image, to_rgb
+from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import LabelScheme
-from lednet.data.layouts import DEFAULT_SIZES
-from lednet.deploy.backends import BACKENDS, available
-from lednet.deploy.formats import is_exported
-from lednet.deploy.predictor import Predictor
-from lednet.deploy.video import VideoFrame, VideoReader
+from lednet.data.registry import DEFAULT_SIZES
 from lednet.errors import UserError
-from lednet.evaluation.draw import Painter, data_uri, output_scheme, shrink
-from lednet.evaluation.predictions import (
+from lednet.export.formats import is_exported
+from lednet.inference.backends import BACKENDS, available
+from lednet.inference.predictor import Predictor
+from lednet.inference.video import VideoFrame, VideoReader
+from lednet.inference.writers import (
     Output,
     class_shares,
     count_pixels,
     predict_video,
     video_output,
 )
+from lednet.visualization import Painter, data_uri, output_scheme, shrink
 
 MAX_SIDE = 16_384
 """Pixels, beyond which an image has no sensible label map."""

@@ -13,11 +13,11 @@ from typing import Any
 
 from nicegui import app, events, ui
 
-from lednet.data.images import FORMATS
+from lednet.data.image_io import FORMATS
 from lednet.demo.guard import Guard
 from lednet.demo.labeller import Labeller, Limits, Progress
-from lednet.deploy.video import VIDEO_SUFFIXES
 from lednet.errors import UserError
+from lednet.inference.video import VIDEO_SUFFIXES
 
 TITLE = "LEDNet"
 STYLE = Path(__file__).with_suffix(".css")

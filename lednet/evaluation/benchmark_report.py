@@ -8,15 +8,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lednet.data.datasets import read_label
-from lednet.data.images import read_image
+from lednet.data.dataset import read_label
+from lednet.data.image_io import read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
 from lednet.data.pairs import present
-from lednet.deploy.speed import speed_rows
-from lednet.evaluation.benchmark import Frame, FrameResult, total_scores
-from lednet.evaluation.cityscapes import EVALUATED_CATEGORIES, EVALUATED_CLASSES, BenchmarkScores
-from lednet.evaluation.metrics import none_if_nan
+from lednet.evaluation.cityscapes_evaluator import Frame, FrameResult, total_scores
+from lednet.evaluation.cityscapes_metrics import (
+    EVALUATED_CATEGORIES,
+    EVALUATED_CLASSES,
+    BenchmarkScores,
+)
 from lednet.evaluation.page import Figure, ImageRow, Report, encode_panes, write_report
+from lednet.inference.benchmark import speed_rows
+from lednet.metrics import none_if_nan
 
 
 def _evaluated(scores: Mapping[str, float]) -> list[float | None]:

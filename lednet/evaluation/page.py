@@ -21,8 +21,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from lednet.data.labels import IGNORE_INDEX, Color, LabelScheme
-from lednet.evaluation.draw import data_uri, shrink
-from lednet.files import write_atomically
+from lednet.io import write_atomically
+from lednet.visualization import data_uri, shrink
 
 ERROR_COLOR: Color = (255, 96, 32)
 """RGB of a wrong pixel in the error pane."""

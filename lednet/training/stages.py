@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lednet.data.datasets import TRAINING_PARTS
+from lednet.checkpoint import BEST_WEIGHTS
+from lednet.data.dataset import TRAINING_PARTS
 from lednet.errors import UserError
-from lednet.weights import BEST_WEIGHTS
 
 
 @dataclass(frozen=True)

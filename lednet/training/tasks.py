@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lednet.data.crops import ImageAugmentation
+from lednet.data.classification_transforms import ImageAugmentation
 from lednet.data.transforms import Augmentation
-from lednet.deploy.predictor import predict_at
-from lednet.evaluation.metrics import ConfusionMatrix, none_if_nan
-from lednet.training.loss import WeightedCrossEntropy, resize_target
+from lednet.inference.predictor import predict_at
+from lednet.metrics import ConfusionMatrix, none_if_nan
+from lednet.training.losses import WeightedCrossEntropy, resize_target
 
 
 class Task(Protocol):

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Sequence
 
-from lednet.training.distributed import World
-from lednet.training.stopping import AGREE_EVERY
+from lednet.distributed import World
+from lednet.training.signals import AGREE_EVERY
 
 
 class TimeBudget:

@@ -1,0 +1,342 @@
+"""Data sets: pairs of files and a label scheme behind one `SegmentationDataset`."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from tqdm import tqdm
+
+from lednet.data.image_io import open_image, read_image
+from lednet.data.labels import IGNORE_INDEX, LabelScheme
+from lednet.data.pairs import (
+    Pair,
+    ground_truth,
+    hold_out,
+    list_examples,
+    match,
+    present,
+)
+from lednet.data.registry import DEFAULT_SIZES, list_split
+from lednet.data.transforms import resize_transform
+from lednet.errors import UserError
+
+
+def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
+    """Decode a label file to class indices, (H, W) uint8; void is `IGNORE_INDEX`.
+
+    Palette images count by index.
+
+    Raises:
+        UserError: missing, truncated, not 8-bit single-channel, or holding a value that
+            `scheme` does not know.
+    """
+    image = open_image(path)
+    if image.mode not in ("L", "P"):
+        raise UserError(
+            f"{path} has mode {image.mode}, not 8-bit ids: give the id images, not colour ones"
+        )
+    ids = np.array(image)
+    label = scheme.lut[ids]
+    if label.min() < 0:
+        value = int(ids[label < 0][0])
+        raise UserError(
+            f"{path} holds the id {value}, which {scheme.name} does not have: correct the file, "
+            "or declare what the labels hold (--labels, or the class file)"
+        )
+    return label.astype(np.uint8)
+
+
+class PairDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Samples that are read from a pair of files each: what training and validation take.
+
+    Attributes:
+        pairs: the files of each sample; a slice of it is a sequence too.
+        scheme: classes of label maps; images of classes have none.
+    """
+
+    pairs: Sequence[Pair]
+    scheme: LabelScheme
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def count_label(self, index: int) -> np.ndarray:
+        """Pixels of each class in a label map, (num_classes + 1,) int64, void last."""
+        raise TypeError("images of classes have no label maps to count")
+
+    def class_counts(self, workers: int = 4) -> np.ndarray:
+        """Those of all label maps, (len, num_classes + 1) int64, at the files' own size.
+
+        The bigger part of it, decoding, runs in threads.
+        """
+        with ThreadPoolExecutor(workers) as pool:
+            counts = pool.map(self.count_label, range(len(self)))
+            return np.stack(
+                list(tqdm(counts, "class shares", len(self), unit="label", leave=False))
+            )
+
+
+class SegmentationDataset(PairDataset):
+    """Images with their label maps: (uint8 (3, H, W), uint8 (H, W)).
+
+    With a size, `lednet.data.cache` takes it.
+
+    Args:
+        pairs: image and label files; a pair without a label gets an all-void one.
+        scheme: classes, and what the label files' values mean.
+        size: (height, width) in pixels that images and labels are brought to; None for
+            that of each file.
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], scheme: LabelScheme, size: tuple[int, int] | None = None
+    ):
+        self.pairs = list(pairs)
+        self.scheme = scheme
+        self.size = size
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image (H, W, 3) and label (H, W) as they are on disk, the label as class indices."""
+        pair = self.pairs[index]
+        image = read_image(pair.image)
+        if pair.label is None:
+            return image, np.full(image.shape[:2], IGNORE_INDEX, dtype=np.uint8)
+        label = read_label(pair.label, self.scheme)
+        if label.shape != image.shape[:2]:
+            raise UserError(
+                f"{pair.label} is {label.shape[1]}x{label.shape[0]}, its image {pair.image.name} "
+                f"{image.shape[1]}x{image.shape[0]}: both must have one size"
+            )
+        return image, label
+
+    def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bring what `read` returns to tensors of the working size, (3, H, W) and (H, W)."""
+        pixels, classes = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
+        if self.size is None:
+            return pixels, classes
+        resize = resize_transform(self.size)
+        return resize(tv_tensors.Image(pixels), tv_tensors.Mask(classes))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.prepare(*self.read(index))
+
+    def count_label(self, index: int) -> np.ndarray:
+        """Pixels of each class in a label file, (num_classes + 1,) int64, void last."""
+        file = present(self.pairs[index].label, "labels")
+        return count_classes(read_label(file, self.scheme), self.scheme)
+
+    def _fixed_size(self) -> tuple[int, int]:
+        if self.size is None:
+            raise ValueError("only samples of one size can be cached: give the data a size")
+        return self.size
+
+    @property
+    def encoded_shape(self) -> tuple[int, int, int]:
+        """Of a pair in a cache: red, green, blue and the class index."""
+        return (4, *self._fixed_size())
+
+    def cache_options(self) -> dict[str, Any]:
+        return {
+            "size": list(self._fixed_size()),
+            "classes": list(self.scheme.classes),
+            "label values": sorted(map(list, self.scheme.file_ids.items())),
+        }
+
+    def encode(self, index: int) -> tuple[torch.Tensor, list[int]]:
+        """A pair for a cache, and the pixels of each class as in `count_label`."""
+        image, label = self.read(index)
+        pixels, classes = self.prepare(image, label)
+        counts = count_classes(label, self.scheme)
+        return torch.cat((pixels, classes[None])), counts.tolist()
+
+    def decode(self, planes: torch.Tensor, facts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return planes[:3], planes[3]
+
+
+class SkippingDataset(PairDataset):
+    """Training data in which a sample that cannot be read is replaced by the next that can.
+
+    Attributes:
+        damaged: (len,) bool, samples that were replaced so far or whose label could not be
+            counted, shared by loading processes.
+    """
+
+    def __init__(self, data: PairDataset):
+        self.data = data
+        self.pairs = data.pairs
+        if hasattr(data, "scheme"):
+            self.scheme = data.scheme
+        self.damaged = torch.zeros(len(data), dtype=torch.bool).share_memory_()
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        for step in range(len(self)):
+            other = (index + step) % len(self)
+            try:
+                return self.data[other]
+            except UserError as error:
+                self.damaged[other] = True
+                last = error
+        raise last
+
+    def count_label(self, index: int) -> np.ndarray:
+        """As of the data, or nothing where the label cannot be read."""
+        try:
+            return self.data.count_label(index)
+        except UserError:
+            self.damaged[index] = True
+            return np.zeros(self.scheme.num_classes + 1, dtype=np.int64)
+
+    def class_counts(self, workers: int = 4) -> np.ndarray:
+        """As of the data, zeros for each label that cannot be read.
+
+        Raises:
+            UserError: none can be.
+        """
+        counts = super().class_counts(workers)
+        if not counts.any():
+            self.data.count_label(0)
+        return counts
+
+
+def count_classes(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
+    """Pixels of each class in a label of class indices, (num_classes + 1,) int64, void last."""
+    counts = np.bincount(label.ravel(), minlength=256)
+    return np.append(counts[: scheme.num_classes], counts[IGNORE_INDEX])
+
+
+def hold_out_split(
+    pairs: list[Pair], split: str, val_every: int, val_names: str | None, place: str
+) -> list[Pair]:
+    """What of the pairs belongs to "train" or "val"; all, where nothing is held out.
+
+    Raises:
+        UserError: both ways are chosen, or nothing is left.
+    """
+    if val_every and val_names:
+        raise UserError("--val-every and --val-names each hold images out: give one of them")
+    if not (val_every or val_names) or split not in ("train", "val"):
+        return pairs
+    pairs = hold_out(pairs, split == "val", val_every, val_names or "")
+    if not pairs:
+        flag = f"--val-every {val_every}" if val_every else f"--val-names {val_names}"
+        raise UserError(f"{place} {split} is empty after {flag}: hold out others")
+    return pairs
+
+
+def open_dataset(
+    name: str,
+    root: str | os.PathLike,
+    split: str,
+    *,
+    annotations: str = "fine",
+    labels: str = "auto",
+    class_file: str | os.PathLike | None = None,
+    val_every: int = 0,
+    val_names: str | None = None,
+) -> SegmentationDataset:
+    """Open one split of a data set, its files paired and none of them read yet.
+
+    Args:
+        name: a key of `lednet.data.registry.DATASETS`; "folders" is own data (`images` and
+            `labels`, with or without a folder for each split inside, and a class file).
+        root: the data set's folder.
+        split: "train", "val", "test" or, for Cityscapes' coarse images, "train_extra".
+        annotations: "fine" or, of Cityscapes, "coarse", of VOC, "aug".
+        labels: "auto" (by the file names), "labelIds" or "labelTrainIds" (Cityscapes).
+        class_file: classes of own data; default `classes.yaml` in `root`.
+        val_every: instead of a validation folder, hold out every n-th training image as
+            "val"; 0 for data that has one.
+        val_names: or those whose names begin so.
+
+    Raises:
+        UserError: see `list_split`, `lednet.data.pairs.match` and `hold_out_split`.
+    """
+    scheme, listing = list_split(
+        name, root, split, annotations=annotations, labels=labels, class_file=class_file,
+        holds_out=bool(val_every or val_names),
+    )  # fmt: skip
+    pairs = hold_out_split(match(listing), split, val_every, val_names, str(root))
+    return SegmentationDataset(pairs, scheme)
+
+
+TRAINING_PARTS = {
+    "fine": (("train", "fine"),),
+    "coarse": (("train_extra", "coarse"), ("train", "coarse")),
+    "both": (("train", "fine"), ("train_extra", "coarse")),
+    "aug": (("train", "aug"),),
+}
+"""What is trained on: splits and the annotations of each. "coarse" and "both" are of Cityscapes,
+"aug" of VOC."""
+
+
+def cache_split(annotations: str) -> str:
+    """Name of the training data's folder in a cache, which may hold several."""
+    return "train" if annotations == "fine" else f"train_{annotations}"
+
+
+def open_training_data(
+    name: str,
+    root: str | os.PathLike,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    annotations: str = "fine",
+    with_val: bool = False,
+    **options: Any,
+) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """What training reads: training data and validation data, at working size.
+
+    Args:
+        height, width: of the working size in pixels; by default that of `DEFAULT_SIZES`, or of
+            own data's first image.
+        annotations: a key of `TRAINING_PARTS`; those of the validation data are always fine.
+        with_val: train on the validation data too, for a final model; its score on them is then
+            none of a generalisation.
+        options: `labels`, `class_file`, `val_every` and `val_names` of `open_dataset`.
+
+    Raises:
+        UserError: see `open_dataset`; or the parts' labels are of different kinds, or training
+            and validation share images without `with_val`.
+    """
+    kinds = TRAINING_PARTS[annotations]
+    parts = [open_dataset(name, root, split, annotations=kind, **options) for split, kind in kinds]
+    scheme = parts[0].scheme
+    if any(part.scheme != scheme for part in parts):
+        folders = " and ".join(f"{ground_truth(kind)}/{split}" for split, kind in kinds)
+        raise UserError(
+            f"of {folders} in {root}, one holds labelIds and the other labelTrainIds: give both "
+            "the same, or name what both hold with --labels"
+        )
+    val = open_dataset(name, root, "val", **options)
+    shared = {p.image for part in parts for p in part.pairs} & {p.image for p in val.pairs}
+    if shared and not with_val:
+        raise UserError(
+            f"{len(shared)} of {len(val)} validation images of {root} are among those trained on "
+            f"({list_examples(path.name for path in shared)}): mend the lists, or hold out by "
+            "--val-names, or add --with-val"
+        )
+    parts += [val] * with_val
+    train = SegmentationDataset([pair for part in parts for pair in part.pairs], scheme)
+    default = DEFAULT_SIZES.get(name) or train.read(0)[0].shape[:2]
+    train.size = val.size = (height or default[0], width or default[1])
+    return train, val
+
+
+def pixel_shares(class_counts: np.ndarray) -> np.ndarray:
+    """Share of each class of all pixels, void last.
+
+    Args:
+        class_counts: (len, num_classes + 1), of `SegmentationDataset.class_counts`.
+
+    Returns:
+        (num_classes + 1,) float64, sum 1.
+    """
+    total = class_counts.sum(axis=0)
+    return total / total.sum()

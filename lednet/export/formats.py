@@ -1,0 +1,125 @@
+"""File formats of exported networks: each is written, and opened in its own runtime.
+
+The packages of a format are imported when it is used: see requirements-deploy.txt.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lednet.errors import UserError
+from lednet.export.common import MIN_TRACED_SIDE, Exported, RunOptions, Shape
+from lednet.export.executorch import load_executorch, write_executorch
+from lednet.export.onnx import load_onnx, write_onnx
+from lednet.export.openvino import PRECISION_HINTS, compile_openvino, load_openvino, write_openvino
+from lednet.export.torch_export import load_torch, write_torch
+
+__all__ = [
+    "FORMATS",
+    "MIN_TRACED_SIDE",
+    "Exported",
+    "Format",
+    "RunOptions",
+    "Shape",
+    "compile_openvino",
+    "is_exported",
+    "load",
+    "missing_packages",
+    "require_packages",
+]
+
+
+class Format(NamedTuple):
+    """Row of `FORMATS`.
+
+    Attributes:
+        suffix: of its files, by which `load` knows the format.
+        packages: what writing and checking it needs, by the names pip knows them by.
+        beside: suffixes of further files that belong to one.
+        int8: the package that quantises for it; None where nothing does.
+        devices, precisions: that its runtime can be asked for, see `RunOptions`.
+    """
+
+    suffix: str
+    packages: tuple[str, ...]
+    write: Callable[..., None]
+    load: Callable[..., Exported]
+    beside: tuple[str, ...] = ()
+    int8: str | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    precisions: tuple[str, ...] = ("fp32",)
+
+
+_ONNX = ("onnx", "onnxscript")
+
+FORMATS = {
+    "onnx": Format(
+        ".onnx", (*_ONNX, "onnxruntime"), write_onnx, load_onnx, devices=("cpu", "cuda")
+    ),
+    "openvino": Format(
+        ".xml",
+        (*_ONNX, "openvino"),
+        write_openvino,
+        load_openvino,
+        beside=(".bin",),
+        int8="nncf",
+        precisions=tuple(PRECISION_HINTS),
+    ),
+    "torch": Format(".pt2", (), write_torch, load_torch),
+    "executorch": Format(".pte", ("executorch",), write_executorch, load_executorch),
+}
+
+
+def is_exported(path: str | os.PathLike) -> bool:
+    """Whether `path` has the suffix of an exported file."""
+    return Path(path).suffix in {row.suffix for row in FORMATS.values()}
+
+
+def load(path: str | os.PathLike, **options: Any) -> Exported:
+    """Open an exported file of any format in its own runtime.
+
+    Args:
+        options: fields of `RunOptions`.
+
+    Raises:
+        UserError: no such file, no known suffix, a package is missing, or the format's
+            runtime lacks the device or precision.
+    """
+    wanted = RunOptions(**options)
+    row = next((row for row in FORMATS.values() if row.suffix == Path(path).suffix), None)
+    if row is None:
+        known = ", ".join(row.suffix for row in FORMATS.values())
+        raise UserError(f"{path} is no exported network: give a file that ends in one of {known}")
+    for name, can in (("device", row.devices), ("precision", row.precisions)):
+        if getattr(wanted, name) not in can:
+            raise UserError(
+                f"{path} runs with --{name} {' or '.join(can)}, not {getattr(wanted, name)}"
+            )
+    return row.load(path, wanted)
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def missing_packages(format: str, precision: str = "fp32") -> list[str]:
+    """Packages that writing a file of `precision` needs and that are not installed."""
+    row = FORMATS[format]
+    packages = (*row.packages, row.int8) if precision == "int8" and row.int8 else row.packages
+    return [name for name in packages if not installed(name)]
+
+
+def require_packages(format: str, precision: str = "fp32") -> None:
+    """
+    Raises:
+        UserError: a package is missing (names all that are, in one command), or the
+            format has no int8.
+    """
+    if precision == "int8" and not FORMATS[format].int8:
+        able = [name for name, row in FORMATS.items() if row.int8]
+        raise UserError(f"int8 is not for {format}: give --format {' or '.join(able)}")
+    missing = missing_packages(format, precision)
+    if missing:
+        raise UserError(f"{format} needs more packages: pip install {' '.join(missing)}")

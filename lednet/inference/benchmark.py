@@ -1,0 +1,176 @@
+"""How fast a network is, measured so that the number can be believed."""
+
+import copy
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lednet.inference.predictor import Predictor
+from lednet.model import resize
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def time_runs(
+    step: Callable[[], Any], device: torch.device, warmup: int, runs: int
+) -> dict[str, float]:
+    """Time `step`, the clock stopping only when the device has finished.
+
+    Returns:
+        Median and 95th percentile of `runs` calls after `warmup` untimed ones, in ms.
+    """
+    times = []
+    for run in range(warmup + runs):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        if run >= warmup:
+            times.append((time.perf_counter() - start) * 1000)
+    p95 = statistics.quantiles(times, n=20, method="inclusive")[-1] if runs > 1 else times[0]
+    return {"p50_ms": statistics.median(times), "p95_ms": p95}
+
+
+@torch.inference_mode()
+def count_macs(net: nn.Module, size: Sequence[int]) -> int:
+    """Multiply-accumulates of the convolutions for one image of `size` (height, width)."""
+    net = copy.deepcopy(net).to("meta")  # where shapes are known and nothing is computed
+    with FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, 3, *size, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """On CUDA the most that tensors took since the last reset; elsewhere the most that
+    the whole process ever took. In MB (10^6 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux's ru_maxrss also knows what the parent process took
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def speed_card(
+    predictor: Predictor,
+    image_size: tuple[int, int],
+    batch: int = 1,
+    warmup: int = 3,
+    runs: int = 20,
+) -> dict[str, Any]:
+    """Measure a predictor on random images, with everything that the figures depend on.
+
+    Two times are taken. "forward": one pass of the network alone (over a tile, where
+    there are tiles), from a resized uint8 image on the device to logits of its size.
+    "image_to_label_map": from uint8 images of `image_size` in main memory to uint8 label
+    maps of that size in main memory, with resizing, normalisation, enlarging and argmax;
+    files are neither read nor written.
+
+    Args:
+        image_size: (height, width) in pixels.
+        warmup, runs: untimed and timed calls of each.
+
+    Returns:
+        Conditions, cost and times, ready for JSON; times in ms for a whole batch, fps in
+        images a second by the median.
+    """
+    device, size = predictor.device, predictor.size
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    images = torch.randint(0, 256, (batch, 3, *image_size), dtype=torch.uint8)
+    height, width = predictor.tile or size
+    prepared = predictor.prepare(images)[:, :height, :width].contiguous()
+    forward_size = tuple(prepared.shape[1:3])
+    with torch.inference_mode():
+        forward = time_runs(
+            lambda: resize(predictor.core(prepared), forward_size), device, warmup, runs
+        )
+        whole = time_runs(lambda: predictor.label_maps(images)[0].cpu(), device, warmup, runs)
+    for times in (forward, whole):
+        times["fps"] = batch * 1000 / times["p50_ms"]
+    return {
+        "device": describe_device(device),
+        "torch": torch.__version__,
+        "backend": predictor.backend,
+        "precision": predictor.precision,
+        "batch_norm": "folded" if predictor.folded else "not folded",
+        "network_size": list(size),
+        "forward_size": list(forward_size),
+        "image_size": list(image_size),
+        "batch": batch,
+        "warmup": warmup,
+        "runs": runs,
+        "scales": list(predictor.scales),
+        "flip": predictor.flip,
+        "tile": list(predictor.tile) if predictor.tile else None,
+        "parameters": predictor.parameters,
+        "gmacs": count_macs(predictor.net, forward_size) / 1e9,
+        "peak_memory_mb": peak_memory_mb(device),
+        "peak_memory_of": "GPU's tensors" if device.type == "cuda" else "whole process",
+        "forward": forward,
+        "image_to_label_map": whole,
+    }
+
+
+def speed_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """A `speed_card` for people: (name, value) rows."""
+
+    def size(values: list[int]) -> str:
+        return f"{values[0]}x{values[1]}"
+
+    def time(part: dict[str, float]) -> str:
+        return f"{part['fps']:.1f} FPS; p50 {part['p50_ms']:.1f} ms, p95 {part['p95_ms']:.1f} ms"
+
+    forward, image = size(card["forward_size"]), size(card["image_size"])
+    extras = [f"scales {card['scales']}"] * (card["scales"] != [1.0])
+    extras += ["flip"] * card["flip"] + [f"tiles of {card['tile']}"] * bool(card["tile"])
+    return [
+        (f"network alone, {forward}", time(card["forward"])),
+        (
+            f"image to labels, {image}",
+            time(card["image_to_label_map"]) + (f" ({', '.join(extras)})" if extras else ""),
+        ),
+        ("device", f"{card['device']}, torch {card['torch']}"),
+        (
+            "conditions",
+            f"{card['backend']}, {card['precision']}, batch norm {card['batch_norm']}, "
+            f"batch {card['batch']}, {card['runs']} runs after {card['warmup']} to warm up; "
+            "decoding files left out",
+        ),
+        ("parameters", f"{card['parameters']:,}"),
+        ("cost", f"{card['gmacs']:.2f} GMAC for one pass at {forward}"),
+        ("peak memory", f"{card['peak_memory_mb']:,.0f} MB of the {card['peak_memory_of']}"),
+    ]
+
+
+def describe_device(device: torch.device) -> str:
+    """A device's name for a report."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{_processor_name()}, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def _processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "CPU"

@@ -1,0 +1,287 @@
+"""Images in, label maps out: the same pre- and post-processing wherever a network answers."""
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from lednet.checkpoint import input_size, load_network, require_classes
+from lednet.data.image_io import open_image, to_rgb
+from lednet.data.labels import LabelScheme
+from lednet.errors import UserError
+from lednet.export.formats import Exported, is_exported
+from lednet.export.wrappers import BytesToLogits
+from lednet.inference.backends import choose_backend, exported_core, make_core, open_exported
+from lednet.inference.sparse_argmax import label_map
+from lednet.model import LEDNet, count_parameters, resize
+
+STRIDE = 8
+"""Pixels of the network's input to one value of what its decoder answers."""
+
+
+def enlarge(scores: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear interpolation of scores to the size at which they are compared.
+
+    scores: (N, C, h, w) -> (N, C, *size)
+    """
+    if scores.shape[-2:] == torch.Size(size):
+        return scores
+    return F.interpolate(scores, size, mode="bilinear", align_corners=False)
+
+
+def predict_at(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Class of every pixel at `size`: the logits are enlarged before the argmax.
+
+    logits: (N, C, h, w) -> (N, *size) int64
+    """
+    return enlarge(logits, size).argmax(dim=1)
+
+
+class Span(NamedTuple):
+    """One tile along one axis: what it sees, and the part of it that is its own answer."""
+
+    start: int
+    stop: int
+    own_start: int
+    own_stop: int
+
+
+def tile_spans(length: int, tile: int, overlap: int) -> list[Span]:
+    """Cover `length` with tiles of `tile` that overlap by at least `overlap`.
+
+    Where two tiles overlap, each answers for its half; the own parts cover the axis once.
+    """
+    if tile >= length:
+        return [Span(0, length, 0, length)]
+    starts = [*range(0, length - tile, tile - overlap), length - tile]
+    borders = [0, *((a + tile + b) // 2 for a, b in itertools.pairwise(starts)), length]
+    return [
+        Span(start, start + tile, *own)
+        for start, own in zip(starts, itertools.pairwise(borders), strict=True)
+    ]
+
+
+class Predictor:
+    """A network with what stands before and behind it: uint8 images in, label maps out.
+
+    The image is resized to the network's size as uint8 (antialiased, as in training),
+    scaled to [0, 1] and normalised; the logits are enlarged to the image's size, and the
+    argmax is taken there.
+
+    Args:
+        net: not changed. Or an exported file with logits, which has its own normalisation.
+        size: (height, width) in pixels that the network works at.
+        mean, std: normalisation of the [0, 1] image that the network was trained with.
+        backend: one of `lednet.inference.backends.BACKENDS`, "auto": the fastest that is
+            installed, or None: "eager", for a file its own.
+        precision: a key of `lednet.device.AMP_DTYPES`; a file has been opened with it.
+        fold: whether to fold batch norm into the convolutions (exact, faster).
+        scales: sizes relative to `size` whose class probabilities are averaged.
+        flip: average with the mirrored image's answer too.
+        tile: (height, width) in pixels, multiples of 8, of tiles for a `size` that is too
+            large for the memory at once; the global pooling then sees a tile instead of
+            the image.
+        overlap: of neighbouring tiles, in pixels, a multiple of 8.
+
+    Attributes:
+        net: as it was given; of a file, the network that it was written from, unfilled.
+        backend: the one that is used.
+        precision: of the convolutions.
+        core: what the backend runs, see `lednet.inference.backends.Core`.
+        parameters: of `net`.
+        meta: what weights or file say about themselves; empty for a bare network.
+
+    Raises:
+        UserError: as `make_core`, or tiles that do not fit together with the other options.
+    """
+
+    def __init__(
+        self,
+        net: LEDNet | Exported,
+        size: tuple[int, int],
+        mean: Sequence[float] = (0, 0, 0),
+        std: Sequence[float] = (1, 1, 1),
+        *,
+        device: torch.device | str = "cpu",
+        backend: str | None = None,
+        precision: str = "fp32",
+        fold: bool = True,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        tile: tuple[int, int] | None = None,
+        overlap: int = 128,
+    ):
+        if tile and (flip or tuple(scales) != (1.0,)):
+            raise UserError("--tile does not go together with --scales or --flip: choose one")
+        if tile and not 0 <= overlap < min(tile):
+            raise UserError(f"an overlap of {overlap} does not suit tiles of {tile}: choose less")
+        if tile and any(side % STRIDE for side in (*tile, overlap)):
+            raise UserError(f"tiles of {tile} and their overlap of {overlap}: give multiples of 8")
+        if not scales or min(scales) <= 0:
+            raise UserError("--scales must be positive: give 1, or 0.75 1 1.25")
+        self.device = torch.device(device)
+        if isinstance(net, Exported):
+            self.net, self.core, self.backend = net.skeleton(), exported_core(net), net.runtime
+            precision = "int8" if net.meta["precision"] == "int8" else precision
+            fold = True
+        else:
+            self.backend = choose_backend(self.device) if backend == "auto" else backend or "eager"
+            graph = BytesToLogits(net, mean, std, fold).eval()
+            self.core = make_core(self.backend, graph, self.device, precision)
+            self.net = net
+        self.precision, self.parameters = precision, count_parameters(self.net)
+        height, width = size
+        self.size, self.folded = (height, width), fold
+        self.meta: dict[str, Any] = {}
+        self.scales, self.flip = tuple(scales), flip
+        self.tile, self.overlap = tile, overlap
+
+    @classmethod
+    def from_weights(
+        cls,
+        path: str | os.PathLike,
+        scheme: LabelScheme | None = None,
+        default_size: tuple[int, int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """A predictor for the weights, the run's folder or the exported file at `path`.
+
+        Args:
+            scheme: classes that the weights must have, if that matters.
+            default_size: for weights that do not say what size they were trained at.
+            height, width: another size in pixels to run the network at.
+            options: as of the class.
+
+        Raises:
+            UserError: as `load_network`, `require_classes` and `input_size`; an exported
+                file that holds label maps, or options that it has settled.
+        """
+        net: LEDNet | Exported
+        if is_exported(path):
+            net, meta = _open_logits(Path(path), options)
+            named = net.skeleton()
+        else:
+            net, meta = load_network(path)
+            named = net
+            options = {key: meta[key] for key in ("mean", "std") if key in meta} | options
+        if scheme is not None:
+            require_classes(named, meta, scheme, path)
+        predictor = cls(net, input_size(meta, default_size, height, width), **options)
+        predictor.meta = meta
+        return predictor
+
+    def prepare(self, images: Tensor, scale: float = 1.0) -> Tensor:
+        """Resized images on the device.
+
+        images: (N, 3, H, W) uint8 -> (N, h, w, 3) uint8
+        """
+        size = [round(scale * side) for side in self.size]
+        resized = v2.functional.resize(images.to(self.device), size, antialias=True)
+        return resized.permute(0, 2, 3, 1).contiguous()
+
+    def low_logits(self, prepared: Tensor) -> Tensor:
+        """Logits before the last upsampling.
+
+        prepared: (N, h, w, 3) uint8 -> (N, C, ceil(h/8), ceil(w/8)) float32
+        """
+        return self._tiled(prepared, self.tile) if self.tile else self.core(prepared)
+
+    def _tiled(self, prepared: Tensor, tile: tuple[int, int]) -> Tensor:
+        """`low_logits`, a tile at a time. All positions are multiples of the stride."""
+        spans = [
+            tile_spans(-(-length // STRIDE), side // STRIDE, self.overlap // STRIDE)
+            for length, side in zip(prepared.shape[1:3], tile, strict=True)
+        ]
+        size = spans[0][-1].own_stop, spans[1][-1].own_stop
+        answer = torch.empty(0)
+        for y, x in itertools.product(*spans):
+            rows, columns = (slice(s.start * STRIDE, s.stop * STRIDE) for s in (y, x))
+            low = self.core(prepared[:, rows, columns].contiguous())
+            if not answer.numel():
+                answer = low.new_empty(*low.shape[:2], *size)
+            inside = [slice(s.own_start - s.start, s.own_stop - s.start) for s in (y, x)]
+            own = [slice(s.own_start, s.own_stop) for s in (y, x)]
+            answer[:, :, own[0], own[1]] = low[:, :, inside[0], inside[1]]
+        return answer
+
+    @torch.inference_mode()
+    def scores(self, images: Tensor) -> Tensor:
+        """Scores of uint8 images at the network's size: the logits, or, of several scales or
+        both ways round, the mean probabilities. Their argmax is the answer.
+
+        images: (N, 3, H, W) -> (N, C, *size) float32
+        """
+        if not self.averages:
+            return resize(self.low_logits(self.prepare(images)), self.size)
+        total, count = torch.zeros((), device=self.device), 0
+        for scale in self.scales:
+            prepared = self.prepare(images, scale)
+            for mirrored in (False, True)[: 1 + self.flip]:
+                low = self.core(prepared.flip(2) if mirrored else prepared)
+                probabilities = resize(low, prepared.shape[1:3]).softmax(dim=1)
+                total = total + enlarge(
+                    probabilities.flip(3) if mirrored else probabilities, self.size
+                )
+                count += 1
+        return total / count
+
+    @property
+    def averages(self) -> bool:
+        """Whether several answers are averaged."""
+        return self.flip or self.scales != (1.0,)
+
+    @torch.inference_mode()
+    def label_maps(self, images: Tensor, *sizes: Sequence[int]) -> list[Tensor]:
+        """Label maps of uint8 images at each of `sizes`, by default the images' own.
+
+        images: (N, 3, H, W) -> for each size (N, *size) uint8 on the device: class indices,
+        the network's last output (void) being the highest.
+        """
+        sizes = sizes or (images.shape[-2:],)
+        if not self.averages and self.device.type == "cpu":
+            low = self.low_logits(self.prepare(images))
+            return [label_map(low, self.size, size) for size in sizes]
+        scores = self.scores(images)
+        return [
+            torch.cat([predict_at(one, size).to(torch.uint8) for one in scores.split(1)])
+            for size in sizes
+        ]
+
+    def __call__(self, image: np.ndarray | Image.Image | Tensor | str | os.PathLike) -> np.ndarray:
+        """Label map (H, W) uint8 of one image, at its size.
+
+        Args:
+            image: a path, a PIL image of any mode (turned as its EXIF orientation says), or
+                uint8: an array (H, W, 3) RGB or (H, W) grey, or a tensor (3, H, W).
+
+        Raises:
+            UserError: not an image, or not 8-bit.
+        """
+        if isinstance(image, Tensor):
+            image = image.detach().cpu().numpy().transpose(1, 2, 0)
+        elif isinstance(image, str | os.PathLike):
+            image = open_image(Path(image))
+        images = torch.tensor(to_rgb(image)).permute(2, 0, 1)[None]
+        return self.label_maps(images)[0][0].cpu().numpy()
+
+
+def _open_logits(path: Path, options: dict[str, Any]) -> tuple[Exported, dict[str, Any]]:
+    """An exported file that a predictor can use, and what it says about itself."""
+    precision = options.get("precision", "fp32")
+    exported = open_exported(path, torch.device(options.get("device", "cpu")), precision)
+    meta = exported.meta
+    if meta["output"] != "logits":
+        raise UserError(f"{path} answers with labels: export it with --output logits")
+    if options.get("backend") not in (None, "auto", exported.runtime):
+        raise UserError(f"{path} is run by {exported.runtime}: leave --backend out")
+    return exported, meta

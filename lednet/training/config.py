@@ -1,0 +1,99 @@
+"""Recipes: options of a training script in a small file, with what they are for and lead to.
+
+    about:
+      data: Cityscapes, fine annotations
+      command: python train/main.py --datadir /data/cityscapes
+      hours: 27 on a GTX 1080 Ti (estimate)
+      score: not measured here; 69.2 on test in the paper
+    options:
+      num_epochs: 300
+      lr: 0.0005
+
+An option is called as its flag, with underscores. What a recipe does not set is the paper's.
+"""
+
+import argparse
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from lednet.errors import UserError
+from lednet.io import read_yaml
+
+ABOUT = ("data", "command", "hours", "score")
+"""What every recipe says of itself."""
+
+
+def recipe_path(name: str, folder: Path) -> Path:
+    """File of the recipe called `name` in `folder`; or `name` is a file itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"no recipe {path}: check the path")
+        return path
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise UserError(f"no recipe {name!r}: there are {known}; or give a .yaml file")
+    return path
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The mappings `about` and `options` of a recipe.
+
+    Raises:
+        UserError: it is not YAML, or lacks something.
+    """
+    content = read_yaml(path)
+    content = content if isinstance(content, dict) else {}
+    about, options = content.get("about"), content.get("options")
+    if not isinstance(about, dict) or not isinstance(options, dict):
+        raise UserError(f"{path} must hold `about` and `options`, as train/recipes/paper.yaml does")
+    if missing := [key for key in ABOUT if key not in about]:
+        raise UserError(f"{path} does not say its {missing[0]}: add it below `about`")
+    return content
+
+
+def set_recipe(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Make a recipe's options the defaults of `parser`, as if they had been typed.
+
+    Raises:
+        UserError: an option is unknown, or its value none that the flag takes.
+    """
+    set_options(parser, read_recipe(path)["options"], path)
+
+
+def set_options(parser: argparse.ArgumentParser, options: dict[str, Any], source: Path) -> None:
+    """Make `options` the defaults of `parser`, as if they had been typed.
+
+    Raises:
+        UserError: an option is unknown, or its value none that the flag takes; names `source`.
+    """
+    actions = {action.dest: action for action in reversed(parser._actions)}  # the first of a name
+    for name, value in options.items():
+        action = actions.get(name)
+        if action is None:
+            raise UserError(f"{source}: there is no option {reprlib.repr(name)}; --help lists them")
+        try:
+            parser.set_defaults(**{name: _typed(action, value)})
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"{source}: {name} cannot be {reprlib.repr(value)}; see --help"
+            ) from error
+
+
+def _typed(action: argparse.Action, value: Any) -> Any:
+    if value is None:
+        return None
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    value = action.type(value) if callable(action.type) else str(value)
+    if action.choices is not None and value not in action.choices:
+        raise ValueError
+    return value

@@ -27,9 +27,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lednet.data.pairs import cityscapes_pairs, present
+from lednet.data.cityscapes import cityscapes_pairs
+from lednet.data.pairs import present
+from lednet.device import describe_device
 from lednet.errors import UserError, exit_on_user_error
-from lednet.inference.benchmark import describe_device
 from lednet.io import write_json
 from lednet.training.run_dir import environment
 from lednet.validation.checks import diagnose

@@ -37,22 +37,24 @@ from torch import Tensor
 
 from benchmarks.inference import load_images
 from benchmarks.training import KEYS, Repeated, busy_share, time_steps
-from lednet.checkpoint import load_network, load_weights, read_checkpoint
+from lednet.checkpoint import load_checkpoint
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.dataset import SegmentationDataset, open_dataset
+from lednet.data.dataset import SegmentationDataset
 from lednet.data.device_cache import DeviceLoader, load_to_device
 from lednet.data.loaders import make_loaders
+from lednet.data.registry import open_dataset
 from lednet.data.transforms import Augmentation
-from lednet.device import allow_tf32, autocast
+from lednet.device import allow_tf32, autocast, describe_device, peak_memory_mb, synchronize
 from lednet.distributed import World
 from lednet.errors import UserError
 from lednet.export.fuse import fold_batch_norm
 from lednet.export.unshuffle import remove_shuffles
+from lednet.hub import load_weights
 from lednet.inference.backends import BACKENDS, available
-from lednet.inference.benchmark import count_macs, describe_device, peak_memory_mb, synchronize
+from lednet.inference.benchmark import count_macs
 from lednet.inference.predictor import Predictor
 from lednet.io import read_json, write_json
-from lednet.model import LEDNet, resize
+from lednet.model import LEDNet, load_model, resize
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.losses import WeightedCrossEntropy
 from lednet.training.run_dir import environment
@@ -313,7 +315,7 @@ def image_folder(args: argparse.Namespace) -> Path:
 
 def trained_network(args: argparse.Namespace) -> tuple[LEDNet, Row]:
     """The network of --state, else a released one, and its normalisation."""
-    net, meta = load_network(args.state or "cityscapes-demo-d20")
+    net, meta = load_model(args.state or "cityscapes-demo-d20")
     return net.eval(), {key: meta[key] for key in ("mean", "std") if key in meta}
 
 
@@ -709,7 +711,7 @@ def resumed_difference(leg: Leg, deterministic: bool) -> Row:
         finish(leg, start(leg, [*toy_command(leg, killed, *flags), "--resume"]))
         finish(leg, alone)
         states = [
-            read_checkpoint(Checkpoints(folder).paths()[0])["state_dict"]
+            load_checkpoint(Checkpoints(folder).paths()[0])["state_dict"]
             for folder in (whole, killed)
         ]
     differences = [(states[0][key].double() - states[1][key].double()).abs() for key in states[0]]
@@ -1224,7 +1226,7 @@ def run_flags(leg: Leg, folder: Path, minutes: float) -> list[str]:
     flags += ["--num-workers", 0 if leg.dry else min(12, os.cpu_count() or 1), "--cache-device"]
     flags += ["--precision", "bf16", "--channels-last", "--cuda-graph"] if leg.cuda else []
     if leg.args.state:
-        outputs = load_network(leg.args.state)[0].num_classes
+        outputs = load_model(leg.args.state)[0].num_classes
         same = outputs == data.scheme.num_outputs
         state = leg.args.state.resolve() if leg.args.state.exists() else leg.args.state
         flags += ["--state" if same else "--pretrainedEncoder", state]

@@ -34,20 +34,25 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from lednet.checkpoint import load_network
 from lednet.data.image_io import read_image
 from lednet.data.pairs import IMAGE_SUFFIXES
-from lednet.device import autocast, fast_precisions
-from lednet.distributed import choose_device
+from lednet.device import (
+    autocast,
+    choose_device,
+    describe_device,
+    fast_precisions,
+    peak_memory_mb,
+    synchronize,
+)
 from lednet.errors import UserError, exit_on_user_error
 from lednet.export.common import import_optional
 from lednet.export.exporter import export
 from lednet.export.formats import compile_openvino, missing_packages
 from lednet.inference.backends import BACKENDS, available
-from lednet.inference.benchmark import count_macs, describe_device, peak_memory_mb, synchronize
+from lednet.inference.benchmark import count_macs
 from lednet.inference.predictor import Predictor
 from lednet.io import write_json
-from lednet.model import LEDNet
+from lednet.model import LEDNet, load_model
 from lednet.training.run_dir import environment
 
 SIZES = ((512, 1024), (1024, 2048))
@@ -166,7 +171,7 @@ def write_int8(
 
 def open_network(weights: Path | None) -> tuple[LEDNet, dict]:
     if weights:
-        return load_network(weights)
+        return load_model(weights)
     torch.manual_seed(0)
     return LEDNet(20).eval(), {}
 

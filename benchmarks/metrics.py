@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from lednet.data.pairs import present
+from lednet.device import describe_device
 from lednet.errors import exit_on_user_error
 from lednet.evaluation.cityscapes_evaluator import find_frames, score_predictions, total_scores
 from lednet.evaluation.cityscapes_metrics import count_image
-from lednet.inference.benchmark import describe_device, time_runs
+from lednet.inference.benchmark import time_runs
 from lednet.io import write_json
 from lednet.metrics import ConfusionMatrix
 from lednet.training.run_dir import environment

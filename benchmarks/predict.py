@@ -29,11 +29,9 @@ from tqdm import tqdm
 
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.registry import DEFAULT_SIZES
-from lednet.device import AMP_DTYPES
-from lednet.distributed import choose_device
+from lednet.device import AMP_DTYPES, choose_device, describe_device
 from lednet.errors import exit_on_user_error
 from lednet.inference.backends import BACKENDS
-from lednet.inference.benchmark import describe_device
 from lednet.inference.predictor import Predictor
 from lednet.inference.video import DEFAULT_RATE, Clock, VideoReader, write_video
 from lednet.inference.writers import Output, Task, predict_images, predict_video, video_output

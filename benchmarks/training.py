@@ -36,14 +36,19 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.dataset import PairDataset, SegmentationDataset, open_dataset
+from lednet.data.dataset import PairDataset, SegmentationDataset
 from lednet.data.loaders import TrainBatches, make_loaders
-from lednet.data.registry import DATASETS
+from lednet.data.registry import DATASETS, open_dataset
 from lednet.data.transforms import Augmentation
-from lednet.device import fast_precisions
-from lednet.distributed import World, choose_device
+from lednet.device import (
+    choose_device,
+    describe_device,
+    fast_precisions,
+    peak_memory_mb,
+    synchronize,
+)
+from lednet.distributed import World
 from lednet.errors import UserError, exit_on_user_error
-from lednet.inference.benchmark import describe_device, peak_memory_mb, synchronize
 from lednet.io import write_json
 from lednet.model import LEDNet
 from lednet.training.losses import WeightedCrossEntropy

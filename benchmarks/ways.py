@@ -30,9 +30,8 @@ sys.path.insert(0, str(ROOT))
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lednet.distributed import choose_device
+from lednet.device import choose_device, describe_device
 from lednet.errors import UserError, exit_on_user_error
-from lednet.inference.benchmark import describe_device
 from lednet.io import write_atomically, write_between_marks, write_json
 from lednet.training.run_dir import environment, read_records
 

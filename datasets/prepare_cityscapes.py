@@ -19,8 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lednet.data.cache import CachedDataset, build_cache, command_line
-from lednet.data.dataset import TRAINING_PARTS, cache_split, open_training_data
-from lednet.data.registry import DATASETS
+from lednet.data.registry import DATASETS, TRAINING_PARTS, cache_split, open_training_data
 from lednet.errors import UserError, exit_on_user_error
 
 

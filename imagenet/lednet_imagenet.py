@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.checkpoint import load_state, load_weights, read_checkpoint
+from lednet.checkpoint import load_checkpoint, load_state
 from lednet.cli.train_args import (
     add_loading_flags,
     add_recipe_flags,
@@ -47,6 +47,7 @@ from lednet.data.loaders import end_loading, make_loaders
 from lednet.data.transforms import PRESETS
 from lednet.distributed import World, synchronize_batch_norm
 from lednet.errors import UserError, exit_on_user_error
+from lednet.hub import load_weights
 from lednet.io import plain_values, write_text
 from lednet.model import EncoderClassifier, count_parameters
 from lednet.training.loop import Course, Equipment, train_stages
@@ -158,7 +159,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     """Print the scores of --evaluate."""
     val = open_data(args, "val")
     net = EncoderClassifier(len(val.classes))
-    content = read_checkpoint(args.evaluate)
+    content = load_checkpoint(args.evaluate)
     known = content.get("meta", {}).get("classes")
     if known is not None and tuple(known) != tuple(val.classes):
         raise UserError(

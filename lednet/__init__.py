@@ -1,8 +1,50 @@
-"""LEDNet: real-time semantic segmentation."""
+"""LEDNet: real-time semantic segmentation.
 
-from lednet.checkpoint import KeyReport, load_network, load_weights
-from lednet.errors import UserError
-from lednet.model import LEDNet
+Importing this package is quick: PyTorch is imported with the first name that needs it.
+"""
 
-__all__ = ["KeyReport", "LEDNet", "UserError", "load_network", "load_weights"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lednet.checkpoint import LoadReport
+    from lednet.errors import UserError
+    from lednet.hub import list_pretrained, load_weights
+    from lednet.inference.predictor import Predictor
+    from lednet.model import EncoderClassifier, LEDNet, load_model
+
 __version__ = "0.1.0"
+
+_MODULES = {
+    "EncoderClassifier": "lednet.model",
+    "LEDNet": "lednet.model",
+    "LoadReport": "lednet.checkpoint",
+    "Predictor": "lednet.inference.predictor",
+    "UserError": "lednet.errors",
+    "list_pretrained": "lednet.hub",
+    "load_model": "lednet.model",
+    "load_weights": "lednet.hub",
+}
+__all__ = [
+    "EncoderClassifier",
+    "LEDNet",
+    "LoadReport",
+    "Predictor",
+    "UserError",
+    "list_pretrained",
+    "load_model",
+    "load_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -13,22 +13,16 @@ import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from lednet.data.image_io import max_pixels
-from lednet.data.labels import LabelScheme
 from lednet.errors import UserError
-from lednet.hub import CONFIG, RELEASED, TENSORS, read_pretrained, released_names
-from lednet.io import write_atomically
-from lednet.model import EncoderClassifier, LEDNet
-
-BEST_WEIGHTS = "best.pth"
-"""In a run's folder, the weights of the best validation score."""
+from lednet.io import max_pixels, read_json, write_atomically, write_json
 
 # What stands before a key: DataParallel and DDP, torch.compile, the release's classifier.
 _PREFIXES = ("module.", "_orig_mod.", "features.")
@@ -64,7 +58,7 @@ _REFERENCE_NAMES: tuple[tuple[str, Any], ...] = (
 
 
 @dataclass
-class KeyReport:
+class LoadReport:
     """What became of each key when weights met a network.
 
     Attributes:
@@ -105,7 +99,7 @@ class KeyReport:
         return "; ".join(found)
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Open a checkpoint on the CPU with PyTorch's safe loader, which runs no code.
 
     Returns:
@@ -124,15 +118,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _read_bundle(path: Path) -> dict[str, Any]:
-    """`read_checkpoint` of a file that `torch.save` wrote."""
+    """`load_checkpoint` of a file that `torch.save` wrote."""
     try:
         require_intact(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        known = ", ".join(released_names()) or "there are none"
-        raise UserError(
-            f"no weights at {path}: check the path, or give a released name ({known})"
-        ) from error
+        raise UserError(f"no weights at {path}: check the path") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is not a checkpoint of plain tensors, and code in it is never run: "
@@ -237,14 +228,14 @@ def _our_name(key: str) -> str:
     return key
 
 
-def compare_keys(net: nn.Module, state: dict[str, Tensor], part: str = "") -> KeyReport:
+def compare_keys(net: nn.Module, state: dict[str, Tensor], part: str = "") -> LoadReport:
     """Hold the keys and shapes of `state` against those of `net`; changes nothing.
 
     Args:
         part: prefix of the keys asked for, "encoder." for instance; keys of the file
             outside it are listed as skipped.
     """
-    report = KeyReport()
+    report = LoadReport()
     wanted = {k: v for k, v in net.state_dict().items() if k.startswith(part)}
     for key, value in state.items():
         if not key.startswith(part):
@@ -264,20 +255,20 @@ def compare_keys(net: nn.Module, state: dict[str, Tensor], part: str = "") -> Ke
 
 def load_state(
     net: nn.Module, state: dict[str, Tensor], source: str | os.PathLike, part: str = ""
-) -> KeyReport:
+) -> LoadReport:
     """Copy `state` into `net`, all of it or nothing.
 
     Raises:
         UserError: a key is missing, unexpected or of another shape; names `source`.
     """
-    report = _require_fit(net, state, source, part)
+    report = require_fit(net, state, source, part)
     net.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
     return report
 
 
-def _require_fit(
+def require_fit(
     net: nn.Module, state: dict[str, Tensor], source: str | os.PathLike, part: str = ""
-) -> KeyReport:
+) -> LoadReport:
     report = compare_keys(net, state, part)
     if not report.complete:
         raise UserError(
@@ -285,130 +276,6 @@ def _require_fit(
             "weights' own variant and number of classes, or other weights"
         )
     return report
-
-
-def load_weights(net: nn.Module, path: str | os.PathLike, part: str = "") -> KeyReport:
-    """Load the weights at `path` into `net`, strictly.
-
-    Args:
-        net: a `LEDNet`, a part of one under the same key names, or an `EncoderClassifier`.
-        part: "" for all of it, or "encoder." to take the encoder alone, for instance
-            out of ImageNet pretraining.
-
-    Returns:
-        A report of every key; `print` it.
-
-    Raises:
-        UserError: the file cannot be opened safely, or a key does not fit. The network
-            is left as it was.
-    """
-    return load_state(net, read_checkpoint(path)["state_dict"], path, part)
-
-
-def weights_file(path: str | os.PathLike) -> Path:
-    """The file that `path` stands for: itself, the best weights of a run's folder, the tensors
-    of a folder in the layout of `lednet.hub`, or the released weights of that name.
-
-    Raises:
-        UserError: a folder without them.
-    """
-    path = Path(path)
-    if not path.exists() and path.name == str(path) and (RELEASED / path / CONFIG).is_file():
-        return RELEASED / path / TENSORS
-    if not path.is_dir():
-        return path
-    for name in (BEST_WEIGHTS, TENSORS):
-        if (path / name).is_file():
-            return path / name
-    raise UserError(f"{path} holds no {BEST_WEIGHTS}: give a run whose second stage has begun")
-
-
-def weights_checksum(path: str | os.PathLike) -> str:
-    """SHA-256 of the file that `path` stands for.
-
-    Raises:
-        UserError: as `weights_file`, or there is no such file.
-    """
-    try:
-        with open(weights_file(path), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check --weights") from error
-
-
-def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
-    """Build the network that the weights at `path` belong to, and load them.
-
-    Variant, pyramid width and number of classes are read off the shapes.
-
-    Args:
-        path: weights, the folder of a training run, or the name of released weights.
-
-    Returns:
-        The network in evaluation mode, and the file's "meta" (empty for foreign files).
-
-    Raises:
-        UserError: as `load_weights`; also for weights of the encoder stage alone.
-    """
-    path = weights_file(path)
-    checkpoint = read_checkpoint(path)
-    state = checkpoint["state_dict"]
-    try:
-        num_classes = state["decoder.mid.0.weight"].shape[0]
-        width = state["decoder.down1.0.weight"].shape[0]
-        light = state["decoder.lateral1.0.weight"].shape[-1] > 1
-        build = partial(LEDNet, num_classes, *(("d20",) if light else ("d128", width)))
-        with torch.device("meta"):
-            _require_fit(build(), state, path)  # before memory is taken for what they claim
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"{path} holds no LEDNet decoder: give the weights of a full network"
-        ) from error
-    net = build()
-    load_state(net, state, path)
-    return net.eval(), checkpoint.get("meta", {})
-
-
-def input_size(
-    meta: dict,
-    default: tuple[int, int] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-) -> tuple[int, int]:
-    """(height, width) in pixels to run a network at: as asked for, as trained, or `default`.
-
-    Raises:
-        UserError: nothing says it.
-    """
-    known = meta.get("size") or default or (None, None)
-    height, width = height or known[0], width or known[1]
-    if height is None or width is None:
-        raise UserError("the weights do not say their input size: give --height and --width")
-    return height, width
-
-
-def require_classes(
-    net: LEDNet, meta: dict, scheme: LabelScheme, source: str | os.PathLike
-) -> None:
-    """Refuse a network whose outputs mean something else than the classes of `scheme`.
-
-    Args:
-        net, meta: as `load_network` returned them.
-        source: of the weights, for the message.
-
-    Raises:
-        UserError: another number of classes, or others by name.
-    """
-    if net.num_classes != scheme.num_outputs:
-        raise UserError(
-            f"{source} has {net.num_classes} outputs, {scheme.name} needs {scheme.num_outputs} "
-            f"({scheme.num_classes} classes and void): choose the data set it was trained on"
-        )
-    if "classes" in meta and tuple(meta["classes"]) != scheme.classes:
-        raise UserError(
-            f"{source} was trained on {meta.get('dataset')}, whose classes are not those of "
-            f"{scheme.name}: choose the data set it was trained on"
-        )
 
 
 def save_checkpoint(path: str | os.PathLike, net: nn.Module, meta: dict, **extra: Any) -> None:
@@ -426,8 +293,66 @@ def save_checkpoint(path: str | os.PathLike, net: nn.Module, meta: dict, **extra
 
 
 def _describe(net: nn.Module) -> str:
-    if isinstance(net, LEDNet):
-        return f"LEDNet {net.variant} with {net.num_classes} outputs"
-    if isinstance(net, EncoderClassifier):
-        return f"the classifier with {net.num_classes} classes"
-    return type(net).__name__
+    return f"{type(net).__name__}({net.extra_repr()})"
+
+
+CONFIG = "config.json"
+
+
+TENSORS = "model.safetensors"
+
+
+NETWORK = ("num_classes", "variant", "pyramid_channels")
+"""What `LEDNet` is built from."""
+
+
+def save_pretrained(folder: str | os.PathLike, net: nn.Module, meta: dict[str, Any]) -> None:
+    """Write `net` and what is known of it to `folder`.
+
+    Args:
+        meta: about data and training, ready for JSON, as `load_model` returns it.
+    """
+    folder = Path(folder)
+    state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    content = save(state, metadata={"format": "pt"})
+    with write_atomically(folder / TENSORS) as temporary:
+        temporary.write_bytes(content)
+    network = {key: getattr(net, key) for key in NETWORK}
+    if network["variant"] == "d20":
+        network["pyramid_channels"] = None
+    config = {
+        "model_type": "lednet",
+        "network": network,
+        "meta": meta,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    write_json(folder / CONFIG, config)
+
+
+def read_pretrained(folder: str | os.PathLike) -> dict[str, Any]:
+    """What `save_pretrained` wrote: "network", "meta" and "state_dict".
+
+    Raises:
+        UserError: a file is missing, damaged, or of another kind.
+    """
+    config_path, path = Path(folder) / CONFIG, Path(folder) / TENSORS
+    config = read_json(config_path)
+    if not isinstance(config, dict) or config.get("model_type") != "lednet":
+        raise UserError(f"{config_path} does not describe a LEDNet: give a folder of its weights")
+    network, meta = config.get("network"), config.get("meta")
+    if not isinstance(network, dict) or not {*network} <= {*NETWORK} or not isinstance(meta, dict):
+        raise UserError(f"{config_path} lacks `network` or `meta`: download the folder again")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): download it again") from error
+    if hashlib.sha256(content).hexdigest() != config.get("sha256"):
+        raise UserError(
+            f"{path} is not the file that {config_path} was written for (its SHA-256 differs): "
+            "download both again"
+        )
+    try:
+        state = load(content)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): download it again") from error
+    return {"network": network, "meta": meta, "state_dict": state}

@@ -1,6 +1,9 @@
-"""Number formats that networks compute in."""
+"""Devices and the number formats that they compute in."""
 
 import contextlib
+import platform
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,3 +61,70 @@ def fast_precisions(device: torch.device) -> tuple[str, ...]:
     info = Path("/proc/cpuinfo")
     bf16 = device.type == "cpu" and info.is_file() and "avx512_bf16" in info.read_text()
     return ("bf16",) if bf16 else ()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes CUDA, then MPS (Apple), then the CPU.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA GPU can be used here: choose --device cpu, or mend the driver")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("no Apple GPU can be used here: choose --device cpu")
+    return torch.device(name)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """On CUDA the most that tensors took since the last reset; elsewhere the most that
+    the whole process ever took. In MB (10^6 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux's ru_maxrss also knows what the parent process took
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def describe_device(device: torch.device) -> str:
+    """A device's name for a report."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{_processor_name()}, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def _processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "CPU"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free memory of `device` in bytes; None if it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu":
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            available = next(line for line in lines if line.startswith("MemAvailable"))
+            return int(available.split()[1]) * 1024
+    return None

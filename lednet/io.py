@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -178,3 +180,36 @@ def read_yaml(path: str | os.PathLike) -> Any:
         where = f" in line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UserError(f"{path} is neither YAML nor JSON ({reason}{where}): correct it") from error
+
+
+LIMIT = "LEDNET_MAX_PIXELS"
+"""Environment variable: pixels above which no image is decoded."""
+
+
+DEFAULT_LIMIT = 100_000_000
+
+
+def max_pixels() -> int:
+    """Pixels that an image may have.
+
+    Raises:
+        UserError: the environment variable is no number.
+    """
+    told = os.environ.get(LIMIT, str(DEFAULT_LIMIT))
+    if not (told.isdecimal() and told.isascii() and len(told) < 19 and int(told)):
+        raise UserError(f"{LIMIT} is {told!r}: give a number of pixels")
+    return int(told)
+
+
+Result = TypeVar("Result")
+
+
+def in_order(pool: Executor, jobs: Iterable[Callable[[], Result]], ahead: int) -> Iterator[Result]:
+    """Results of `jobs` in their order, at most `ahead` of them begun before they are needed."""
+    pending: deque[Future] = deque()
+    for job in jobs:
+        pending.append(pool.submit(job))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

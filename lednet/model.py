@@ -9,11 +9,13 @@ open-source project for real-time image semantic segmentation" (SCIS 2019,
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lednet.hub import PretrainedMixin
 
 NORM_EPS = 1e-3
 FEATURE_CHANNELS = 128
@@ -251,7 +253,7 @@ class EncoderStage(nn.Module):
         return self.encoder_head(self.encoder(x))
 
 
-class LEDNet(nn.Module):
+class LEDNet(PretrainedMixin):
     """LEDNet as released, in its lighter ("d20") and heavier ("d128") variant.
 
     Parameters at 20 classes: d20 925,663; d128 2,288,140.
@@ -293,21 +295,12 @@ class LEDNet(nn.Module):
         return EncoderStage(self.encoder, self.encoder_head)
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike) -> "LEDNet":
-        """A trained network, in evaluation mode.
-
-        Its classes, normalisation and input size: `lednet.load_network(name)` returns them too.
-
-        Args:
-            name: of released weights ("camvid-d20"), a folder in their layout (config.json and
-                model.safetensors), a run's folder or a weights file. Nothing is downloaded.
-
-        Raises:
-            UserError: there is none, its checksum differs, or it is no LEDNet.
-        """
-        from lednet.checkpoint import load_network  # which builds on this module
-
-        return load_network(name)[0]
+    def arguments_from_state(cls, state: dict[str, Tensor]) -> dict[str, Any]:
+        num_classes = state["decoder.mid.0.weight"].shape[0]
+        if state["decoder.lateral1.0.weight"].shape[-1] > 1:
+            return {"num_classes": num_classes, "variant": "d20"}
+        width = state["decoder.down1.0.weight"].shape[0]
+        return {"num_classes": num_classes, "variant": "d128", "pyramid_channels": width}
 
     def extra_repr(self) -> str:
         return (
@@ -339,7 +332,33 @@ class EncoderClassifier(nn.Module):
         x = self.pool(self.encoder(x))  # (N, 128, H/16, W/16)
         return self.classifier(x.mean(dim=(2, 3)))
 
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}"
+
+
+def load_model(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
+    """The network that the weights at `path` belong to, and their "meta"; see `LEDNet.load`."""
+    return LEDNet.load(path)
+
 
 def count_parameters(module: nn.Module) -> int:
     """Number of trained values in `module`."""
     return sum(p.numel() for p in module.parameters())
+
+
+def enlarge(scores: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear interpolation of scores to the size at which they are compared.
+
+    scores: (N, C, h, w) -> (N, C, *size)
+    """
+    if scores.shape[-2:] == torch.Size(size):
+        return scores
+    return F.interpolate(scores, size, mode="bilinear", align_corners=False)
+
+
+def predict_at(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Class of every pixel at `size`: the logits are enlarged before the argmax.
+
+    logits: (N, C, h, w) -> (N, *size) int64
+    """
+    return enlarge(logits, size).argmax(dim=1)

@@ -10,9 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from lednet.data.dataset import SegmentationDataset
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
-from lednet.inference.predictor import Predictor
 from lednet.io import write_atomically
 from lednet.visualization import colorize, draw_legend
 
@@ -154,19 +152,3 @@ def tile_sheet(
     sheet.paste(legend, (0, top))
     with write_atomically(path) as temporary:
         sheet.save(temporary)
-
-
-def sample_sheet(
-    predictor: Predictor, data: SegmentationDataset, path: str | os.PathLike, images: int
-) -> None:
-    """Draw a contact sheet of `images` pictures spread evenly over `data`.
-
-    Args:
-        path: PNG to write.
-    """
-    count = min(images, len(data))
-    rows = []
-    for i in range(count):
-        pixels, truth = data.read(i * len(data) // count)
-        rows.append((pixels, truth, predictor(pixels)))
-    contact_sheet(rows, data.scheme, path)

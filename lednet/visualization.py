@@ -24,7 +24,7 @@ def output_scheme(meta: dict[str, Any], num_outputs: int, source: str | os.PathL
     """Names and colours of a network's outputs.
 
     Args:
-        meta: as `lednet.checkpoint.load_network` returned it. Without classes in it, 20
+        meta: as `lednet.model.load_model` returned it. Without classes in it, 20
             outputs are those of Cityscapes and 12 those of CamVid.
         num_outputs: of the network, void included.
         source: of the weights, for the message.

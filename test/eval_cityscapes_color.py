@@ -20,8 +20,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm
 
 from lednet.data.registry import DEFAULT_SIZES
-from lednet.device import AMP_DTYPES
-from lednet.distributed import choose_device
+from lednet.device import AMP_DTYPES, choose_device
 from lednet.errors import UserError, exit_on_user_error, refuse
 from lednet.inference.backends import BACKENDS
 from lednet.inference.inputs import find_inputs

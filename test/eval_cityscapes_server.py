@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from lednet.checkpoint import weights_checksum, weights_file
 from lednet.data.image_io import read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
 from lednet.data.pairs import present
@@ -53,7 +52,7 @@ from lednet.evaluation.cityscapes_submission import (
     prediction_name,
     write_upload,
 )
-from lednet.hub import RELEASED
+from lednet.hub import RELEASED, resolve_weights, weights_checksum
 from lednet.inference.backends import BACKENDS
 from lednet.inference.benchmark import speed_card, speed_rows
 from lednet.inference.predictor import Predictor
@@ -131,7 +130,7 @@ def parse_options() -> argparse.Namespace:
     if args.predictions and args.report is True:
         raise UserError("--report needs a file name with --predictions: --report report.html")
     if args.weights and args.out is None:
-        path = weights_file(args.weights)
+        path = resolve_weights(args.weights)
         folder = path.with_suffix("") if path == args.weights else path.parent
         runs = ROOT / "save" if folder.parent == RELEASED else folder.parent
         args.out = runs / f"{folder.name}-eval-{args.subset}"

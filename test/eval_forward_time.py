@@ -15,8 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lednet.data.registry import DEFAULT_SIZES
-from lednet.device import AMP_DTYPES
-from lednet.distributed import choose_device
+from lednet.device import AMP_DTYPES, choose_device
 from lednet.errors import UserError, exit_on_user_error
 from lednet.inference.backends import BACKENDS
 from lednet.inference.benchmark import speed_card, speed_rows

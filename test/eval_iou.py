@@ -22,17 +22,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from lednet.data.dataset import SegmentationDataset, open_dataset
-from lednet.data.registry import DATASETS, DEFAULT_SIZES
-from lednet.device import AMP_DTYPES
-from lednet.distributed import choose_device
+from lednet.data.dataset import SegmentationDataset
+from lednet.data.registry import DATASETS, DEFAULT_SIZES, open_dataset
+from lednet.device import AMP_DTYPES, choose_device
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.evaluator import evaluate_predictor, require_labels
 from lednet.inference.backends import BACKENDS
 from lednet.inference.predictor import Predictor
+from lednet.inference.writers import sample_sheet
 from lednet.io import write_json
 from lednet.metrics import ConfusionMatrix
-from lednet.plots import plot_class_iou, sample_sheet
+from lednet.plots import plot_class_iou
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lednet.checkpoint import read_checkpoint
+from lednet.checkpoint import load_checkpoint
 from lednet.errors import UserError
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.run_dir import MEASURED_KEYS
@@ -86,7 +86,7 @@ class Site:
 
     def position(self) -> int | None:
         """Batches of an epoch that the newest checkpoint has behind it; None between epochs."""
-        tally = read_checkpoint(Checkpoints(self.folder).paths()[0])["progress"]["tally"]
+        tally = load_checkpoint(Checkpoints(self.folder).paths()[0])["progress"]["tally"]
         return tally and tally["step"]
 
     def records(self) -> list[dict[str, Any]]:
@@ -311,7 +311,7 @@ def half_written(folder: Path) -> list[str]:
             if path.name.startswith(".") and path.name != ".lock":
                 raise ValueError("a temporary file")
             if path.suffix == ".pth":
-                read_checkpoint(path)
+                load_checkpoint(path)
             elif path.suffix == ".png":
                 Image.open(path).load()
             elif path.suffix in (".json", ".jsonl"):
@@ -339,7 +339,7 @@ def finite_checkpoint(site: Site, ended: Ended) -> bool:
     name = re.search(r"checkpoint_\d+\.pth", ended.sentence)
     if name is None:
         return site.step() == 0
-    state = read_checkpoint(site.folder / name[0])["state_dict"]
+    state = load_checkpoint(site.folder / name[0])["state_dict"]
     return all(value.isfinite().all() for value in state.values())
 
 
@@ -378,7 +378,7 @@ def differences(site: Site, reference: Site, loss_tolerance: float = 0.0) -> lis
         if not (site.folder / name).exists():
             found.append(f"no {name}")
             continue
-        a, b = (read_checkpoint(place.folder / name) for place in (site, reference))
+        a, b = (load_checkpoint(place.folder / name) for place in (site, reference))
         if not all(same(a.get(key), b.get(key)) for key in ("state_dict", "meta", "trainer")):
             found.append(f"{name} differs")
     return found

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lednet import LEDNet
 from lednet.checkpoint import load_state
-from lednet.hub import released_names
+from lednet.hub import list_pretrained
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZE = (64, 96)
@@ -82,5 +82,5 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for variant in ("d20", "d128"):
         np.savez_compressed(GOLDEN / f"{variant}.npz", **answers(variant))
-    for name in released_names():
+    for name in list_pretrained():
         np.savez_compressed(GOLDEN / f"{name}.npz", **released_answer(name))

@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from lednet import UserError
-from lednet.checkpoint import read_checkpoint
+from lednet.checkpoint import load_checkpoint
 from lednet.data import cache, dataset
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.dataset import SegmentationDataset, open_dataset, open_training_data
+from lednet.data.dataset import SegmentationDataset
 from lednet.data.labels import LabelScheme
+from lednet.data.registry import open_dataset, open_training_data
 from lednet.io import write_text
 from lednet.training.run_dir import MEASURED_KEYS
 
@@ -510,7 +511,7 @@ def test_training_is_the_same_with_and_without(run_inside, camvid, tmp_path):
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
         records[name] = [json.loads(line) | dict.fromkeys(MEASURED_KEYS) for line in lines]
     assert len(records["files"]) == 2 and records["files"] == records["cache"]
-    states = [read_checkpoint(tmp_path / name / "best.pth")["state_dict"] for name in runs]
+    states = [load_checkpoint(tmp_path / name / "best.pth")["state_dict"] for name in runs]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
     other = run_inside(

@@ -8,7 +8,8 @@ from make_golden import GOLDEN, answers
 from PIL import Image
 
 from lednet import LEDNet, load_weights
-from lednet.checkpoint import _our_name, load_network
+from lednet.checkpoint import _our_name
+from lednet.model import load_model
 
 VARIANTS = ("d20", "d128")
 
@@ -56,5 +57,5 @@ def test_released_network_is_met(real_data, variant):
 
 
 def test_released_checkpoint_bundle_opens(real_data):
-    net, meta = load_network(real_data / "golden" / "official_d20_checkpoint.pth.tar")
+    net, meta = load_model(real_data / "golden" / "official_d20_checkpoint.pth.tar")
     assert (net.variant, net.num_classes, meta) == ("d20", 20, {})

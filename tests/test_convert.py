@@ -5,8 +5,8 @@ import torch
 from test_bad_input import assert_refused
 from test_weights import assert_equal, reference_name
 
-from lednet import LEDNet, load_network
-from lednet.checkpoint import read_checkpoint, save_checkpoint
+from lednet import LEDNet, load_model
+from lednet.checkpoint import load_checkpoint, save_checkpoint
 
 SCRIPT = "utils/convert_checkpoint.py"
 
@@ -29,7 +29,7 @@ def test_original_weights_are_brought_home(run_inside, tmp_path, released, out):
     assert result.returncode == 0, result.stderr
     assert f"{len(net.state_dict())} loaded, 0 missing, 0 unexpected" in result.stdout
     assert "LEDNet d20, 925,663 parameters, 20 outputs (Cityscapes and void)" in result.stdout
-    back, meta = load_network(tmp_path / out)
+    back, meta = load_model(tmp_path / out)
     assert_equal(back, net)
     assert meta["size"] == [512, 1024] and meta["classes"][0] == "road"
     assert len(meta["colors"]) == 19 and meta["std"] == [1, 1, 1]
@@ -42,7 +42,7 @@ def test_training_state_is_left_behind_and_the_rest_kept(run_inside, tmp_path):
     result = run_inside(SCRIPT, "--weights", tmp_path, "--out", tmp_path / "small.pth",
                         "--height", 32)  # fmt: skip
     assert result.returncode == 0, result.stderr
-    content = read_checkpoint(tmp_path / "small.pth")
+    content = load_checkpoint(tmp_path / "small.pth")
     assert set(content) == {"state_dict", "meta"}
     assert content["meta"] == meta | {"size": [32, 40], "model": "LEDNet d128"}
 

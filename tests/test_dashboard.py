@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from lednet import LEDNet
-from lednet.data.dataset import open_dataset
+from lednet.data.registry import open_dataset
 from lednet.data.transforms import Augmentation
 from lednet.training.loggers import PICTURE_HEIGHT, Dashboard, charts_of
 from lednet.training.losses import WeightedCrossEntropy

@@ -14,23 +14,16 @@ from torchvision.transforms import v2
 from lednet import UserError
 from lednet.data import transforms
 from lednet.data.cache import CachedDataset
-from lednet.data.dataset import (
-    SegmentationDataset,
-    SkippingDataset,
-    cache_split,
-    open_dataset,
-    open_training_data,
-    pixel_shares,
-    read_label,
-)
+from lednet.data.cityscapes import cityscapes_pairs
+from lednet.data.dataset import SegmentationDataset, SkippingDataset, pixel_shares, read_label
+from lednet.data.folders import read_class_file
 from lednet.data.labels import (
     CITYSCAPES_LABELS,
     IGNORE_INDEX,
     camvid_scheme,
     cityscapes_scheme,
 )
-from lednet.data.pairs import cityscapes_pairs
-from lednet.data.registry import read_class_file
+from lednet.data.registry import cache_split, open_dataset, open_training_data
 from lednet.data.transforms import (
     PRESETS,
     SHIFT,

@@ -22,12 +22,13 @@ from test_bad_input import assert_refused
 from test_page import chromium
 
 from lednet import UserError
-from lednet.checkpoint import load_network, save_checkpoint
+from lednet.checkpoint import save_checkpoint
 from lednet.data.image_io import FORMATS
 from lednet.demo.labeller import MAX_SIDE, decode_image
 from lednet.inference.predictor import Predictor
 from lednet.inference.video import VideoReader, write_video
 from lednet.inference.writers import class_shares, count_pixels
+from lednet.model import load_model
 from lednet.visualization import output_scheme, overlay
 
 STREET = ROOT / "docs/toy_street.png"
@@ -138,7 +139,7 @@ def test_damaged_bytes_end_in_an_image_or_a_sentence(format):
 def folder(tmp_path_factory) -> Path:
     """Small and fast weights, with classes of their own, and what is uploaded."""
     folder = tmp_path_factory.mktemp("demo")
-    net, meta = load_network("camvid-d20")
+    net, meta = load_model("camvid-d20")
     meta |= {"size": [48, 64], "classes": CLASSES, "colors": COLORS}
     save_checkpoint(folder / "w.pth", net, meta)
     (folder / "noise.png").write_bytes(encoded(noise()))

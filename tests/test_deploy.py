@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 import lednet.model
-from lednet import LEDNet, UserError, load_network
+from lednet import LEDNet, UserError, load_model
 from lednet.checkpoint import load_state, save_checkpoint
 from lednet.data.image_io import open_image, read_image, to_rgb
 from lednet.export import formats
@@ -26,8 +26,8 @@ from lednet.export.wrappers import BytesToLogits
 from lednet.inference import backends
 from lednet.inference.backends import BACKENDS
 from lednet.inference.benchmark import count_macs, speed_card, speed_rows, time_runs
-from lednet.inference.predictor import Predictor, enlarge, predict_at, tile_spans
-from lednet.model import Block, Down, SSnbt
+from lednet.inference.predictor import Predictor, tile_spans
+from lednet.model import Block, Down, SSnbt, enlarge, predict_at
 
 VARIANTS = ("d20", "d128")
 
@@ -71,7 +71,7 @@ def test_folded_network_answers_alike(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_folded_reference_weights_answer_alike(variant, real_data):
-    net, _ = load_network(real_data / "golden" / f"official_{variant}_model_best.pth")
+    net, _ = load_model(real_data / "golden" / f"official_{variant}_model_best.pth")
     assert_folds(net, torch.rand(1, 3, 128, 256))
 
 

@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 
 from lednet.data.loaders import make_loaders
 from lednet.data.pairs import Pair
+from lednet.data.samplers import ShuffledSampler
 from lednet.data.transforms import Augmentation
-from lednet.distributed import ShuffledSampler, World
+from lednet.distributed import World
 from lednet.model import LEDNet
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.loop import Course, Equipment, Progress, train_stages

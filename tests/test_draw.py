@@ -12,9 +12,10 @@ from PIL import Image
 from test_bad_input import assert_refused
 
 from lednet import LEDNet, UserError
-from lednet.checkpoint import load_network, save_checkpoint
+from lednet.checkpoint import save_checkpoint
 from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, cityscapes_scheme
 from lednet.inference.predictor import Predictor
+from lednet.model import load_model
 from lednet.plots import contact_sheet
 from lednet.visualization import Painter, colorize, draw_legend, output_scheme, overlay
 
@@ -152,7 +153,7 @@ def read(path) -> np.ndarray:
 
 
 def expected(weights, image: np.ndarray) -> np.ndarray:
-    net, _ = load_network(weights)
+    net, _ = load_model(weights)
     return Predictor(net, (48, 64))(image)
 
 

@@ -8,12 +8,13 @@ import torch
 from test_training import CPU, KEYS, Loader, batches, small_trainer
 
 from lednet import LEDNet, UserError
-from lednet.checkpoint import read_checkpoint
+from lednet.checkpoint import load_checkpoint
 from lednet.data import device_cache
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.dataset import SkippingDataset, open_training_data
+from lednet.data.dataset import SkippingDataset
 from lednet.data.device_cache import DeviceLoader
 from lednet.data.loaders import make_loaders
+from lednet.data.registry import open_training_data
 from lednet.distributed import World
 from lednet.training import time_budget
 from lednet.training.checkpointing import Checkpoints
@@ -329,7 +330,7 @@ def test_resumed_run_counts_the_time_it_has_used(monkeypatch, tmp_path):
     clock = Clock(monkeypatch)
     stopped, first = timed_run(tmp_path / "run", minutes=1, stop_after=6)
     assert type(stopped).__name__ == "Stopped"
-    used = read_checkpoint(Checkpoints(tmp_path / "run").paths()[0])["progress"]["seconds"]
+    used = load_checkpoint(Checkpoints(tmp_path / "run").paths()[0])["progress"]["seconds"]
     assert used > 6
     clock.now += 1e6  # between the two processes
     _, second = timed_run(tmp_path / "run", minutes=1, resume=True)
@@ -366,7 +367,7 @@ def test_training_from_device_memory_equals_training_from_files(toy_cityscapes, 
         assert result.returncode == 0, result.stderr
         records = read_records(savedir)
         runs[name] = [{k: r[k] for k in r if "_miou" in k or "loss" in k} for r in records]
-        runs[name].append(read_checkpoint(savedir / "best.pth")["state_dict"])
+        runs[name].append(load_checkpoint(savedir / "best.pth")["state_dict"])
     assert runs["files"][:2] == runs["device"][:2]
     assert_same(runs["files"][2], runs["device"][2])
 

@@ -16,7 +16,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 from lednet.data.dataset import read_label
-from lednet.data.image_io import FORMATS, LIMIT, open_image, read_image, to_rgb
+from lednet.data.image_io import FORMATS, open_image, read_image, to_rgb
 from lednet.data.labels import IGNORE_INDEX, cityscapes_scheme
 from lednet.data.pairs import Pair
 from lednet.demo.labeller import MAX_SIDE, decode_image
@@ -24,6 +24,7 @@ from lednet.errors import UserError
 from lednet.evaluation.cityscapes_evaluator import read_instances
 from lednet.evaluation.cityscapes_submission import check_upload
 from lednet.inference.video import VideoReader
+from lednet.io import LIMIT
 from lednet.validation.inspection import look_at
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as the library does with Pillow's

@@ -15,10 +15,10 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 from lednet.data.cache import MANIFEST, CachedDataset, build_cache
-from lednet.data.dataset import open_dataset
+from lednet.data.folders import read_class_file
 from lednet.data.imagefolder import ImageFolderDataset
 from lednet.data.labels import IGNORE_INDEX
-from lednet.data.registry import read_class_file
+from lednet.data.registry import open_dataset
 from lednet.errors import UserError
 from lednet.evaluation.cityscapes_evaluator import FrameResult
 from lednet.inference.progress_log import Journal

@@ -27,12 +27,11 @@ from hypothesis import given, strategies as st
 from test_training import small_trainer
 from torch import nn
 
-from lednet import LEDNet, UserError, load_network, load_weights
-from lednet.checkpoint import read_checkpoint
+from lednet import LEDNet, UserError, load_model, load_weights
+from lednet.checkpoint import CONFIG, TENSORS, load_checkpoint, save_pretrained
 from lednet.export.common import Exported
 from lednet.export.formats import FORMATS, load
 from lednet.export.wrappers import BytesToLogits
-from lednet.hub import CONFIG, TENSORS, save_pretrained
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.loop import Course, Progress, as_saved
 from lednet.training.run_dir import RunFolder
@@ -85,14 +84,14 @@ SOUND = [
 
 
 def open_it(path: Path) -> None:
-    content = ends_well(lambda: read_checkpoint(path), path.name)
+    content = ends_well(lambda: load_checkpoint(path), path.name)
     if content is not None:
         assert all(isinstance(key, str) for key in content["state_dict"])
         values = content["state_dict"].values()
         assert sum(v.numel() * v.element_size() for v in values) <= path.stat().st_size
         net = small_net()
         ends_well(lambda: load_weights(net, path), path.name)
-        ends_well(lambda: load_network(path), path.name)
+        ends_well(lambda: load_model(path), path.name)
 
 
 @pytest.mark.parametrize("content", SOUND)
@@ -243,7 +242,7 @@ def test_networks_of_odd_shapes(place, data):
         state[name] = torch.zeros(shape) if sound else torch.zeros(1).expand(shape or [1])
     meta = data.draw(altered(META))
     path = write(place / "full.pth", saved({"state_dict": state, "meta": meta}))
-    found = ends_well(lambda: load_network(path), path.name)
+    found = ends_well(lambda: load_model(path), path.name)
     if found is not None:
         net, meta = found
         assert net.num_classes == 3 and isinstance(meta, dict)
@@ -256,7 +255,7 @@ def test_compressed_checkpoint_is_not_inflated(place):
     path = write(place / "w.pth", zip_of(parts, zipfile.ZIP_DEFLATED))
     assert path.stat().st_size < 1 << 17
     with pytest.raises(UserError, match=r"w\.pth is damaged or no PyTorch checkpoint"):
-        read_checkpoint(path)
+        load_checkpoint(path)
 
 
 # released weights
@@ -300,7 +299,7 @@ def test_safetensors_of_odd_headers(place, header, data, length, config):
     about = {"model_type": "lednet", "network": {}, "meta": META, "sha256": "?"}
     about["sha256"] = hashlib.sha256(content).hexdigest()
     write(folder / CONFIG, as_json(about))
-    ends_well(lambda: load_network(folder), TENSORS, CONFIG)
+    ends_well(lambda: load_model(folder), TENSORS, CONFIG)
 
 
 @fewer(4)
@@ -308,7 +307,7 @@ def test_safetensors_of_odd_headers(place, header, data, length, config):
 def test_configs_of_released_weights(released, data):
     folder, config, _ = released
     write(folder / CONFIG, data.draw(json_files(config)))
-    found = ends_well(lambda: load_network(folder), TENSORS, CONFIG)
+    found = ends_well(lambda: load_model(folder), TENSORS, CONFIG)
     assert found is None or found[0].num_classes == 3
 
 

@@ -17,8 +17,9 @@ from torchvision.datasets import ImageFolder
 
 from lednet import UserError
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.dataset import SkippingDataset, open_dataset
+from lednet.data.dataset import SkippingDataset
 from lednet.data.imagefolder import ImageFolderDataset
+from lednet.data.registry import open_dataset
 
 COMMAND = "python build"
 COLORS = ((255, 0, 0), (0, 200, 0), (30, 60, 250), (255, 255, 255))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lednet.inference.predictor import predict_at
 from lednet.metrics import ConfusionMatrix
+from lednet.model import predict_at
 
 
 def matrix(truth, prediction, num_classes=3) -> ConfusionMatrix:

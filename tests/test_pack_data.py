@@ -10,7 +10,7 @@ from conftest import make_camvid
 from PIL import ExifTags, Image
 from test_bad_input import assert_refused
 
-from lednet.data.dataset import open_dataset
+from lednet.data.registry import open_dataset
 from lednet.validation.splits import open_splits
 
 

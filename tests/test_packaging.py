@@ -13,7 +13,7 @@ from conftest import ROOT
 PROGRAM = """
 import lednet, torch
 assert "site" in lednet.__file__, lednet.__file__
-net, meta = lednet.load_network("camvid-d20")
+net, meta = lednet.load_model("camvid-d20")
 print(net(torch.rand(1, 3, 32, 48)).shape[1], meta["dataset"])
 import lednet.export.exporter, lednet.evaluation.page, lednet.training.loop
 from lednet.data.registry import CLASS_FILES, read_class_file

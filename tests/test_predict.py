@@ -21,7 +21,7 @@ from PIL import Image
 from test_bad_input import assert_refused
 
 from lednet import LEDNet, UserError
-from lednet.checkpoint import load_network, save_checkpoint
+from lednet.checkpoint import save_checkpoint
 from lednet.data.labels import cityscapes_label_ids, cityscapes_scheme
 from lednet.inference import video
 from lednet.inference.inputs import find_inputs
@@ -29,6 +29,7 @@ from lednet.inference.pipeline import overlap
 from lednet.inference.predictor import Predictor
 from lednet.inference.video import Clock, VideoError, VideoReader, write_video
 from lednet.inference.writers import VideoFiles
+from lednet.model import load_model
 from lednet.visualization import Painter, output_scheme
 
 PATIENCE = 60
@@ -420,7 +421,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def answer(weights: Path, image: np.ndarray) -> np.ndarray:
-    net, _ = load_network(weights)
+    net, _ = load_model(weights)
     return Predictor(net, (48, 64))(image)
 
 
@@ -436,7 +437,7 @@ def test_labels_pictures_and_shares(predict, photos, weights, tmp_path):
     kinds = ("color", "labels", "overlay", "side")
     names = [f"{name}_{kind}.png" for name in ("a", "sub/a") for kind in kinds]
     assert written(tmp_path / "out") == sorted([*names, "shares.json"])
-    _, meta = load_network(weights)
+    _, meta = load_model(weights)
     painter = Painter(output_scheme(meta, 12, weights))
     report = json.loads((tmp_path / "out/shares.json").read_text())
     labels = []
@@ -467,7 +468,7 @@ def test_side_has_the_image_beside_the_colours():
 def test_jpegs_are_the_pictures_nearly(predict, photos, weights, tmp_path):
     assert predict(photos / "a.png", "--what", "overlay", "--alpha", 1).returncode == 0
     assert written(tmp_path / "out") == ["a_overlay.jpg", "shares.json"]
-    _, meta = load_network(weights)
+    _, meta = load_model(weights)
     image = read(photos / "a.png")
     label = answer(weights, image)
     picture = Painter(output_scheme(meta, 12, weights), 1).draw("overlay", image, label)
@@ -545,7 +546,7 @@ def test_results_of_other_files_or_weights_are_not_mixed(predict, photos, tmp_pa
     predict(photos / "a.png")
     assert_refused(predict(photos / "sub/a.png"), "the results for a of", "choose another --out")
     torch.manual_seed(9)
-    save_checkpoint(tmp_path / "other.pth", LEDNet(12), load_network(tmp_path / "w.pth")[1])
+    save_checkpoint(tmp_path / "other.pth", LEDNet(12), load_model(tmp_path / "w.pth")[1])
     for flags in (("--weights", tmp_path / "other.pth"), ("--alpha", 0.1)):
         assert_refused(predict(photos / "a.png", *flags), "holds results with", "--overwrite")
     Image.new("RGB", (33, 44)).save(photos / "a.png")

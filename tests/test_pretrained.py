@@ -8,16 +8,10 @@ import torch
 from conftest import ROOT
 from make_golden import GOLDEN, released_answer
 
-from lednet import LEDNet, UserError, load_network
-from lednet.checkpoint import save_checkpoint
+from lednet import LEDNet, UserError, load_model
+from lednet.checkpoint import CONFIG, TENSORS, save_checkpoint, save_pretrained
 from lednet.data.labels import camvid_scheme, cityscapes_scheme
-from lednet.hub import (
-    CONFIG,
-    RELEASED as RELEASED_FOLDER,
-    TENSORS,
-    released_names,
-    save_pretrained,
-)
+from lednet.hub import RELEASED as RELEASED_FOLDER, list_pretrained
 from lednet.model import count_parameters
 
 META = {"dataset": "CamVid", "classes": ["sky", "car"], "size": [32, 64], "mean": [0, 0, 0]}
@@ -40,7 +34,7 @@ def folder(tmp_path):
 def test_comes_back_as_it_was(tmp_path, variant, options):
     net = network(variant, **options)
     save_pretrained(tmp_path, net, META)
-    back, meta = load_network(tmp_path)
+    back, meta = load_model(tmp_path)
     assert meta == META and not back.training
     assert back.state_dict().keys() == net.state_dict().keys()
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in back.state_dict().items())
@@ -165,7 +159,7 @@ def test_training_goes_on_from_released_weights_and_says_so(run_inside, camvid, 
         result = run_inside("train/main.py", *flags)
         assert result.returncode == 0, result.stderr
         state = tmp_path / name
-    assert load_network(state)[1]["earlier"] == earlier
+    assert load_model(state)[1]["earlier"] == earlier
     page = tmp_path / "results.md"
     page.write_text("<!-- utils/release_weights.py writes from here -->\n<!-- to here -->\n")
     val = scores(tmp_path / "val.json", classes)
@@ -189,7 +183,7 @@ RELEASED = {
 def test_released_weights(name):
     """Its answer is the one that tests/make_golden.py stored when it was released."""
     parameters, classes = RELEASED[name]
-    net, meta = load_network(name)
+    net, meta = load_model(name)
     assert count_parameters(net) == parameters
     assert tuple(meta["classes"]) == classes
     stored, now = np.load(GOLDEN / f"{name}.npz")["logits"], released_answer(name)["logits"]
@@ -199,4 +193,4 @@ def test_released_weights(name):
 
 
 def test_all_released_weights_are_tested():
-    assert released_names() == sorted(RELEASED)
+    assert list_pretrained() == sorted(RELEASED)

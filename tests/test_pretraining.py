@@ -17,9 +17,10 @@ from PIL import Image
 from torch import nn
 
 from lednet import UserError
-from lednet.checkpoint import load_network, read_checkpoint
+from lednet.checkpoint import load_checkpoint
 from lednet.data.classification_transforms import IMAGENET_MEAN, IMAGENET_STD, ImageAugmentation
 from lednet.distributed import World
+from lednet.model import load_model
 from lednet.training.loop import Progress
 from lednet.training.run_dir import MEASURED_KEYS, read_records
 from lednet.training.signals import Keeper
@@ -245,7 +246,7 @@ def test_progressive_resizing_goes_on_where_it_was_stopped(
     again = run_inside("train/main.py", "--savedir", tmp_path / "run", "--resume")
     assert again.returncode == 0, again.stderr
     same_end(tmp_path / "run", tmp_path / "whole", ("16x24-1_best.pth", "best.pth"))
-    _, meta = load_network(tmp_path / "run")
+    _, meta = load_model(tmp_path / "run")
     assert meta["size"] == [40, 64]
 
 
@@ -291,7 +292,7 @@ def same_end(one, other, names) -> None:
                 record.pop(key, None)  # a CPU has no gpu_memory_mb
     assert logs[0] == logs[1]
     for name in names:
-        a, b = (read_checkpoint(run / name)["state_dict"] for run in (one, other))
+        a, b = (load_checkpoint(run / name)["state_dict"] for run in (one, other))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
 
 
@@ -405,7 +406,7 @@ def pretrained(pictures, tmp_path_factory):
 
 
 def test_pretraining_learns_colours_and_writes_the_encoder(pretrained):
-    content = read_checkpoint(pretrained / "encoder.pth")
+    content = load_checkpoint(pretrained / "encoder.pth")
     assert all(key.startswith("encoder.") for key in content["state_dict"])
     meta = content["meta"]
     assert meta["classes"] == list(CLASSES) and meta["size"] == [32, 32]
@@ -414,7 +415,7 @@ def test_pretraining_learns_colours_and_writes_the_encoder(pretrained):
     assert (
         meta["provenance"]["images"] == 36 and "lednet_imagenet.py" in meta["provenance"]["command"]
     )
-    best = read_checkpoint(pretrained / "best.pth")["state_dict"]
+    best = load_checkpoint(pretrained / "best.pth")["state_dict"]
     assert {"classifier.weight", "classifier.bias"} <= best.keys()
     assert all(torch.equal(best[key], value) for key, value in content["state_dict"].items())
     records = [json.loads(x) for x in (pretrained / "log.jsonl").read_text().splitlines()]
@@ -437,7 +438,7 @@ def test_pretraining_goes_on_where_it_was_stopped(
 
 
 def test_evaluate_gives_the_logged_score(pretrain, pretrained, tmp_path):
-    meta = read_checkpoint(pretrained / "best.pth")["meta"]
+    meta = load_checkpoint(pretrained / "best.pth")["meta"]
     result = pretrain(tmp_path / "none", "--evaluate", pretrained / "best.pth")
     assert result.returncode == 0, result.stderr
     assert f"top-1 {meta['top1']:.4f}  top-5 1.0000" in result.stdout
@@ -480,7 +481,7 @@ def test_no_average_is_kept_where_the_recipe_has_one(pretrain, tmp_path):
     result = pretrain(tmp_path / "run", *QUICK, "--num-epochs", 2, "--ema-decay", 0)
     assert result.returncode == 0, result.stderr
     checkpoint = sorted((tmp_path / "run").glob("checkpoint_*.pth"))[-1]
-    assert "average" not in read_checkpoint(checkpoint)["trainer"]
+    assert "average" not in load_checkpoint(checkpoint)["trainer"]
 
 
 def test_other_classes_are_refused(pretrain, pretrained, pictures, tmp_path):
@@ -500,7 +501,7 @@ def test_paper_recipe_is_the_default(pretrain, tmp_path):
               "label_smoothing": 0, "mixup": 0, "ema_decay": 0, "warmup_epochs": 0}  # fmt: skip
     assert {key: options[key] for key in wanted} == wanted
     checkpoint = next((tmp_path / "run").glob("checkpoint_*.pth"))
-    group = read_checkpoint(checkpoint)["trainer"]["optimizer"]["param_groups"][0]
+    group = load_checkpoint(checkpoint)["trainer"]["optimizer"]["param_groups"][0]
     assert group["momentum"] == 0.9 and group["weight_decay"] == 1e-4 and group["lr"] == 0.1
 
 
@@ -542,10 +543,10 @@ def test_pretrained_encoder_brings_its_normalisation(run_inside, pretrained, cam
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "--pretrainedEncoder: " in result.stdout and " 0 missing" in result.stdout
-    content = read_checkpoint(tmp_path / "run" / "best.pth")
+    content = load_checkpoint(tmp_path / "run" / "best.pth")
     assert content["meta"]["mean"] == pytest.approx(IMAGENET_MEAN)
     assert content["meta"]["stage"] == "decoder"  # no stage 1
-    encoder = read_checkpoint(pretrained / "encoder.pth")["state_dict"]
+    encoder = load_checkpoint(pretrained / "encoder.pth")["state_dict"]
     assert all(torch.equal(content["state_dict"][key], value) for key, value in encoder.items())
     score = run_inside(
         "test/eval_iou.py", "--weights", tmp_path / "run", "--dataset", "camvid",
@@ -570,7 +571,7 @@ def test_resumed_run_keeps_the_encoders_normalisation(
     encoder.unlink()  # it is not needed any more
     result = run_inside("train/main.py", "--savedir", tmp_path / "run", "--resume")
     assert result.returncode == 0, result.stderr
-    content = read_checkpoint(tmp_path / "run" / "best.pth")
+    content = load_checkpoint(tmp_path / "run" / "best.pth")
     assert content["meta"]["std"] == pytest.approx(IMAGENET_STD)
 
 

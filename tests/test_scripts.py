@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lednet.checkpoint import read_checkpoint
+from lednet.checkpoint import load_checkpoint
 from lednet.data.labels import cityscapes_scheme
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.run_dir import MEASURED_KEYS
@@ -55,7 +55,7 @@ def stages(folder: Path) -> list[tuple[str, int]]:
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
-    ours, theirs = (read_checkpoint(path)["state_dict"] for path in (a, b))
+    ours, theirs = (load_checkpoint(path)["state_dict"] for path in (a, b))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -78,7 +78,7 @@ def test_run_folder_holds_what_it_should(trained, toy_cityscapes):
     assert options["options"]["datadir"] == str(toy_cityscapes)
     assert options["environment"]["torch"] == torch.__version__
     assert "925,663 parameters" in (trained / "model.txt").read_text()
-    meta = read_checkpoint(trained / "best.pth")["meta"]
+    meta = load_checkpoint(trained / "best.pth")["meta"]
     assert meta["classes"] == list(cityscapes_scheme().classes) and meta["size"] == [64, 128]
 
 

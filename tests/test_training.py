@@ -13,16 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from lednet import LEDNet, UserError
-from lednet.data.dataset import SkippingDataset, open_dataset
+from lednet.data.dataset import SkippingDataset
 from lednet.data.pairs import Pair
+from lednet.data.registry import open_dataset
+from lednet.data.samplers import ClassUniformSampler, EachOnceSampler, ShuffledSampler
 from lednet.data.transforms import Augmentation
-from lednet.distributed import (
-    ClassUniformSampler,
-    EachOnceSampler,
-    ShuffledSampler,
-    World,
-    choose_device,
-)
+from lednet.device import choose_device
+from lednet.distributed import World
 from lednet.training import signals
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.losses import (

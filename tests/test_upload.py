@@ -15,6 +15,7 @@ from PIL import Image
 from test_bad_input import assert_refused
 
 from lednet import UserError
+from lednet.data.image_io import write_label_ids
 from lednet.evaluation.cityscapes_submission import (
     CITIES,
     MAX_BYTES,
@@ -22,7 +23,6 @@ from lednet.evaluation.cityscapes_submission import (
     frame_name,
     image_frames,
     prediction_name,
-    write_label_ids,
     write_upload,
 )
 

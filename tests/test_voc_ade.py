@@ -10,9 +10,10 @@ from test_bad_input import assert_refused
 from torchvision.models._meta import _VOC_CATEGORIES
 
 from lednet import UserError
-from lednet.data.dataset import SegmentationDataset, open_dataset, open_training_data
+from lednet.data.dataset import SegmentationDataset
+from lednet.data.folders import read_class_file
 from lednet.data.labels import IGNORE_INDEX
-from lednet.data.registry import CLASS_FILES, read_class_file
+from lednet.data.registry import CLASS_FILES, open_dataset, open_training_data
 
 SIZES = [(40, 56), (56, 40), (48, 48)]  # (height, width)
 VOC_SPLITS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lednet import LEDNet, UserError, load_network, load_weights
+from lednet import LEDNet, UserError, load_model, load_weights
 from lednet.checkpoint import save_checkpoint
 from lednet.model import EncoderClassifier
 
@@ -71,7 +71,7 @@ def test_reference_names_prefixes_and_bundles_are_understood(net, tmp_path, pref
 )
 def test_network_is_rebuilt_from_its_weights(other, tmp_path):
     save_checkpoint(tmp_path / "w.pth", other, {"classes": ["a"]})
-    net, meta = load_network(tmp_path / "w.pth")
+    net, meta = load_model(tmp_path / "w.pth")
     assert (net.num_classes, net.variant) == (other.num_classes, other.variant)
     assert net.pyramid_channels == other.pyramid_channels
     assert meta == {"classes": ["a"]} and not net.training
@@ -144,7 +144,7 @@ def test_classifiers_of_other_classes_and_other_networks_are_told_apart(net, tmp
     with pytest.raises(UserError, match=r"w\.pth does not fit the classifier with 4 classes"):
         load_weights(EncoderClassifier(4), tmp_path / "w.pth")
     with pytest.raises(UserError, match="no LEDNet decoder"):
-        load_network(tmp_path / "w.pth")
+        load_model(tmp_path / "w.pth")
     save_checkpoint(tmp_path / "w.pth", net, {})
     with pytest.raises(UserError, match=r"with 20 classes.*classifier.weight is missing"):
         load_weights(EncoderClassifier(20), tmp_path / "w.pth")
@@ -153,7 +153,7 @@ def test_classifiers_of_other_classes_and_other_networks_are_told_apart(net, tmp
 def test_encoder_stage_weights_are_no_full_network(net, tmp_path):
     save_checkpoint(tmp_path / "w.pth", net.encoder_stage(), {})
     with pytest.raises(UserError, match="no LEDNet decoder"):
-        load_network(tmp_path / "w.pth")
+        load_model(tmp_path / "w.pth")
 
 
 class Bomb:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from torch import nn
 
-from lednet.checkpoint import load_state, read_checkpoint, weights_file
+from lednet.checkpoint import load_checkpoint, load_state
 from lednet.cli.train_args import (
     add_loading_flags,
     add_recipe_flags,
@@ -40,19 +40,13 @@ from lednet.cli.train_args import (
     require_schedule,
 )
 from lednet.data.cache import CachedDataset, command_line
-from lednet.data.dataset import (
-    TRAINING_PARTS,
-    SegmentationDataset,
-    SkippingDataset,
-    cache_split,
-    open_training_data,
-    pixel_shares,
-)
+from lednet.data.dataset import SegmentationDataset, SkippingDataset, pixel_shares
 from lednet.data.loaders import make_loaders
-from lednet.data.registry import DATASETS
+from lednet.data.registry import DATASETS, TRAINING_PARTS, cache_split, open_training_data
 from lednet.data.transforms import PRESETS, Augmentation
 from lednet.distributed import World, synchronize_batch_norm
 from lednet.errors import UserError, exit_on_user_error
+from lednet.hub import resolve_weights
 from lednet.io import plain_values, write_text
 from lednet.model import VARIANTS, LEDNet, count_parameters
 from lednet.training.loop import Course, Equipment, train_stages
@@ -318,7 +312,7 @@ def start_weights(args: argparse.Namespace, course: Course) -> None:
         ("--pretrainedEncoder", args.pretrained_encoder, "encoder."),
     ):
         if path:
-            content = read_checkpoint(weights_file(path))
+            content = load_checkpoint(resolve_weights(path))
             report = load_state(course.net, content["state_dict"], path, part)
             meta = content.get("meta", {})
             course.meta |= {key: meta[key] for key in ("mean", "std") if key in meta}

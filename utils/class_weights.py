@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import yaml
 
-from lednet.data.dataset import TRAINING_PARTS, open_training_data, pixel_shares
-from lednet.data.registry import DATASETS
+from lednet.data.dataset import pixel_shares
+from lednet.data.registry import DATASETS, TRAINING_PARTS, open_training_data
 from lednet.errors import UserError, exit_on_user_error
 from lednet.training.losses import WEIGHT_OFFSETS, class_weights
 

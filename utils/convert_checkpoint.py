@@ -17,18 +17,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.checkpoint import (
-    compare_keys,
-    input_size,
-    load_network,
-    read_checkpoint,
-    save_checkpoint,
-    weights_file,
-)
+from lednet.checkpoint import compare_keys, load_checkpoint, save_checkpoint, save_pretrained
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.errors import UserError, exit_on_user_error
-from lednet.hub import save_pretrained
-from lednet.model import LEDNet, count_parameters
+from lednet.hub import input_size, resolve_weights
+from lednet.model import LEDNet, count_parameters, load_model
 from lednet.visualization import output_scheme
 
 NO_NORMALIZATION = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
@@ -79,8 +72,8 @@ def main() -> None:
     if args.out.exists() and args.out.is_dir() == as_file:
         kind = "a folder" if as_file else "a file"
         raise UserError(f"{args.out} is {kind}: choose another --out")
-    net, meta = load_network(args.weights)
-    state = read_checkpoint(weights_file(args.weights))["state_dict"]
+    net, meta = load_model(args.weights)
+    state = load_checkpoint(resolve_weights(args.weights))["state_dict"]
     meta = complete_meta(net, meta, args)
     if as_file:
         save_checkpoint(args.out, net, meta)

@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lednet.demo.labeller import Labeller, Limits
-from lednet.distributed import choose_device
+from lednet.device import choose_device
 from lednet.errors import UserError, exit_on_user_error
 from lednet.export.formats import installed
-from lednet.hub import released_names
+from lednet.hub import list_pretrained
 from lednet.inference.backends import BACKENDS, choose_backend
 
 EXAMPLE = ROOT / "docs" / "toy_street.png"
@@ -66,7 +66,7 @@ def main() -> None:
     )
     device = choose_device(args.device)
     backend = choose_backend(device) if args.backend == "auto" else args.backend
-    weights = {str(path): path for path in (*args.weights, *map(Path, released_names()))}
+    weights = {str(path): path for path in (*args.weights, *map(Path, list_pretrained()))}
     labeller = Labeller(weights, device, limits)
     if backend not in labeller.backends:
         raise UserError(f"the backend {backend} is not installed: see docs/deploy.md")

@@ -35,17 +35,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lednet.checkpoint import input_size, load_network, require_classes, weights_file
-from lednet.data.dataset import SegmentationDataset, open_dataset
+from lednet.data.dataset import SegmentationDataset
 from lednet.data.image_io import open_image, to_rgb
+from lednet.data.labels import require_classes
 from lednet.data.pairs import IMAGE_SUFFIXES
-from lednet.data.registry import DATASETS
+from lednet.data.registry import DATASETS, open_dataset
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.evaluator import evaluate_predictor, require_labels
 from lednet.export.exporter import OUTPUTS, PRECISIONS, Parity, ParityError, export
 from lednet.export.formats import FORMATS, MIN_TRACED_SIDE, Exported, require_packages
+from lednet.hub import input_size, resolve_weights
 from lednet.inference.predictor import Predictor
-from lednet.model import LEDNet
+from lednet.model import LEDNet, load_model
 
 EXIT_STATUS = 1
 """The file answers otherwise than the network."""
@@ -189,7 +190,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def default_path(args: argparse.Namespace) -> Path:
-    weights = weights_file(args.weights)
+    weights = resolve_weights(args.weights)
     name = weights.stem + ("-int8" if args.precision == "int8" else "")
     return weights.with_name(name + FORMATS[args.format].suffix)
 
@@ -198,7 +199,7 @@ def main() -> None:
     args = build_parser().parse_args()
     check_options(args)
     check = list_images(args.check_images) if args.check_images else None
-    net, meta = load_network(args.weights)
+    net, meta = load_model(args.weights)
     size = input_size(meta, None, args.height, args.width)
     calibration = accept = None
     if args.precision == "int8":

@@ -36,13 +36,13 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from lednet.checkpoint import weights_checksum
 from lednet.data.imagefolder import SUFFIXES
 from lednet.data.labels import LabelScheme, cityscapes_label_ids, cityscapes_scheme
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.device import AMP_DTYPES
 from lednet.distributed import World, join_world, leave_world
 from lednet.errors import UserError, exit_on_user_error, refuse
+from lednet.hub import weights_checksum
 from lednet.inference.backends import BACKENDS
 from lednet.inference.inputs import find_inputs
 from lednet.inference.predictor import Predictor

@@ -19,12 +19,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.checkpoint import load_network, require_classes
-from lednet.data.labels import camvid_scheme, cityscapes_scheme
+from lednet.checkpoint import CONFIG, TENSORS, save_pretrained
+from lednet.data.labels import camvid_scheme, cityscapes_scheme, require_classes
 from lednet.errors import UserError, exit_on_user_error
-from lednet.hub import CONFIG, RELEASED, TENSORS, released_names, save_pretrained
+from lednet.hub import RELEASED, list_pretrained
 from lednet.io import read_json, write_between_marks, write_text
-from lednet.model import count_parameters
+from lednet.model import count_parameters, load_model
 from lednet.training.run_dir import read_options, read_records
 
 DATA = {
@@ -214,7 +214,7 @@ def card(name: str, config: dict[str, Any], parameters: int) -> str:
 def results_table(released: Path) -> str:
     """Every network in the folder `released` and its scores, a row each."""
     rows = ["| weights | data | mIoU | pixel accuracy | measured on |", "|---|---|---|---|---|"]
-    for name in released_names(released):
+    for name in list_pretrained(released):
         meta = read_json(released / name / CONFIG)["meta"]
         rows += [
             f"| [{name}](../save/released/{name}/README.md) | {meta['dataset']} | "
@@ -229,7 +229,7 @@ def main() -> None:
     args = build_parser().parse_args()
     if Path(args.name).name != args.name or args.name.startswith("."):
         raise UserError(f"--name {args.name!r} is no folder's name: write it as in camvid-d20")
-    net, meta = load_network(args.runs[-1])
+    net, meta = load_model(args.runs[-1])
     if meta.get("dataset") not in DATA:
         raise UserError(
             f"{args.runs[-1]} was trained on {meta.get('dataset')}, whose terms are not known "

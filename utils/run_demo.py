@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lednet.distributed import choose_device
+from lednet.device import choose_device
 from lednet.errors import UserError, exit_on_user_error
 from lednet.inference.benchmark import speed_card
 from lednet.inference.predictor import Predictor

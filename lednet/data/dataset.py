@@ -1,6 +1,5 @@
 """Data sets: pairs of files and a label scheme behind one `SegmentationDataset`."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,15 +14,7 @@ from tqdm import tqdm
 
 from lednet.data.image_io import open_image, read_image
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
-from lednet.data.pairs import (
-    Pair,
-    ground_truth,
-    hold_out,
-    list_examples,
-    match,
-    present,
-)
-from lednet.data.registry import DEFAULT_SIZES, list_split
+from lednet.data.pairs import Pair, present
 from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
 
@@ -209,124 +200,6 @@ def count_classes(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
     """Pixels of each class in a label of class indices, (num_classes + 1,) int64, void last."""
     counts = np.bincount(label.ravel(), minlength=256)
     return np.append(counts[: scheme.num_classes], counts[IGNORE_INDEX])
-
-
-def hold_out_split(
-    pairs: list[Pair], split: str, val_every: int, val_names: str | None, place: str
-) -> list[Pair]:
-    """What of the pairs belongs to "train" or "val"; all, where nothing is held out.
-
-    Raises:
-        UserError: both ways are chosen, or nothing is left.
-    """
-    if val_every and val_names:
-        raise UserError("--val-every and --val-names each hold images out: give one of them")
-    if not (val_every or val_names) or split not in ("train", "val"):
-        return pairs
-    pairs = hold_out(pairs, split == "val", val_every, val_names or "")
-    if not pairs:
-        flag = f"--val-every {val_every}" if val_every else f"--val-names {val_names}"
-        raise UserError(f"{place} {split} is empty after {flag}: hold out others")
-    return pairs
-
-
-def open_dataset(
-    name: str,
-    root: str | os.PathLike,
-    split: str,
-    *,
-    annotations: str = "fine",
-    labels: str = "auto",
-    class_file: str | os.PathLike | None = None,
-    val_every: int = 0,
-    val_names: str | None = None,
-) -> SegmentationDataset:
-    """Open one split of a data set, its files paired and none of them read yet.
-
-    Args:
-        name: a key of `lednet.data.registry.DATASETS`; "folders" is own data (`images` and
-            `labels`, with or without a folder for each split inside, and a class file).
-        root: the data set's folder.
-        split: "train", "val", "test" or, for Cityscapes' coarse images, "train_extra".
-        annotations: "fine" or, of Cityscapes, "coarse", of VOC, "aug".
-        labels: "auto" (by the file names), "labelIds" or "labelTrainIds" (Cityscapes).
-        class_file: classes of own data; default `classes.yaml` in `root`.
-        val_every: instead of a validation folder, hold out every n-th training image as
-            "val"; 0 for data that has one.
-        val_names: or those whose names begin so.
-
-    Raises:
-        UserError: see `list_split`, `lednet.data.pairs.match` and `hold_out_split`.
-    """
-    scheme, listing = list_split(
-        name, root, split, annotations=annotations, labels=labels, class_file=class_file,
-        holds_out=bool(val_every or val_names),
-    )  # fmt: skip
-    pairs = hold_out_split(match(listing), split, val_every, val_names, str(root))
-    return SegmentationDataset(pairs, scheme)
-
-
-TRAINING_PARTS = {
-    "fine": (("train", "fine"),),
-    "coarse": (("train_extra", "coarse"), ("train", "coarse")),
-    "both": (("train", "fine"), ("train_extra", "coarse")),
-    "aug": (("train", "aug"),),
-}
-"""What is trained on: splits and the annotations of each. "coarse" and "both" are of Cityscapes,
-"aug" of VOC."""
-
-
-def cache_split(annotations: str) -> str:
-    """Name of the training data's folder in a cache, which may hold several."""
-    return "train" if annotations == "fine" else f"train_{annotations}"
-
-
-def open_training_data(
-    name: str,
-    root: str | os.PathLike,
-    height: int | None = None,
-    width: int | None = None,
-    *,
-    annotations: str = "fine",
-    with_val: bool = False,
-    **options: Any,
-) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """What training reads: training data and validation data, at working size.
-
-    Args:
-        height, width: of the working size in pixels; by default that of `DEFAULT_SIZES`, or of
-            own data's first image.
-        annotations: a key of `TRAINING_PARTS`; those of the validation data are always fine.
-        with_val: train on the validation data too, for a final model; its score on them is then
-            none of a generalisation.
-        options: `labels`, `class_file`, `val_every` and `val_names` of `open_dataset`.
-
-    Raises:
-        UserError: see `open_dataset`; or the parts' labels are of different kinds, or training
-            and validation share images without `with_val`.
-    """
-    kinds = TRAINING_PARTS[annotations]
-    parts = [open_dataset(name, root, split, annotations=kind, **options) for split, kind in kinds]
-    scheme = parts[0].scheme
-    if any(part.scheme != scheme for part in parts):
-        folders = " and ".join(f"{ground_truth(kind)}/{split}" for split, kind in kinds)
-        raise UserError(
-            f"of {folders} in {root}, one holds labelIds and the other labelTrainIds: give both "
-            "the same, or name what both hold with --labels"
-        )
-    val = open_dataset(name, root, "val", **options)
-    shared = {p.image for part in parts for p in part.pairs} & {p.image for p in val.pairs}
-    if shared and not with_val:
-        raise UserError(
-            f"{len(shared)} of {len(val)} validation images of {root} are among those trained on "
-            f"({list_examples(path.name for path in shared)}): mend the lists, or hold out by "
-            "--val-names, or add --with-val"
-        )
-    parts += [val] * with_val
-    train = SegmentationDataset([pair for part in parts for pair in part.pairs], scheme)
-    default = DEFAULT_SIZES.get(name) or train.read(0)[0].shape[:2]
-    train.size = val.size = (height or default[0], width or default[1])
-    return train, val
 
 
 def pixel_shares(class_counts: np.ndarray) -> np.ndarray:

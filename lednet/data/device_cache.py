@@ -1,8 +1,6 @@
 """A decoded data set in the memory of the training device, and batches gathered there."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -11,6 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from lednet.data.dataset import PairDataset
+from lednet.device import free_memory
 from lednet.errors import UserError
 
 MEMORY_SHARE = 0.9
@@ -114,15 +113,3 @@ def _require_memory(needed: int, device: torch.device) -> None:
             f"--cache-device needs {needed / 1e9:.2f} GB on {device}, where {free / 1e9:.2f} GB "
             "are free: use a smaller --height and --width, or --cache DIR instead"
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Free memory of `device` in bytes; None if it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu":
-        with contextlib.suppress(OSError, ValueError, StopIteration):
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            available = next(line for line in lines if line.startswith("MemAvailable"))
-            return int(available.split()[1]) * 1024
-    return None

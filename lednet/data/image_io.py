@@ -2,6 +2,7 @@
 
 import os
 import warnings
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -9,14 +10,12 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lednet.errors import UserError
+from lednet.io import LIMIT, max_pixels, write_atomically
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 """What is opened, by content and never by suffix: another of Pillow's readers starts Ghostscript,
 and each is more code that strange bytes reach."""
 
-LIMIT = "LEDNET_MAX_PIXELS"
-"""Environment variable: pixels above which no image is decoded."""
-DEFAULT_LIMIT = 100_000_000
 
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,18 +38,6 @@ warnings.filterwarnings(
     "|palette images with transp",
     module=r"PIL\.",
 )
-
-
-def max_pixels() -> int:
-    """Pixels that an image may have.
-
-    Raises:
-        UserError: the environment variable is no number.
-    """
-    told = os.environ.get(LIMIT, str(DEFAULT_LIMIT))
-    if not (told.isdecimal() and told.isascii() and len(told) < 19 and int(told)):
-        raise UserError(f"{LIMIT} is {told!r}: give a number of pixels")
-    return int(told)
 
 
 def open_header(source: str | os.PathLike | BinaryIO, limit: int | None = None) -> Image.Image:
@@ -169,3 +156,14 @@ def _upright(image: Image.Image) -> Image.Image:
     """
     turn = turning(image)
     return image if turn is None else image.transpose(turn)
+
+
+def write_label_ids(path: str | os.PathLike, ids: np.ndarray) -> None:
+    """Write label ids, (H, W) uint8, to an 8-bit greyscale PNG, atomically."""
+    if ids.ndim != 2 or ids.dtype != np.uint8:
+        raise ValueError(f"ids must be (H, W) uint8, not {ids.shape} {ids.dtype}")
+    with write_atomically(path) as temporary:
+        # Label maps are runs of one value: coding just these is as fast as the lowest
+        # ordinary level, and the file is half as large.
+        image = Image.fromarray(ids)
+        image.save(temporary, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)

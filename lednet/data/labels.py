@@ -5,11 +5,15 @@ colours (source: the label table published with the data set,
 https://www.cityscapes-dataset.com). Everything else is derived from it.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+
+from lednet.errors import UserError
+from lednet.model import LEDNet
 
 IGNORE_INDEX = 255
 """Target value of pixels that count neither in the loss nor in a metric (void)."""
@@ -187,3 +191,27 @@ def camvid_scheme() -> LabelScheme:
     file_ids = {index: index for index in range(len(names))}
     file_ids[len(names)] = IGNORE_INDEX
     return LabelScheme(name="CamVid", classes=names, colors=colors, file_ids=file_ids)
+
+
+def require_classes(
+    net: LEDNet, meta: dict, scheme: LabelScheme, source: str | os.PathLike
+) -> None:
+    """Refuse a network whose outputs mean something else than the classes of `scheme`.
+
+    Args:
+        net, meta: as `load_model` returned them.
+        source: of the weights, for the message.
+
+    Raises:
+        UserError: another number of classes, or others by name.
+    """
+    if net.num_classes != scheme.num_outputs:
+        raise UserError(
+            f"{source} has {net.num_classes} outputs, {scheme.name} needs {scheme.num_outputs} "
+            f"({scheme.num_classes} classes and void): choose the data set it was trained on"
+        )
+    if "classes" in meta and tuple(meta["classes"]) != scheme.classes:
+        raise UserError(
+            f"{source} was trained on {meta.get('dataset')}, whose classes are not those of "
+            f"{scheme.name}: choose the data set it was trained on"
+        )

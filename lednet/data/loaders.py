@@ -1,6 +1,7 @@
 """Loading processes: what they deliver, how they end, and what is said when one dies."""
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lednet.data.dataset import PairDataset
 from lednet.data.device_cache import DeviceLoader, load_to_device
-from lednet.distributed import ClassUniformSampler, EachOnceSampler, ShuffledSampler, World
+from lednet.data.samplers import ClassUniformSampler, EachOnceSampler, ShuffledSampler
+from lednet.distributed import World
 from lednet.errors import UserError
-from lednet.training.signals import ignore_stop_signals
 
 
 class Loader(DataLoader[tuple[Tensor, Tensor]]):
@@ -119,3 +120,13 @@ def worker_failures() -> Iterator[None]:
             "a loading process died (killed, or out of memory): go on with --resume, perhaps "
             "with fewer --num-workers"
         ) from error
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """For loading processes: they end with the process that they load for, which a signal
+    to the whole group (a terminal's, a scheduler's) lets finish its step."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

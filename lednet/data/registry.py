@@ -3,73 +3,18 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from PIL import Image
-
-from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, cityscapes_scheme
-from lednet.data.pairs import (
-    Listing,
-    detect_cityscapes_encoding,
-    list_cityscapes,
-    list_folders,
-    list_voc,
-    voc_list,
-)
+from lednet.data.cityscapes import detect_cityscapes_encoding, ground_truth, list_cityscapes
+from lednet.data.dataset import SegmentationDataset
+from lednet.data.folders import list_folders, read_class_file
+from lednet.data.labels import LabelScheme, camvid_scheme, cityscapes_scheme
+from lednet.data.pairs import Listing, Pair, hold_out, list_examples, match
+from lednet.data.voc import list_voc, voc_list
 from lednet.errors import UserError
-from lednet.io import read_yaml
 
 CLASS_FILES = Path(__file__).parent / "classes"
 """Of data sets whose classes are published as tables."""
-
-
-def read_class_file(path: str | os.PathLike) -> LabelScheme:
-    """Read the classes of an own data set from a YAML or JSON file.
-
-    `classes` is a list of {name, id, color} (`id` defaults to the position, `color`
-    to a generated one), `ignore` a list of ids that do not count:
-
-        classes:
-          - {name: road, id: 0, color: [128, 64, 128]}
-          - {name: field, id: 1}
-        ignore: [255]
-
-    Raises:
-        UserError: no such file, no such structure, an id outside 0..255 or used twice.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no class file {path}: name one with --classes")
-    content = read_yaml(path)
-    try:
-        rows = list(content["classes"])
-        names = tuple(str(row["name"]) for row in rows)
-        ids = [int(row.get("id", i)) for i, row in enumerate(rows)]
-        colors = [
-            [int(c) for c in row.get("color", _generated_color(i))] for i, row in enumerate(rows)
-        ]
-        ignored = [int(i) for i in content.get("ignore", [])]
-    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{path} must hold `classes`, a list of {{name, id, color}}: see datasets/README.md"
-        ) from error
-    every = ids + ignored
-    if not ids or len(set(every)) < len(every) or not all(0 <= i <= 255 for i in every):
-        raise UserError(f"{path}: ids must be 0 to 255, each used once, and at least one class")
-    if len(ids) >= IGNORE_INDEX:
-        raise UserError(f"{path}: {len(ids)} classes are more than the 254 that fit")
-    if any(len(c) != 3 or not all(0 <= v <= 255 for v in c) for c in colors):
-        raise UserError(f"{path}: a color is three numbers, 0 to 255")
-    file_ids = {file_id: index for index, file_id in enumerate(ids)}
-    file_ids.update(dict.fromkeys(ignored, IGNORE_INDEX))
-    return LabelScheme(path.stem, names, tuple((r, g, b) for r, g, b in colors), file_ids)
-
-
-def _generated_color(index: int) -> tuple[int, int, int]:
-    """A colour for each class index, far apart in hue (golden-angle steps)."""
-    hue = round(index * 0.618034 * 255) % 256
-    red, green, blue = Image.new("HSV", (1, 1), (hue, 170, 220)).convert("RGB").tobytes()
-    return red, green, blue
 
 
 class Query(NamedTuple):
@@ -202,7 +147,7 @@ def list_split(
     Args:
         holds_out: "val" is to be held out of "train", which need then not have a folder of
             its own.
-        The others as of `lednet.data.dataset.open_dataset`; of own data without splits, `split`
+        The others as of `lednet.data.registry.open_dataset`; of own data without splits, `split`
         is "".
 
     Raises:
@@ -218,3 +163,121 @@ def list_split(
         raise UserError(f"{name} has no {annotations} annotations: choose {there}")
     split = "train" if holds_out and split == "val" else split
     return layout.list(Query(root, split, annotations, labels, class_file, holds_out))
+
+
+def hold_out_split(
+    pairs: list[Pair], split: str, val_every: int, val_names: str | None, place: str
+) -> list[Pair]:
+    """What of the pairs belongs to "train" or "val"; all, where nothing is held out.
+
+    Raises:
+        UserError: both ways are chosen, or nothing is left.
+    """
+    if val_every and val_names:
+        raise UserError("--val-every and --val-names each hold images out: give one of them")
+    if not (val_every or val_names) or split not in ("train", "val"):
+        return pairs
+    pairs = hold_out(pairs, split == "val", val_every, val_names or "")
+    if not pairs:
+        flag = f"--val-every {val_every}" if val_every else f"--val-names {val_names}"
+        raise UserError(f"{place} {split} is empty after {flag}: hold out others")
+    return pairs
+
+
+def open_dataset(
+    name: str,
+    root: str | os.PathLike,
+    split: str,
+    *,
+    annotations: str = "fine",
+    labels: str = "auto",
+    class_file: str | os.PathLike | None = None,
+    val_every: int = 0,
+    val_names: str | None = None,
+) -> SegmentationDataset:
+    """Open one split of a data set, its files paired and none of them read yet.
+
+    Args:
+        name: a key of `lednet.data.registry.DATASETS`; "folders" is own data (`images` and
+            `labels`, with or without a folder for each split inside, and a class file).
+        root: the data set's folder.
+        split: "train", "val", "test" or, for Cityscapes' coarse images, "train_extra".
+        annotations: "fine" or, of Cityscapes, "coarse", of VOC, "aug".
+        labels: "auto" (by the file names), "labelIds" or "labelTrainIds" (Cityscapes).
+        class_file: classes of own data; default `classes.yaml` in `root`.
+        val_every: instead of a validation folder, hold out every n-th training image as
+            "val"; 0 for data that has one.
+        val_names: or those whose names begin so.
+
+    Raises:
+        UserError: see `list_split`, `lednet.data.pairs.match` and `hold_out_split`.
+    """
+    scheme, listing = list_split(
+        name, root, split, annotations=annotations, labels=labels, class_file=class_file,
+        holds_out=bool(val_every or val_names),
+    )  # fmt: skip
+    pairs = hold_out_split(match(listing), split, val_every, val_names, str(root))
+    return SegmentationDataset(pairs, scheme)
+
+
+TRAINING_PARTS = {
+    "fine": (("train", "fine"),),
+    "coarse": (("train_extra", "coarse"), ("train", "coarse")),
+    "both": (("train", "fine"), ("train_extra", "coarse")),
+    "aug": (("train", "aug"),),
+}
+"""What is trained on: splits and the annotations of each. "coarse" and "both" are of Cityscapes,
+"aug" of VOC."""
+
+
+def cache_split(annotations: str) -> str:
+    """Name of the training data's folder in a cache, which may hold several."""
+    return "train" if annotations == "fine" else f"train_{annotations}"
+
+
+def open_training_data(
+    name: str,
+    root: str | os.PathLike,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    annotations: str = "fine",
+    with_val: bool = False,
+    **options: Any,
+) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """What training reads: training data and validation data, at working size.
+
+    Args:
+        height, width: of the working size in pixels; by default that of `DEFAULT_SIZES`, or of
+            own data's first image.
+        annotations: a key of `TRAINING_PARTS`; those of the validation data are always fine.
+        with_val: train on the validation data too, for a final model; its score on them is then
+            none of a generalisation.
+        options: `labels`, `class_file`, `val_every` and `val_names` of `open_dataset`.
+
+    Raises:
+        UserError: see `open_dataset`; or the parts' labels are of different kinds, or training
+            and validation share images without `with_val`.
+    """
+    kinds = TRAINING_PARTS[annotations]
+    parts = [open_dataset(name, root, split, annotations=kind, **options) for split, kind in kinds]
+    scheme = parts[0].scheme
+    if any(part.scheme != scheme for part in parts):
+        folders = " and ".join(f"{ground_truth(kind)}/{split}" for split, kind in kinds)
+        raise UserError(
+            f"of {folders} in {root}, one holds labelIds and the other labelTrainIds: give both "
+            "the same, or name what both hold with --labels"
+        )
+    val = open_dataset(name, root, "val", **options)
+    shared = {p.image for part in parts for p in part.pairs} & {p.image for p in val.pairs}
+    if shared and not with_val:
+        raise UserError(
+            f"{len(shared)} of {len(val)} validation images of {root} are among those trained on "
+            f"({list_examples(path.name for path in shared)}): mend the lists, or hold out by "
+            "--val-names, or add --with-val"
+        )
+    parts += [val] * with_val
+    train = SegmentationDataset([pair for part in parts for pair in part.pairs], scheme)
+    default = DEFAULT_SIZES.get(name) or train.read(0)[0].shape[:2]
+    train.size = val.size = (height or default[0], width or default[1])
+    return train, val

@@ -15,16 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from lednet.data.cityscapes import cityscapes_labels, cityscapes_pairs, detect_cityscapes_encoding
 from lednet.data.dataset import read_label
-from lednet.data.image_io import open_image, read_image
+from lednet.data.image_io import open_image, read_image, write_label_ids
 from lednet.data.labels import LabelScheme, cityscapes_id_scheme, cityscapes_label_ids
-from lednet.data.pairs import (
-    cityscapes_labels,
-    cityscapes_pairs,
-    detect_cityscapes_encoding,
-    list_examples,
-    present,
-)
+from lednet.data.pairs import list_examples, present
 from lednet.errors import UserError
 from lednet.evaluation.cityscapes_metrics import (
     AVERAGE_INSTANCE_SIZE,
@@ -33,9 +28,9 @@ from lednet.evaluation.cityscapes_metrics import (
     ImageCounts,
     count_image,
 )
-from lednet.evaluation.cityscapes_submission import frame_name, prediction_name, write_label_ids
-from lednet.inference.pipeline import in_order
+from lednet.evaluation.cityscapes_submission import frame_name, prediction_name
 from lednet.inference.predictor import Predictor
+from lednet.io import in_order
 
 
 class Frame(NamedTuple):

@@ -10,7 +10,6 @@ import os
 import re
 import struct
 import zipfile
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -82,17 +80,6 @@ def image_frames(root: str | os.PathLike, subset: str) -> set[str]:
     if not frames:
         raise UserError(f"{folder} holds no *_leftImg8bit images: check --datadir and --subset")
     return frames
-
-
-def write_label_ids(path: str | os.PathLike, ids: np.ndarray) -> None:
-    """Write label ids, (H, W) uint8, to an 8-bit greyscale PNG, atomically."""
-    if ids.ndim != 2 or ids.dtype != np.uint8:
-        raise ValueError(f"ids must be (H, W) uint8, not {ids.shape} {ids.dtype}")
-    with write_atomically(path) as temporary:
-        # Label maps are runs of one value: coding just these is as fast as the lowest
-        # ordinary level, and the file is half as large.
-        image = Image.fromarray(ids)
-        image.save(temporary, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
 
 
 def write_upload(path: str | os.PathLike, files: Iterable[str | os.PathLike]) -> None:

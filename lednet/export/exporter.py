@@ -5,7 +5,7 @@ go in as "image"; "labels" (N, H, W) uint8 or "logits" (N, C, ceil(H/8), ceil(W/
 come out. Batch norm is folded, and what a user of the file has to know (classes, colours,
 size) is inside it.
 
-    net, meta = load_network("save/run")
+    net, meta = load_model("save/run")
     parity = export(net, meta, "street.onnx", "onnx", (512, 1024), batches)
     label_map = load("street.onnx")(images)
 """
@@ -63,7 +63,7 @@ def describe(
     """What a file says about itself; every value but "lednet", "output" and "dataset" is JSON.
 
     Args:
-        meta: of the weights, as `load_network` returned it; what it lacks is left out.
+        meta: of the weights, as `load_model` returned it; what it lacks is left out.
         size: (height, width) in pixels that the network is meant to work at.
         output: a key of `OUTPUTS`.
         precision: one of `PRECISIONS`.
@@ -181,7 +181,7 @@ def export(
     as well. Whatever fails, `path` stays as it was.
 
     Args:
-        net: on the CPU, in evaluation mode, as `load_network` returns it with `meta`.
+        net: on the CPU, in evaluation mode, as `load_model` returns it with `meta`.
         format: a key of `FORMATS`.
         size: (height, width) in pixels.
         images: to compare on, batches (N, H, W, 3) uint8 RGB: of one image of `size`, or

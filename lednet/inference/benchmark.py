@@ -1,29 +1,18 @@
 """How fast a network is, measured so that the number can be believed."""
 
 import copy
-import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lednet.device import describe_device, peak_memory_mb, synchronize
 from lednet.inference.predictor import Predictor
 from lednet.model import resize
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until `device` has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def time_runs(
@@ -53,19 +42,6 @@ def count_macs(net: nn.Module, size: Sequence[int]) -> int:
     with FlopCounterMode(display=False) as counter:
         net(torch.zeros(1, 3, *size, device="meta"))
     return counter.get_total_flops() // 2
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """On CUDA the most that tensors took since the last reset; elsewhere the most that
-    the whole process ever took. In MB (10^6 bytes)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux's ru_maxrss also knows what the parent process took
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024 / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def speed_card(
@@ -158,19 +134,3 @@ def speed_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
         ("cost", f"{card['gmacs']:.2f} GMAC for one pass at {forward}"),
         ("peak memory", f"{card['peak_memory_mb']:,.0f} MB of the {card['peak_memory_of']}"),
     ]
-
-
-def describe_device(device: torch.device) -> str:
-    """A device's name for a report."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"{_processor_name()}, {torch.get_num_threads()} threads"
-    return device.type
-
-
-def _processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "CPU"

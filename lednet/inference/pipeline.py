@@ -1,26 +1,15 @@
 """Reading, predicting and writing at the same time, in order and in bounded memory."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
+
+from lednet.io import Result, in_order
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 Answer = TypeVar("Answer")
-Result = TypeVar("Result")
-
-
-def in_order(pool: Executor, jobs: Iterable[Callable[[], Result]], ahead: int) -> Iterator[Result]:
-    """Results of `jobs` in their order, at most `ahead` of them begun before they are needed."""
-    pending: deque[Future] = deque()
-    for job in jobs:
-        pending.append(pool.submit(job))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 def _until_none(items: Iterable[Loaded | None]) -> Iterator[Loaded]:

@@ -8,41 +8,22 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lednet.checkpoint import input_size, load_network, require_classes
 from lednet.data.image_io import open_image, to_rgb
-from lednet.data.labels import LabelScheme
+from lednet.data.labels import LabelScheme, require_classes
 from lednet.errors import UserError
 from lednet.export.formats import Exported, is_exported
 from lednet.export.wrappers import BytesToLogits
+from lednet.hub import input_size
 from lednet.inference.backends import choose_backend, exported_core, make_core, open_exported
 from lednet.inference.sparse_argmax import label_map
-from lednet.model import LEDNet, count_parameters, resize
+from lednet.model import LEDNet, count_parameters, enlarge, load_model, predict_at, resize
 
 STRIDE = 8
 """Pixels of the network's input to one value of what its decoder answers."""
-
-
-def enlarge(scores: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear interpolation of scores to the size at which they are compared.
-
-    scores: (N, C, h, w) -> (N, C, *size)
-    """
-    if scores.shape[-2:] == torch.Size(size):
-        return scores
-    return F.interpolate(scores, size, mode="bilinear", align_corners=False)
-
-
-def predict_at(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Class of every pixel at `size`: the logits are enlarged before the argmax.
-
-    logits: (N, C, h, w) -> (N, *size) int64
-    """
-    return enlarge(logits, size).argmax(dim=1)
 
 
 class Span(NamedTuple):
@@ -163,7 +144,7 @@ class Predictor:
             options: as of the class.
 
         Raises:
-            UserError: as `load_network`, `require_classes` and `input_size`; an exported
+            UserError: as `load_model`, `require_classes` and `input_size`; an exported
                 file that holds label maps, or options that it has settled.
         """
         net: LEDNet | Exported
@@ -171,7 +152,7 @@ class Predictor:
             net, meta = _open_logits(Path(path), options)
             named = net.skeleton()
         else:
-            net, meta = load_network(path)
+            net, meta = load_model(path)
             named = net
             options = {key: meta[key] for key in ("mean", "std") if key in meta} | options
         if scheme is not None:

@@ -97,7 +97,7 @@ class VideoReader:
     Args:
         source: a file, or a camera's device.
         format: that of a camera, `CAMERA_FORMAT`; a file's is told by its content.
-        max_pixels: of a frame, `lednet.data.image_io.max_pixels()` if not given; the limit holds
+        max_pixels: of a frame, `lednet.io.max_pixels()` if not given; the limit holds
             before one is decoded.
 
     Attributes:

@@ -1,6 +1,7 @@
 """Predictions of images and videos as files: label maps, pictures, and the classes' shares."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
@@ -10,14 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lednet.data.image_io import open_image, to_rgb
+from lednet.data.dataset import SegmentationDataset
+from lednet.data.image_io import open_image, to_rgb, write_label_ids
 from lednet.data.labels import LabelScheme
 from lednet.errors import UserError
-from lednet.evaluation.cityscapes_submission import write_label_ids
 from lednet.inference.pipeline import overlap
 from lednet.inference.predictor import Predictor
 from lednet.inference.video import VideoFrame, VideoWriter, write_video
 from lednet.io import write_folder_atomically
+from lednet.plots import contact_sheet
 from lednet.visualization import PICTURES, Painter, write_picture
 
 KINDS = ("labels", *PICTURES)
@@ -226,3 +228,19 @@ def predict_video(
 def errors_of(entries: Iterable[dict[str, Any]]) -> list[str]:
     """Why images were passed over, of the entries of `predict_images`."""
     return [entry["error"] for entry in entries if "error" in entry]
+
+
+def sample_sheet(
+    predictor: Predictor, data: SegmentationDataset, path: str | os.PathLike, images: int
+) -> None:
+    """Draw a contact sheet of `images` pictures spread evenly over `data`.
+
+    Args:
+        path: PNG to write.
+    """
+    count = min(images, len(data))
+    rows = []
+    for i in range(count):
+        pixels, truth = data.read(i * len(data) // count)
+        rows.append((pixels, truth, predictor(pixels)))
+    contact_sheet(rows, data.scheme, path)

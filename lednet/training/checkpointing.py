@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lednet.checkpoint import read_checkpoint, save_checkpoint
+from lednet.checkpoint import load_checkpoint, save_checkpoint
 from lednet.errors import UserError
 
 
@@ -51,7 +51,7 @@ class Checkpoints:
         complaints: list[str] = []
         for path in self.paths():
             try:
-                return path, read_checkpoint(path), complaints
+                return path, load_checkpoint(path), complaints
             except UserError as error:
                 complaints.append(str(error))
                 if main and path.exists():

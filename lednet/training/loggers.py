@@ -12,7 +12,7 @@ from torch import nn
 
 from lednet.data.labels import LabelScheme
 from lednet.data.loaders import Batches
-from lednet.inference.predictor import predict_at
+from lednet.model import predict_at
 from lednet.training.tasks import Task
 from lednet.visualization import colorize
 

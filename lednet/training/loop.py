@@ -17,8 +17,8 @@ from torch import nn
 from lednet.checkpoint import load_state, save_checkpoint
 from lednet.data.dataset import SkippingDataset
 from lednet.data.loaders import Batches, TrainBatches, end_loading
+from lednet.device import peak_memory_mb
 from lednet.errors import UserError
-from lednet.inference.benchmark import peak_memory_mb
 from lednet.plots import plot_curves
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.loggers import Dashboard

@@ -13,9 +13,9 @@ import torch
 import torchvision
 
 import lednet
+from lednet.device import describe_device
 from lednet.distributed import World
 from lednet.errors import UserError
-from lednet.inference.benchmark import describe_device
 from lednet.io import read_json, remove_leftovers, write_json, write_text
 
 if sys.platform != "win32":

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from lednet.data.loaders import STOP_SIGNALS
 from lednet.distributed import World
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAVE = 1
 """What `Keeper.order` answers when only a checkpoint is due; signals have higher numbers."""
 
@@ -60,13 +60,6 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def ignore_stop_signals(worker: int = 0) -> None:
-    """For loading processes: they end with the process that they load for, which a signal
-    to the whole group (a terminal's, a scheduler's) lets finish its step."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Keeper:

@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lednet.checkpoint import BEST_WEIGHTS
-from lednet.data.dataset import TRAINING_PARTS
+from lednet.data.registry import TRAINING_PARTS
 from lednet.errors import UserError
+from lednet.hub import BEST_WEIGHTS
 
 
 @dataclass(frozen=True)

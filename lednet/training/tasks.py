@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lednet.data.classification_transforms import ImageAugmentation
 from lednet.data.transforms import Augmentation
-from lednet.inference.predictor import predict_at
 from lednet.metrics import ConfusionMatrix, none_if_nan
+from lednet.model import predict_at
 from lednet.training.losses import WeightedCrossEntropy, resize_target
 
 

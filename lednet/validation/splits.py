@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lednet.data.dataset import hold_out_split
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
 from lednet.data.pairs import Listing, Pair
-from lednet.data.registry import DATASETS, list_split
+from lednet.data.registry import DATASETS, hold_out_split, list_split
 from lednet.errors import UserError
 from lednet.validation.inspection import Look
 from lednet.validation.issues import Finding, Findings

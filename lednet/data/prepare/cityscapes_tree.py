@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from lednet.data.pairs import CITYSCAPES_ARCHIVES, archive_of, list_examples
+from lednet.data.cityscapes import CITYSCAPES_ARCHIVES, archive_of
+from lednet.data.pairs import list_examples
 from lednet.data.prepare.zips import Archive, Limits
 from lednet.errors import UserError
 

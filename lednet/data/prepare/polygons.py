@@ -13,11 +13,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from lednet.data.image_io import max_pixels
+from lednet.data.cityscapes import ground_truth
 from lednet.data.labels import CITYSCAPES_LABELS
-from lednet.data.pairs import ground_truth
 from lednet.errors import UserError
-from lednet.io import write_atomically
+from lednet.io import max_pixels, write_atomically
 
 ENDING = "_polygons.json"
 MAX_BYTES = 16 * 2**20

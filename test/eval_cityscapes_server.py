@@ -185,7 +185,10 @@ def run_network(
     if done and world.is_main:
         print(f"{len(done)} of {len(frames)} images are done already in {args.out}")
     left = [frame for frame in frames if frame.name not in done][world.rank :: world.size]
-    results = predict_frames(predictor, left, scheme, folder, args.batch_size, args.num_workers)
+    results = predict_frames(
+        predictor.label_maps, predictor.size, left, scheme, folder, args.batch_size,
+        args.num_workers,
+    )  # fmt: skip
     mine = []
     for result in show_progress(results, len(left), args, world):
         journal.add(result.to_json())
@@ -317,7 +320,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         path = args.out / "report.html" if args.report is True else args.report
         write_benchmark_report(
             path, f"Cityscapes {args.subset}", results, frames, files, scheme,
-            network=network, card=card, options=plain_values(vars(args)), images=args.report_images,
+            network=network, card=card, speed=speed_rows(card) if card else (), options=plain_values(vars(args)), images=args.report_images,
         )  # fmt: skip
         print(f"report: {path}")
 

@@ -26,7 +26,7 @@ from lednet.data.dataset import SegmentationDataset
 from lednet.data.registry import DATASETS, DEFAULT_SIZES, open_dataset
 from lednet.device import AMP_DTYPES, choose_device
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.evaluator import evaluate_predictor, require_labels
+from lednet.evaluation.evaluator import evaluate, require_labels
 from lednet.inference.backends import BACKENDS
 from lednet.inference.predictor import Predictor
 from lednet.inference.writers import sample_sheet
@@ -97,7 +97,7 @@ def score(
                 yield images, target
                 bar.update(len(images))
 
-        return evaluate_predictor(predictor, batches(), data.scheme.num_classes)
+        return evaluate(predictor.label_maps, batches(), data.scheme.num_classes, predictor.device)
 
 
 def print_table(result: dict) -> None:

@@ -20,7 +20,15 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
     if path.relative_to(ROOT).parts[0] not in ("build", "dist")
 )
-API = ("lednet.data", "lednet.training", "lednet.evaluation", "lednet.deploy", "lednet.demo")
+API = (
+    "lednet.data",
+    "lednet.training",
+    "lednet.evaluation",
+    "lednet.export",
+    "lednet.inference",
+    "lednet.validation",
+    "lednet.demo",
+)
 """Packages whose own module holds nothing to document."""
 
 

@@ -57,8 +57,8 @@ def test_wheel_holds_what_the_library_needs(built):
         "lednet/data/classes/ADE20K.yaml",
         "lednet/demo/page.css",
         "lednet/demo/page.js",
-        "lednet/evaluation/page.html",
-        "lednet/evaluation/dataset.html",
+        "lednet/templates/page.html",
+        "lednet/templates/dataset.html",
         "lednet/released/camvid-d20/model.safetensors",
     } <= names
     code = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("lednet/**/*.py")}

@@ -14,14 +14,8 @@ import pytest
 from PIL import Image
 
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
-from lednet.evaluation.page import (
-    ERROR_COLOR,
-    Figure,
-    ImageRow,
-    Report,
-    encode_panes,
-    write_report,
-)
+from lednet.evaluation.page import ERROR_COLOR, ImageRow, Report, encode_panes, write_report
+from lednet.html import Figure
 
 HOSTILE = "<script>alert(1)</script>.png"
 SCHEME = LabelScheme(

@@ -41,7 +41,7 @@ from lednet.data.labels import require_classes
 from lednet.data.pairs import IMAGE_SUFFIXES
 from lednet.data.registry import DATASETS, open_dataset
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.evaluator import evaluate_predictor, require_labels
+from lednet.evaluation.evaluator import evaluate, require_labels
 from lednet.export.exporter import OUTPUTS, PRECISIONS, Parity, ParityError, export
 from lednet.export.formats import FORMATS, MIN_TRACED_SIDE, Exported, require_packages
 from lednet.hub import input_size, resolve_weights
@@ -146,7 +146,9 @@ def miou_gate(
 
     def miou(predictor: Predictor, what: str) -> float:
         images = tqdm(DataLoader(data), what, unit="image", leave=False, dynamic_ncols=True)
-        confusion = evaluate_predictor(predictor, images, data.scheme.num_classes)
+        confusion = evaluate(
+            predictor.label_maps, images, data.scheme.num_classes, predictor.device
+        )
         require_labels(confusion, "--datadir")
         return 100 * confusion.mean_iou()
 

@@ -18,8 +18,8 @@ from lednet.evaluation.cityscapes_metrics import (
     EVALUATED_CLASSES,
     BenchmarkScores,
 )
-from lednet.evaluation.page import Figure, ImageRow, Report, encode_panes, write_report
-from lednet.inference.benchmark import speed_rows
+from lednet.evaluation.page import ImageRow, Report, encode_panes, write_report
+from lednet.html import Figure
 from lednet.metrics import none_if_nan
 
 
@@ -86,6 +86,7 @@ def write_benchmark_report(
     *,
     network: BenchmarkScores | None = None,
     card: dict[str, Any] | None = None,
+    speed: Sequence[tuple[str, str]] = (),
     options: Mapping[str, Any],
     images: int = 500,
     workers: int = 2,
@@ -97,14 +98,15 @@ def write_benchmark_report(
         predictions: label-id PNG of each frame by name.
         label_scheme: to read the labels with, as `find_frames` gave it.
         network: scores at the network's size.
-        card: from `speed_card`.
+        card: measured speed, from `speed_card`.
+        speed: the same as rows of a table, from `speed_rows`.
         options: of the run.
         images: how many, at most.
     """
     full = total_scores(result.full for result in results)
     tables: dict[str, list[tuple[str, str]]] = {}
-    if card is not None:
-        tables["Speed"] = speed_rows(card)
+    if speed:
+        tables["Speed"] = list(speed)
     iou, iiou = full.category_iou(), full.category_iiou()
     tables["Categories"] = [
         (

@@ -29,7 +29,7 @@ from lednet.evaluation.cityscapes_metrics import (
     count_image,
 )
 from lednet.evaluation.cityscapes_submission import frame_name, prediction_name
-from lednet.inference.predictor import Predictor
+from lednet.evaluation.evaluator import LabelMapper
 from lednet.io import in_order
 
 
@@ -269,7 +269,8 @@ def _stack(images: list[Tensor]) -> Tensor:
 
 
 def predict_frames(
-    predictor: Predictor,
+    label_maps: LabelMapper,
+    network_size: tuple[int, int],
     frames: Sequence[Frame],
     scheme: LabelScheme,
     folder: Path,
@@ -278,13 +279,14 @@ def predict_frames(
 ) -> Iterator[FrameResult]:
     """Predict every frame, write its label ids to `folder`, and score it where it has a label.
 
-    The file is on disk before the result is returned. Images are decoded in `workers`
+    Scores are computed at the image's size and at `network_size`, (height, width). The file is on
+    disk before the result is returned. Images are decoded in `workers`
     processes; writing and scoring run in as many threads beside the network.
 
     Raises:
         UserError: as `score_frame`; also images of several sizes in one batch.
     """
-    label_ids = torch.from_numpy(cityscapes_label_ids()).to(predictor.device)
+    label_ids = torch.from_numpy(cityscapes_label_ids())
 
     def finish(frame: Frame, full: np.ndarray, network: np.ndarray) -> FrameResult:
         result = score_frame(frame, scheme, full, network)
@@ -295,8 +297,8 @@ def predict_frames(
         loader = DataLoader(_Images(frames), batch_size, num_workers=workers, collate_fn=_stack)
         queue = iter(frames)
         for images in loader:
-            maps = predictor.label_maps(images, tuple(images.shape[-2:]), predictor.size)
-            full, network = (label_ids[m.int()].cpu().numpy() for m in maps)
+            maps = label_maps(images, tuple(images.shape[-2:]), network_size)
+            full, network = (label_ids[m.cpu().int()].numpy() for m in maps)
             for one in zip(full, network, strict=True):
                 yield partial(finish, next(queue), *one)
 

@@ -1,28 +1,37 @@
-"""Run a predictor over a data set and count."""
+"""Evaluation of label maps on a data set."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from lednet.data.labels import IGNORE_INDEX
 from lednet.errors import UserError
-from lednet.inference.predictor import Predictor
 from lednet.metrics import ConfusionMatrix
 
+LabelMapper = Callable[..., list[Tensor]]
+"""(images (N, 3, H, W) uint8, *sizes) -> a label map (N, *size) uint8 for each (height, width), as
+`Predictor.label_maps`."""
 
-def evaluate_predictor(
-    predictor: Predictor, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int
+
+def evaluate(
+    label_maps: LabelMapper,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device | str = "cpu",
 ) -> ConfusionMatrix:
-    """Score a predictor on images as they lie on disk, at the labels' size.
+    """Score label maps of images as they lie on disk, at the labels' size.
 
     Args:
+        label_maps: predicts.
         batches: images (N, 3, H, W) uint8 and class indices (N, H', W').
         num_classes: classes that count.
+        device: of the label maps.
     """
-    confusion = ConfusionMatrix(num_classes, predictor.device)
+    confusion = ConfusionMatrix(num_classes, device)
     for images, target in batches:
-        (labels,) = predictor.label_maps(images, tuple(target.shape[-2:]))
-        confusion.update(labels, target.to(predictor.device))
+        (labels,) = label_maps(images, tuple(target.shape[-2:]))
+        confusion.update(labels, target.to(device))
     return confusion
 
 

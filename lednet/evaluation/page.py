@@ -8,11 +8,9 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from xml.etree import ElementTree
 
-import jinja2
 import matplotlib
 import numpy as np
 from markupsafe import Markup
@@ -21,7 +19,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from lednet.data.labels import IGNORE_INDEX, Color, LabelScheme
-from lednet.io import write_atomically
+from lednet.html import Figure, write_page
 from lednet.visualization import data_uri, shrink
 
 ERROR_COLOR: Color = (255, 96, 32)
@@ -31,14 +29,6 @@ _CELL = 36  # CSS pixels: room for "100" in the matrix's font
 _FONT = 12.5
 _STRONG = 0.5
 """Share from which a cell is so strongly coloured that its number changes colour."""
-
-
-class Figure(NamedTuple):
-    """A headline number, as it is to be read: "class mIoU", "0.692", "at 1024x2048"."""
-
-    label: str
-    value: str
-    note: str = ""
 
 
 class ImageRow(NamedTuple):
@@ -242,16 +232,6 @@ def _largest_confusions(cells: list[list[_Cell]], count: int = 8) -> list[_Cell]
     return sorted(wrong, key=lambda cell: -(cell.share or 0))[:count]
 
 
-def _score(value: float | None, absent: str = "–") -> str:
-    """A score for the reader: three decimals."""
-    return absent if value is None else f"{value:.3f}"
-
-
-def _packed(values: Iterable[float | None]) -> str:
-    """Scores for the page's script: "0.5,,0.25", nothing where absent."""
-    return ",".join("" if value is None else f"{value:.6g}" for value in values)
-
-
 def _checked(images: Iterable[ImageRow], classes: int) -> Iterator[ImageRow]:
     for row in images:
         _check_length(f"class_iou of {row.name}", row.class_iou, classes)
@@ -283,26 +263,3 @@ def write_report(path: str | os.PathLike, report: Report, images: Iterable[Image
         error_color=ERROR_COLOR,
         images=_checked(images, report.scheme.num_classes),
     )
-
-
-def write_page(path: str | os.PathLike, template: str, **values: Any) -> None:
-    """Write a page, atomically and as it is rendered: of iterables one item is in memory.
-
-    Args:
-        template: of this folder; what extends `layout.html` needs `title` and `headline`.
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(score=_score, packed=_packed)
-    pieces = environment.get_template(template).generate(**values)
-    with (
-        write_atomically(path) as temporary,
-        # A file's name need not be valid text: what UTF-8 lacks is written as its code.
-        open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        file.writelines(pieces)

@@ -11,7 +11,7 @@ from PIL import Image
 from lednet.data.dataset import SegmentationDataset
 from lednet.data.image_io import read_image
 from lednet.data.labels import IGNORE_INDEX
-from lednet.evaluation.page import Figure, write_page
+from lednet.html import Figure, write_page
 from lednet.plots import tile_sheet
 from lednet.validation.checks import Diagnosis
 from lednet.validation.duplicates import Lookalike, most_telling

@@ -28,12 +28,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from lednet.data.cityscapes import cityscapes_pairs
-from lednet.data.pairs import present
+from lednet.data.pairs import require_file
 from lednet.device import describe_device
 from lednet.errors import UserError, exit_on_user_error
 from lednet.io import write_json
 from lednet.training.run_dir import environment
-from lednet.validation.checks import diagnose
+from lednet.validation.checks import validate_dataset
 from lednet.validation.splits import open_splits
 
 
@@ -57,8 +57,8 @@ def plan(datadir: Path, root: Path, pairs: int) -> list[Copy]:
             shift = 1 + 7 * (i // len(sources))
             name = f"{city}_{i:06d}_000019"
             for kind, path, end in (
-                ("leftImg8bit", present(source.image, "images"), "leftImg8bit"),
-                ("gtFine", present(source.label, "labels"), "gtFine_labelIds"),
+                ("leftImg8bit", require_file(source.image, "images"), "leftImg8bit"),
+                ("gtFine", require_file(source.label, "labels"), "gtFine_labelIds"),
             ):
                 copies.append(Copy(path, shift, root / kind / split / city / f"{name}_{end}.png"))
     return copies
@@ -135,7 +135,7 @@ def main() -> None:
 
         def check() -> None:
             splits, findings = open_splits("cityscapes", root)
-            diagnose(root, splits, findings, args.workers)
+            validate_dataset(root, splits, findings, args.workers)
 
         ways = {
             "read": lambda: in_pool(read),

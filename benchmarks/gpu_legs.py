@@ -45,12 +45,12 @@ from lednet.data.loaders import make_loaders
 from lednet.data.registry import open_dataset
 from lednet.data.transforms import Augmentation
 from lednet.device import allow_tf32, autocast, describe_device, peak_memory_mb, synchronize
-from lednet.distributed import World
+from lednet.distributed import DistributedContext
 from lednet.errors import UserError
-from lednet.export.fuse import fold_batch_norm
-from lednet.export.unshuffle import remove_shuffles
+from lednet.export.fuse import fuse_conv_bn
+from lednet.export.unshuffle import fuse_channel_shuffles
 from lednet.hub import load_weights
-from lednet.inference.backends import BACKENDS, available
+from lednet.inference.backends import BACKENDS, is_available
 from lednet.inference.benchmark import count_macs
 from lednet.inference.predictor import Predictor
 from lednet.io import read_json, write_json
@@ -59,7 +59,7 @@ from lednet.training.checkpointing import Checkpoints
 from lednet.training.losses import WeightedCrossEntropy
 from lednet.training.run_dir import environment
 from lednet.training.tasks import Segmentation
-from lednet.training.trainer import Optimization, Trainer, seed_everything
+from lednet.training.trainer import Trainer, TrainerConfig, seed_everything
 
 Row = dict[str, Any]
 
@@ -576,7 +576,7 @@ class LabelComparison:
 
     def __call__(self, backend: str, precision: str) -> Row:
         if backend == "onnxruntime":
-            if not available(backend, self.leg.device):
+            if not is_available(backend, self.leg.device):
                 return {"note": "not installed"}
             import onnxruntime
 
@@ -608,8 +608,8 @@ def make_trainer(
     criterion = WeightedCrossEntropy([1.0] * num_classes, num_classes + 1)
     classes = [str(number) for number in range(num_classes)]
     task = Segmentation(criterion, Augmentation("modern"), classes)
-    world = World(0, 1, device)
-    return Trainer(net, task, 1, world, Optimization(**options), False, notify=_refuse)
+    world = DistributedContext(0, 1, device)
+    return Trainer(net, task, 1, world, TrainerConfig(**options), False, notify=_refuse)
 
 
 def _refuse(message: str) -> None:
@@ -628,13 +628,13 @@ def captured_error(leg: Leg, steps: int = 20) -> Row:
         trainer = make_trainer(
             leg.device, 19, dropout=False, lr=1e-3, ema_decay=0.9, cuda_graph=cuda_graph
         )
-        tally, sums = trainer.new_tally(), [torch.zeros(2, device=leg.device)]
+        tally, sums = trainer.new_epoch_state(), [torch.zeros(2, device=leg.device)]
         trainer.train_one_epoch(
             batches,  # type: ignore[arg-type]  # has what is needed of a loader
             "steps", KEYS, tally, after_update=lambda: sums.append(tally.sums.clone()),
         )  # fmt: skip
         steps = torch.stack(sums).diff(dim=0).cpu()
-        weights = [p.detach().flatten() for p in trainer.scored.parameters()]
+        weights = [p.detach().flatten() for p in trainer.eval_model.parameters()]
         return steps[:, 0] / steps[:, 1], torch.cat(weights).cpu()
 
     (expected, weights), (found, captured) = losses(False), losses(True)
@@ -840,9 +840,9 @@ def make_core(how: Variant, net: LEDNet) -> nn.Module:
         return Peer(how.network).eval()
     if not how.fold:
         return copy.deepcopy(nn.Sequential(net.encoder, net.decoder)).eval()
-    folded = fold_batch_norm(net)
+    folded = fuse_conv_bn(net)
     if not how.shuffles:
-        return remove_shuffles(folded)
+        return fuse_channel_shuffles(folded)
     return nn.Sequential(folded.encoder, folded.decoder)
 
 
@@ -1070,7 +1070,7 @@ class Training:
     def __init__(self, leg: Leg, folder: Path):
         self.leg, self.folder = leg, folder
         self.steps, self.workers = (2, 0) if leg.dry else (16, min(12, os.cpu_count() or 1))
-        self.world = World(0, 1, leg.device)
+        self.world = DistributedContext(0, 1, leg.device)
         name, root = data_of(leg.args)
         self.whole = open_dataset(name, root, "train")
         self.most = 8 if leg.dry else 256

@@ -48,7 +48,7 @@ from lednet.errors import UserError, exit_on_user_error
 from lednet.export.common import import_optional
 from lednet.export.exporter import export
 from lednet.export.formats import compile_openvino, missing_packages
-from lednet.inference.backends import BACKENDS, available
+from lednet.inference.backends import BACKENDS, is_available
 from lednet.inference.benchmark import count_macs
 from lednet.inference.predictor import Predictor
 from lednet.io import write_json
@@ -134,7 +134,7 @@ def make_runners(
     normalization = {key: meta[key] for key in ("mean", "std") if key in meta}
     runners = [plain_runner(net, meta, device)._replace(weights=args.weights)]
     for backend in args.backends:
-        if not available(backend, device):
+        if not is_available(backend, device):
             print(f"skipped: backend {backend} is not installed, or not for {device}")
             continue
         for precision in precisions(backend, device):
@@ -148,7 +148,7 @@ def make_runners(
         runners.append(Runner("openvino", "int8", run, path))
     if args.peer:
         runners.append(peer_runner(device))
-        if device.type == "cpu" and available("openvino", device):
+        if device.type == "cpu" and is_available("openvino", device):
             runners.append(openvino_peer_runner())
     return runners
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from lednet.data.pairs import present
+from lednet.data.pairs import require_file
 from lednet.device import describe_device
 from lednet.errors import exit_on_user_error
 from lednet.evaluation.cityscapes_evaluator import find_frames, score_predictions, total_scores
@@ -88,7 +88,7 @@ def benchmark_files(args: argparse.Namespace) -> dict:
     official.args.quiet, official.args.JSONOutput = True, False
     frames, scheme = find_frames(args.datadir, args.subset, images=False)
     frames = frames[: args.max_images]
-    labels = [present(frame.label, "labels") for frame in frames]
+    labels = [require_file(frame.label, "labels") for frame in frames]
     predictions = labels[1:] + labels[:1]  # every image gets its neighbour's labels
     seconds = {}
     start = time.perf_counter()

@@ -33,11 +33,17 @@ from lednet.device import AMP_DTYPES, choose_device, describe_device
 from lednet.errors import exit_on_user_error
 from lednet.inference.backends import BACKENDS
 from lednet.inference.predictor import Predictor
-from lednet.inference.video import DEFAULT_RATE, Clock, VideoReader, write_video
-from lednet.inference.writers import Output, Task, predict_images, predict_video, video_output
+from lednet.inference.video import DEFAULT_RATE, FrameClock, VideoReader, write_video
+from lednet.inference.writers import (
+    PredictionJob,
+    PredictionWriter,
+    predict_images,
+    predict_video,
+    video_output,
+)
 from lednet.io import write_json
 from lednet.training.run_dir import environment
-from lednet.visualization import Painter, output_scheme
+from lednet.visualization import Visualizer, output_scheme
 
 SCENES = 4
 WAYS = ("network", "overlapped", "one_by_one")
@@ -73,7 +79,7 @@ def network_alone(predictor: Predictor, pictures: list[np.ndarray]) -> None:
 def image_case(
     predictor: Predictor,
     pictures: list[np.ndarray],
-    output: Output,
+    output: PredictionWriter,
     folder: Path,
     suffix: str,
     workers: int,
@@ -83,7 +89,7 @@ def image_case(
         path = folder / suffix / f"{i:04d}.{suffix}"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(picture).save(path, quality=92)  # of JPEG; PNG has none
-        tasks.append(Task(path.stem, path, output.image_files(path.stem)))
+        tasks.append(PredictionJob(path.stem, path, output.image_files(path.stem)))
 
     def one_by_one() -> None:
         for task in tasks:
@@ -100,9 +106,9 @@ def image_case(
 
 
 def video_case(
-    predictor: Predictor, pictures: list[np.ndarray], output: Output, folder: Path
+    predictor: Predictor, pictures: list[np.ndarray], output: PredictionWriter, folder: Path
 ) -> Case:
-    path, clock = folder / "toy.mp4", Clock(DEFAULT_RATE, None)
+    path, clock = folder / "toy.mp4", FrameClock(DEFAULT_RATE, None)
     with write_video(path, DEFAULT_RATE, clock.unit) as writer:
         for i, picture in enumerate(pictures):
             writer.append(picture, i * clock.step)
@@ -190,7 +196,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         both, labels, overlay = (
-            Output(folder / "out", kinds, Painter(scheme), ".jpg")
+            PredictionWriter(folder / "out", kinds, Visualizer(scheme), ".jpg")
             for kinds in (("labels", "overlay"), ("labels",), ("overlay",))
         )
         cases = [

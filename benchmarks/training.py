@@ -47,14 +47,14 @@ from lednet.device import (
     peak_memory_mb,
     synchronize,
 )
-from lednet.distributed import World
+from lednet.distributed import DistributedContext
 from lednet.errors import UserError, exit_on_user_error
 from lednet.io import write_json
 from lednet.model import LEDNet
 from lednet.training.losses import WeightedCrossEntropy
 from lednet.training.run_dir import environment
 from lednet.training.tasks import Segmentation
-from lednet.training.trainer import Optimization, Trainer, seed_everything
+from lednet.training.trainer import Trainer, TrainerConfig, seed_everything
 
 PLAIN, FAST = "plain", "fast"
 LOADER_BATCHES = 8
@@ -67,7 +67,7 @@ class Way(NamedTuple):
 
     name: str
     options: dict[str, Any]
-    """Of `Optimization`."""
+    """Of `TrainerConfig`."""
 
 
 def list_ways(device: torch.device, compiled: bool) -> list[Way]:
@@ -199,7 +199,7 @@ class Bench:
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device, cache: Path):
-        self.args, self.device, self.world = args, device, World(0, 1, device)
+        self.args, self.device, self.world = args, device, DistributedContext(0, 1, device)
         size = (args.height, args.width)
         files = open_dataset(args.dataset, args.datadir, "train")
         step = -(-len(files) // args.max_images)
@@ -223,7 +223,7 @@ class Bench:
         net.encoder_head.requires_grad_(False)
         criterion = WeightedCrossEntropy([1.0] * self.scheme.num_classes, self.scheme.num_outputs)
         task = Segmentation(criterion, Augmentation(), self.scheme.classes)
-        return Trainer(net, task, 1, self.world, Optimization(**way.options))
+        return Trainer(net, task, 1, self.world, TrainerConfig(**way.options))
 
     def race(self, competitors: Mapping[str, Callable[[], list[float]]]) -> list[dict[str, Any]]:
         return race(competitors, self.args.rounds, self.args.batch_size)

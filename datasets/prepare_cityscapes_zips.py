@@ -21,7 +21,7 @@ from lednet.data.pairs import list_examples
 from lednet.data.prepare.cityscapes_tree import check_tree, find_archives, open_archive
 from lednet.data.prepare.polygons import write_missing_labels
 from lednet.data.prepare.zips import unpack_all
-from lednet.errors import UserError, exit_on_user_error, refuse
+from lednet.errors import UserError, exit_on_user_error, raise_if_problems
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +71,7 @@ def main() -> None:
     print(tree.table())
     for note in tree.notes:
         print(note)
-    refuse([*problems, *tree.problems])
+    raise_if_problems([*problems, *tree.problems])
     print(f"{args.datadir}: complete, as far as it was unpacked")
 
 

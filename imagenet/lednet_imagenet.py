@@ -31,29 +31,29 @@ from lednet.cli.train_args import (
     add_loading_flags,
     add_recipe_flags,
     add_run_flags,
+    config_from_args,
     launch,
     open_dashboard,
     open_run,
-    optimization_of,
     parse_flags,
     require_range,
     require_schedule,
 )
 from lednet.data.cache import CLASSIFICATION_FLAGS, CachedDataset, command_line
 from lednet.data.classification_transforms import IMAGENET_MEAN, IMAGENET_STD, ImageAugmentation
-from lednet.data.dataset import SkippingDataset
+from lednet.data.dataset import SkipCorruptDataset
 from lednet.data.imagefolder import ImageFolderDataset
 from lednet.data.loaders import end_loading, make_loaders
 from lednet.data.transforms import PRESETS
-from lednet.distributed import World, synchronize_batch_norm
+from lednet.distributed import DistributedContext, convert_sync_batch_norm
 from lednet.errors import UserError, exit_on_user_error
 from lednet.hub import load_weights
 from lednet.io import plain_values, write_text
 from lednet.model import EncoderClassifier, count_parameters
-from lednet.training.loop import Course, Equipment, train_stages
+from lednet.training.loop import StageComponents, TrainingRun, train_stages
 from lednet.training.lr_schedule import SCHEDULES
 from lednet.training.run_dir import environment
-from lednet.training.signals import Keeper
+from lednet.training.signals import CheckpointTimer
 from lednet.training.stages import Stage
 from lednet.training.tasks import Classification
 from lednet.training.time_budget import TimeBudget
@@ -155,7 +155,7 @@ def open_data(
     return data
 
 
-def evaluate(args: argparse.Namespace, world: World) -> None:
+def evaluate(args: argparse.Namespace, world: DistributedContext) -> None:
     """Print the scores of --evaluate."""
     val = open_data(args, "val")
     net = EncoderClassifier(len(val.classes))
@@ -171,7 +171,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         print(report)
     augmentation = ImageAugmentation(args.crop_size, num_classes=len(val.classes))
     task = Classification(augmentation, val.classes)
-    trainer = Trainer(net.to(world.device), task, 1, world, optimization_of(args, ema_decay=None))
+    trainer = Trainer(net.to(world.device), task, 1, world, config_from_args(args, ema_decay=None))
     _, loader = make_loaders(val, val, world, args.batch_size, args.num_workers, args.seed)
     try:
         scores = trainer.evaluate(loader, "val")
@@ -184,7 +184,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         )
 
 
-def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
+def train(args: argparse.Namespace, world: DistributedContext, keeper: CheckpointTimer) -> None:
     train_data = open_data(args, "train")
     classes = train_data.classes
     val_data = open_data(args, "val", classes)
@@ -209,39 +209,39 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
             **{key: str(value) for key, value in environment(ROOT).items()},
         },
     }
-    course = Course(net, [stage], folder, checkpoints, meta, args.seed, keeper)
+    course = TrainingRun(net, [stage], folder, checkpoints, meta, args.seed, keeper)
     course.keep_every, course.validate_every = args.epochs_save, args.validate_every
     course.budget = TimeBudget(world, args.max_minutes)
     course.dashboard = open_dashboard(args, folder)
     state = course.resume() if args.resume else ()
     if not args.resume and args.state:
-        folder.say(f"--state: {load_weights(net, args.state)}")
+        folder.log(f"--state: {load_weights(net, args.state)}")
     net.to(world.device)
     if args.sync_batch_norm:
-        net = course.net = synchronize_batch_norm(net, world)
+        net = course.net = convert_sync_batch_norm(net, world)
     folder.write_options(plain_values(vars(args)), ROOT, world)
     if world.is_main:
         write_text(folder.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
     augmentation = ImageAugmentation(size, args.augment, len(classes), mixup=args.mixup)
     task = Classification(augmentation, classes, args.label_smoothing)
 
-    def equip(stage: Stage) -> Equipment:
-        data = SkippingDataset(train_data) if args.skip_damaged else train_data
-        optimization = optimization_of(args, optimizer="sgd")
+    def equip(stage: Stage) -> StageComponents:
+        data = SkipCorruptDataset(train_data) if args.skip_damaged else train_data
+        optimization = config_from_args(args, optimizer="sgd")
         loaders = make_loaders(
             data, val_data, world, args.batch_size, args.num_workers, args.seed,
             on_device=args.cache_device,
         )  # fmt: skip
-        trainer = Trainer(net, task, stage.epochs, world, optimization, notify=folder.say)
-        return Equipment(trainer, *loaders)
+        trainer = Trainer(net, task, stage.epochs, world, optimization, notify=folder.log)
+        return StageComponents(trainer, *loaders)
 
-    folder.say(
+    folder.log(
         f"{len(classes)} classes, {len(train_data)} training and {len(val_data)} validation "
         f"images at {size}x{size}; {count_parameters(net):,} parameters, on {world.size} x "
         f"{world.device}; {folder.path}"
     )
     progress = train_stages(course, equip, *state)
-    folder.say(
+    folder.log(
         f"done: best val top-1 {progress.best_score:.3f}; encoder {folder.path / ENCODER_FILE}, "
         f"curves {folder.path / 'curves.png'}"
     )
@@ -250,7 +250,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
 def main() -> None:
     args = parse_options()
 
-    def run(world: World, keeper: Keeper) -> None:
+    def run(world: DistributedContext, keeper: CheckpointTimer) -> None:
         if args.evaluate:
             evaluate(args, world)
         else:

@@ -19,7 +19,7 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """This process's place among all that train together.
 
     Attributes:
@@ -36,13 +36,13 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, value: Tensor) -> Tensor:
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
         """`value` summed over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest `value` of all processes."""
         if self.size == 1:
             return value
@@ -50,7 +50,7 @@ class World:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared)
 
-    def gather(self, values: list) -> list:
+    def all_gather(self, values: list) -> list:
         """The values of all processes, in the order of their ranks; every process gets them."""
         if self.size == 1:
             return values
@@ -63,7 +63,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def share_buffers(self, model: nn.Module) -> None:
+    def broadcast_buffers(self, model: nn.Module) -> None:
         """Give every process the running statistics of rank 0.
 
         DDP does so before each training step; after the last one they differ.
@@ -72,7 +72,7 @@ class World:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap_ddp(self, model: nn.Module) -> nn.Module:
         """`model` with gradients averaged over all processes."""
         if self.size == 1:
             return model
@@ -80,7 +80,7 @@ class World:
         return DistributedDataParallel(model, device_ids=ids)
 
 
-def join_world(device_name: str = "auto") -> World:
+def init_distributed(device_name: str = "auto") -> DistributedContext:
     """Take this process's place: alone, or as `torchrun` says in the environment.
 
     Many processes talk over NCCL on CUDA and over gloo elsewhere.
@@ -91,7 +91,7 @@ def join_world(device_name: str = "auto") -> World:
     device = choose_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(rank=0, size=1, device=device)
+        return DistributedContext(rank=0, size=1, device=device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -102,10 +102,10 @@ def join_world(device_name: str = "auto") -> World:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return World(rank, size, device)
+    return DistributedContext(rank, size, device)
 
 
-def synchronize_batch_norm(net: Net, world: World) -> Net:
+def convert_sync_batch_norm(net: Net, world: DistributedContext) -> Net:
     """`net` with batch norms that take their statistics over all processes' images.
 
     Raises:
@@ -117,7 +117,7 @@ def synchronize_batch_norm(net: Net, world: World) -> Net:
 
 
 @contextlib.contextmanager
-def lost_processes() -> Iterator[None]:
+def report_lost_process() -> Iterator[None]:
     """One sentence for another process of the world that has gone.
 
     Raises:
@@ -134,7 +134,7 @@ def lost_processes() -> Iterator[None]:
         ) from error
 
 
-def leave_world() -> None:
+def destroy_distributed() -> None:
     """Close the process group, if there is one."""
     if dist.is_initialized():
         # Before 2.8 PyTorch waits for gloo's threads with the interpreter locked, and they may need

@@ -18,7 +18,7 @@ class UserError(Exception):
         super().__init__(message.rsplit("UserError: ", 1)[-1].strip())
 
 
-def refuse(problems: Sequence[str], limit: int = 3) -> None:
+def raise_if_problems(problems: Sequence[str], limit: int = 3) -> None:
     """Report what went wrong beside work that went on.
 
     Raises:

@@ -204,7 +204,9 @@ def max_pixels() -> int:
 Result = TypeVar("Result")
 
 
-def in_order(pool: Executor, jobs: Iterable[Callable[[], Result]], ahead: int) -> Iterator[Result]:
+def map_ordered(
+    pool: Executor, jobs: Iterable[Callable[[], Result]], ahead: int
+) -> Iterator[Result]:
     """Results of `jobs` in their order, at most `ahead` of them begun before they are needed."""
     pending: deque[Future] = deque()
     for job in jobs:

@@ -346,7 +346,7 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def enlarge(scores: Tensor, size: Sequence[int]) -> Tensor:
+def upsample_scores(scores: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear interpolation of scores to the size at which they are compared.
 
     scores: (N, C, h, w) -> (N, C, *size)
@@ -356,9 +356,9 @@ def enlarge(scores: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
 
-def predict_at(logits: Tensor, size: Sequence[int]) -> Tensor:
+def argmax_at(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Class of every pixel at `size`: the logits are enlarged before the argmax.
 
     logits: (N, C, h, w) -> (N, *size) int64
     """
-    return enlarge(logits, size).argmax(dim=1)
+    return upsample_scores(logits, size).argmax(dim=1)

@@ -139,11 +139,11 @@ def _stack(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     return picture
 
 
-PICTURES = ("color", "overlay", "side")
+VISUALIZATIONS = ("color", "overlay", "side")
 """Kinds of pictures: class colours, those on the image, those beside it."""
 
 
-class Painter:
+class Visualizer:
     """Draws the label maps of one network. Threads may share it.
 
     Args:
@@ -158,7 +158,7 @@ class Painter:
         self._legends: dict[tuple[int, bool], np.ndarray] = {}
 
     def draw(self, kind: str, image: np.ndarray, label: np.ndarray) -> np.ndarray:
-        """The picture of one of `PICTURES`, RGB uint8; with a legend, one that is narrower than a
+        """The picture of one of `VISUALIZATIONS`, RGB uint8; with a legend, one that is narrower than a
         name becomes wider, white on the right.
 
         Args:

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.device import AMP_DTYPES, choose_device
-from lednet.errors import UserError, exit_on_user_error, refuse
+from lednet.errors import UserError, exit_on_user_error, raise_if_problems
 from lednet.inference.backends import BACKENDS
 from lednet.inference.inputs import find_inputs
 from lednet.inference.predictor import Predictor
-from lednet.inference.writers import Output, Task, errors_of, predict_images
-from lednet.visualization import Painter, output_scheme
+from lednet.inference.writers import PredictionJob, PredictionWriter, errors_of, predict_images
+from lednet.visualization import Visualizer, output_scheme
 
 KINDS = ("color", "overlay")
 
@@ -67,14 +67,14 @@ def main() -> None:
         device=choose_device(args.device), backend=args.backend, precision=args.precision,
     )  # fmt: skip
     scheme = output_scheme(predictor.meta, predictor.net.num_classes, args.weights)
-    output = Output(args.out, args.what, Painter(scheme, args.alpha, args.legend))
+    output = PredictionWriter(args.out, args.what, Visualizer(scheme, args.alpha, args.legend))
     tasks = []
     for name, path in images.items():
         files = output.image_files(name)
         if not args.overwrite:
             files = {kind: file for kind, file in files.items() if not file.exists()}
         if files:
-            tasks.append(Task(name, path, files))
+            tasks.append(PredictionJob(name, path, files))
     with tqdm(total=len(tasks), desc="draw", unit="image", dynamic_ncols=True) as bar:
         entries = predict_images(predictor, tasks, output, bar.update)
     errors = errors_of(entries)
@@ -82,7 +82,7 @@ def main() -> None:
     kept = len(images) - len(tasks)
     note = f"; {kept} were there already (--overwrite draws them again)" if kept else ""
     print(f"{drawn} of {len(images)} images drawn in {args.out}{note}")
-    refuse(errors)
+    raise_if_problems(errors)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from lednet.data.image_io import read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
-from lednet.data.pairs import present
+from lednet.data.pairs import require_file
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.device import AMP_DTYPES
-from lednet.distributed import World, join_world, leave_world
+from lednet.distributed import DistributedContext, destroy_distributed, init_distributed
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.benchmark_report import write_benchmark_report
 from lednet.evaluation.cityscapes_evaluator import (
@@ -48,15 +48,15 @@ from lednet.evaluation.cityscapes_metrics import (
 )
 from lednet.evaluation.cityscapes_submission import (
     NUM_FILES,
-    check_upload,
+    check_submission,
     prediction_name,
-    write_upload,
+    write_submission,
 )
 from lednet.hub import RELEASED, resolve_weights, weights_checksum
 from lednet.inference.backends import BACKENDS
-from lednet.inference.benchmark import speed_card, speed_rows
+from lednet.inference.benchmark import benchmark, benchmark_rows
 from lednet.inference.predictor import Predictor
-from lednet.inference.progress_log import Journal
+from lednet.inference.progress_log import ProgressLog
 from lednet.io import plain_values, write_json
 
 
@@ -155,7 +155,7 @@ def settings(args: argparse.Namespace, predictor: Predictor) -> dict:
 
 
 def show_progress(
-    results: Iterable[FrameResult], total: int, args: argparse.Namespace, world: World
+    results: Iterable[FrameResult], total: int, args: argparse.Namespace, world: DistributedContext
 ) -> Iterable[FrameResult]:
     name = args.subset if world.size == 1 else f"{args.subset} (process 1 of {world.size})"
     return tqdm(results, name, total, unit="image", dynamic_ncols=True, disable=not world.is_main)
@@ -166,15 +166,17 @@ def run_network(
     predictor: Predictor,
     frames: list[Frame],
     scheme: LabelScheme,
-    world: World,
+    world: DistributedContext,
 ) -> list[FrameResult]:
     """Predict and score what is left to do, each image in one process; results of all."""
     folder = args.out / "predictions"
     if args.overwrite and world.is_main:
-        Journal.clear(args.out)
+        ProgressLog.clear(args.out)
         shutil.rmtree(folder, ignore_errors=True)
     world.barrier()
-    journal = Journal(args.out, settings(args, predictor), world.rank, check=FrameResult.from_json)
+    journal = ProgressLog(
+        args.out, settings(args, predictor), world.rank, check=FrameResult.from_json
+    )
     world.barrier()  # all have read before one writes
     wanted = {frame.name for frame in frames}
     done = {
@@ -193,7 +195,7 @@ def run_network(
     for result in show_progress(results, len(left), args, world):
         journal.add(result.to_json())
         mine.append(result)
-    return [*done.values(), *world.gather(mine)]
+    return [*done.values(), *world.all_gather(mine)]
 
 
 def score_files(
@@ -201,13 +203,13 @@ def score_files(
     frames: list[Frame],
     files: dict[str, Path],
     scheme: LabelScheme,
-    world: World,
+    world: DistributedContext,
 ) -> list[FrameResult]:
     """Score --predictions, each image in one process; results of all."""
     mine = frames[world.rank :: world.size]
     paths = [files[frame.name] for frame in mine]
     results = score_predictions(mine, scheme, paths, max(1, args.num_workers))
-    return world.gather(list(show_progress(results, len(mine), args, world)))
+    return world.all_gather(list(show_progress(results, len(mine), args, world)))
 
 
 def print_scores(
@@ -254,7 +256,7 @@ def results_file(full: BenchmarkScores, network: BenchmarkScores | None, **detai
 
 def full_size(frames: list[Frame]) -> tuple[int, int]:
     """(height, width) of the images, as of the first."""
-    height, width = read_image(present(frames[0].image, "images")).shape[:2]
+    height, width = read_image(require_file(frames[0].image, "images")).shape[:2]
     return height, width
 
 
@@ -262,9 +264,9 @@ def write_zip(args: argparse.Namespace, frames: list[Frame]) -> None:
     """Pack the predictions and check the zip as a user would before uploading it."""
     path = args.out / "upload.zip"
     folder = args.out / "predictions"
-    write_upload(path, [folder / prediction_name(frame.name) for frame in frames])
+    write_submission(path, [folder / prediction_name(frame.name) for frame in frames])
     names = {frame.name for frame in frames}
-    problems = check_upload(path, args.subset, frames=names, size=full_size(frames))
+    problems = check_submission(path, args.subset, frames=names, size=full_size(frames))
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     if len(frames) != NUM_FILES[args.subset]:
@@ -276,7 +278,7 @@ def write_zip(args: argparse.Namespace, frames: list[Frame]) -> None:
     print(f"{path}: {len(frames)} files, for the benchmark's pixel-level upload")
 
 
-def evaluate(args: argparse.Namespace, world: World) -> None:
+def evaluate(args: argparse.Namespace, world: DistributedContext) -> None:
     """Every step in order: predict and score, measure, write."""
     predictor, files, network, card = None, {}, None, None
     frames, scheme = find_frames(
@@ -301,7 +303,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     results.sort(key=lambda result: result.name)  # sums come out alike for any number of processes
     full = total_scores(result.full for result in results)
     if predictor and args.speed:
-        card = speed_card(predictor, full_size(frames), 1, args.warmup, args.runs)
+        card = benchmark(predictor, full_size(frames), 1, args.warmup, args.runs)
     details = {"options": plain_values(vars(args))} | ({"speed": card} if card else {})
     if args.subset != "test":
         if predictor:
@@ -311,7 +313,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         print_scores(full, network, predictor.size if predictor else None)
         details = results_file(full, network, **details)
     if card:
-        print("\n" + "\n".join(f"{name:22} {value}" for name, value in speed_rows(card)))
+        print("\n" + "\n".join(f"{name:22} {value}" for name, value in benchmark_rows(card)))
     for path in {args.json, args.out and args.out / "results.json"} - {None}:
         write_json(path, details)
     if args.subset == "test":
@@ -320,18 +322,18 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         path = args.out / "report.html" if args.report is True else args.report
         write_benchmark_report(
             path, f"Cityscapes {args.subset}", results, frames, files, scheme,
-            network=network, card=card, speed=speed_rows(card) if card else (), options=plain_values(vars(args)), images=args.report_images,
+            network=network, card=card, speed=benchmark_rows(card) if card else (), options=plain_values(vars(args)), images=args.report_images,
         )  # fmt: skip
         print(f"report: {path}")
 
 
 def main() -> None:
     args = parse_options()
-    world = join_world(args.device)
+    world = init_distributed(args.device)
     try:
         evaluate(args, world)
     finally:
-        leave_world()
+        destroy_distributed()
 
 
 if __name__ == "__main__":

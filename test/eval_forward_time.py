@@ -18,7 +18,7 @@ from lednet.data.registry import DEFAULT_SIZES
 from lednet.device import AMP_DTYPES, choose_device
 from lednet.errors import UserError, exit_on_user_error
 from lednet.inference.backends import BACKENDS
-from lednet.inference.benchmark import speed_card, speed_rows
+from lednet.inference.benchmark import benchmark, benchmark_rows
 from lednet.inference.predictor import Predictor
 from lednet.io import write_json
 from lednet.model import VARIANTS, LEDNet
@@ -79,8 +79,8 @@ def main() -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
     image_size = args.image_height, args.image_width
-    card = speed_card(open_predictor(args), image_size, args.batch_size, args.warmup, args.runs)
-    print("\n".join(f"{name:32} {value}" for name, value in speed_rows(card)))
+    card = benchmark(open_predictor(args), image_size, args.batch_size, args.warmup, args.runs)
+    print("\n".join(f"{name:32} {value}" for name, value in benchmark_rows(card)))
     if args.json:
         write_json(args.json, card)
 

@@ -13,20 +13,20 @@ from test_page import CHROMIUM, QUIET
 
 from lednet import UserError
 from lednet.data.labels import cityscapes_scheme
-from lednet.data.pairs import Pair
+from lednet.data.pairs import Sample
 from lednet.training.losses import class_weights
-from lednet.validation.alignment import edge_fit
-from lednet.validation.checks import Diagnosis, diagnose
+from lednet.validation.alignment import edge_alignment
+from lednet.validation.checks import ValidationReport, validate_dataset
 from lednet.validation.duplicates import (
     CLOSE,
     SAME,
     THUMBNAIL,
     find_copies,
-    find_lookalikes,
+    find_near_duplicates,
     similarities,
 )
-from lednet.validation.inspection import look_at
-from lednet.validation.issues import KINDS, SEVERITIES
+from lednet.validation.inspection import inspect_pair
+from lednet.validation.issues import ISSUE_TYPES, SEVERITIES
 from lednet.validation.report import worst_aligned, write_dataset_page
 from lednet.validation.splits import open_splits
 
@@ -74,12 +74,12 @@ def tree(clean_tree, tmp_path) -> Path:
     return Path(shutil.copytree(clean_tree, tmp_path / "camvid"))
 
 
-def examine(root: Path, name: str = "camvid", **options) -> Diagnosis:
+def examine(root: Path, name: str = "camvid", **options) -> ValidationReport:
     splits, findings = open_splits(name, root, **options)
-    return diagnose(root, splits, findings)
+    return validate_dataset(root, splits, findings)
 
 
-def found(diagnosis: Diagnosis) -> dict[str, str]:
+def found(diagnosis: ValidationReport) -> dict[str, str]:
     """Kind of each finding -> its files, in one text."""
     return {finding.kind: " ".join(finding.files) for finding in diagnosis.findings}
 
@@ -183,7 +183,7 @@ def test_a_planted_fault_is_found_and_its_file_named(tree, kind):
     # Nothing else is wrong; of 16 bits this image uses the lowest 8.
     assert set(kinds) == ({kind, "blank"} if kind == "mode" else {kind})
     (finding,) = (one for one in diagnosis.findings if one.kind == kind)
-    assert finding.split == "train" and finding.severity == KINDS[kind].severity
+    assert finding.split == "train" and finding.severity == ISSUE_TYPES[kind].severity
     if kind not in ("sizes", "mixed-up"):  # which are of no single file
         assert "train_03" in kinds[kind] and "train_03" in finding.sentence
     assert "{" not in str(finding)
@@ -312,7 +312,7 @@ def test_no_bytes_end_the_check(tmp_path):
             damaged[place] = rng.integers(256)
         path = tmp_path / f"b.{suffix}"
         path.write_bytes(damaged[: rng.integers(1, len(damaged) + 1)] if i % 3 else damaged)
-        look = look_at(Pair(path, path))
+        look = inspect_pair(Sample(path, path))
         outcomes.update(kind for kind, _, _ in look.problems)
         assert look.thumbnail is None or look.thumbnail.shape == THUMBNAIL
     assert "damaged" in outcomes
@@ -321,7 +321,7 @@ def test_no_bytes_end_the_check(tmp_path):
 def test_a_large_jpeg_is_measured_at_its_own_size(tmp_path):
     image = make_image(make_label(4), 4).resize((1200, 900), Image.Resampling.BICUBIC)
     image.save(tmp_path / "a.jpg", quality=95)
-    look = look_at(Pair(tmp_path / "a.jpg", None))
+    look = inspect_pair(Sample(tmp_path / "a.jpg", None))
     assert look.image_size == (1200, 900) and not look.problems
     exact = np.array(image.resize(THUMBNAIL[::-1], Image.Resampling.BOX).convert("L"), int)
     assert np.abs(look.thumbnail - exact).mean() < 2
@@ -389,7 +389,7 @@ def test_a_changed_picture_is_recognized(change):
 
 def test_distinct_pictures_are_not_confused():
     images, others = (thumbnails([street(s) for s in range(*r)]) for r in ((0, 40), (40, 60)))
-    assert find_lookalikes(images, others) == []
+    assert find_near_duplicates(images, others) == []
     assert find_copies(np.concatenate((images, others))) == []
 
 
@@ -401,16 +401,16 @@ def test_a_still_camera_is_no_alarm_but_a_copy_is():
         frame = background * 0.7 + np.array(street(100 + seed), float) * 0.3
         frames.append(Image.fromarray(frame.astype(np.uint8)))
     seen = thumbnails(frames)
-    assert find_lookalikes(seen[:10], seen[10:]) == []
+    assert find_near_duplicates(seen[:10], seen[10:]) == []
     copied = np.concatenate((seen[:10], seen[20:21]))
-    assert [(one.image, one.other) for one in find_lookalikes(copied, seen[10:])] == [(10, 10)]
+    assert [(one.image, one.other) for one in find_near_duplicates(copied, seen[10:])] == [(10, 10)]
 
 
 def test_a_drive_that_goes_on_is_followed_frame_by_frame():
     frames = drive(5, 12)
     train = thumbnails([*(street(s) for s in range(30)), *frames[:4]])
     val = thumbnails([*(street(s) for s in range(50, 60)), *frames[4:]])
-    alike = find_lookalikes(val, train)
+    alike = find_near_duplicates(val, train)
     assert [one.image for one in alike] == list(range(10, 18))
     assert alike[0].other >= 30 and alike[0].direct  # of the frames that train has
     assert not alike[-1].direct
@@ -423,8 +423,8 @@ def test_copies_are_counted_once_each():
 
 def test_blank_pictures_resemble_nothing():
     blank = np.full((3, *THUMBNAIL), 7, np.uint8)
-    assert find_copies(blank) == [] and find_lookalikes(blank, blank) == []
-    assert find_lookalikes(blank[:0], blank) == find_copies(blank[:0]) == []
+    assert find_copies(blank) == [] and find_near_duplicates(blank, blank) == []
+    assert find_near_duplicates(blank[:0], blank) == find_copies(blank[:0]) == []
 
 
 def test_a_val_image_that_train_has_is_named_with_its_like(tree):
@@ -440,11 +440,11 @@ def test_a_val_image_that_train_has_is_named_with_its_like(tree):
 def test_labels_that_fit_their_images_are_told_from_others():
     images = [make_image(make_label(s), s) for s in range(20)]
     labels = np.stack([make_label(s)[::2, ::2] for s in range(20)])
-    fit, misfit = edge_fit(thumbnails(images), labels)
+    fit, misfit = edge_alignment(thumbnails(images), labels)
     assert fit.min() > 0.2 and misfit.max() < 0.2
-    wrong, misfit = edge_fit(thumbnails(images), np.roll(labels, 3, axis=0))
+    wrong, misfit = edge_alignment(thumbnails(images), np.roll(labels, 3, axis=0))
     assert wrong.max() < fit.min() and 0.25 < misfit.mean() < 0.75
-    even, _ = edge_fit(thumbnails(images), labels * 0)
+    even, _ = edge_alignment(thumbnails(images), labels * 0)
     assert not even.any()
 
 
@@ -521,7 +521,7 @@ def test_processes_see_what_one_sees(tree):
     FAULTS["damaged"](tree)
     splits, findings = open_splits("camvid", tree)
     alone = examine(tree)
-    together = diagnose(tree, splits, findings, workers=2)
+    together = validate_dataset(tree, splits, findings, workers=2)
     assert together.findings == alone.findings
     for one, other in zip(alone.splits, together.splits, strict=True):
         assert np.array_equal(one.id_counts, other.id_counts)

@@ -12,10 +12,10 @@ from lednet.data.classification_transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageAugmentation,
-    cut,
-    draw_share,
-    mix,
+    crop_resize,
+    mixup,
     random_boxes,
+    sample_mixup_lambda,
 )
 
 PLAIN = {"mean": (0, 0, 0), "std": (1 / 255,) * 3}
@@ -119,7 +119,7 @@ def test_boxes_are_spread_as_torchvisions(size):
 def test_whole_square_picture_is_left_as_it_is():
     images = noise(2, 56)
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2, -1)
-    out = cut(images, whole, torch.tensor([[False], [True]]), 56)
+    out = crop_resize(images, whole, torch.tensor([[False], [True]]), 56)
     torch.testing.assert_close(out[0], images[0] / 255, atol=1e-4, rtol=0)
     torch.testing.assert_close(out[1], images[1].flip(-1) / 255, atol=1e-4, rtol=0)
 
@@ -127,7 +127,7 @@ def test_whole_square_picture_is_left_as_it_is():
 def test_box_of_whole_pixels_gives_those():
     images = noise(2, 64)
     boxes = torch.tensor([[16, 8, 32, 32], [30, 32, 32, 32]]) / 64
-    out = cut(images, boxes, torch.zeros(2, 1, dtype=torch.bool), 32)
+    out = crop_resize(images, boxes, torch.zeros(2, 1, dtype=torch.bool), 32)
     torch.testing.assert_close(out[0], images[0, :, 8:40, 16:48] / 255)
     torch.testing.assert_close(out[1], images[1, :, 32:, 30:62] / 255)
 
@@ -152,7 +152,9 @@ def test_crops_have_their_shape_in_the_original_and_half_are_mirrored():
 
 def test_mirrored_crops_are_the_others_reversed():
     images, boxes = noise(1), torch.tensor([[0.1, 0.2, 0.5, 0.7]])
-    straight, mirrored = (cut(images, boxes, torch.tensor([[m]]), 24) for m in (False, True))
+    straight, mirrored = (
+        crop_resize(images, boxes, torch.tensor([[m]]), 24) for m in (False, True)
+    )
     assert torch.equal(mirrored, straight.flip(-1))
 
 
@@ -228,14 +230,14 @@ def test_mixed_images_and_labels_have_the_same_shares():
 
 
 def test_mixing_equal_classes_leaves_the_label_whole():
-    labels = mix(torch.nn.functional.one_hot(torch.tensor([3, 3]), 5).float(), 0.3)
+    labels = mixup(torch.nn.functional.one_hot(torch.tensor([3, 3]), 5).float(), 0.3)
     torch.testing.assert_close(labels[:, 3], torch.ones(2))
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 def test_shares_follow_the_beta_distribution(alpha):
     generator = seeded()
-    shares = np.array([draw_share(alpha, generator) for _ in range(4000)])
+    shares = np.array([sample_mixup_lambda(alpha, generator) for _ in range(4000)])
     assert ((shares >= 0) & (shares <= 1)).all()
     assert shares.mean() == pytest.approx(0.5, abs=0.02)
     assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.04)

@@ -20,10 +20,10 @@ from PIL import Image
 from lednet import LEDNet
 from lednet.data.registry import open_dataset
 from lednet.data.transforms import Augmentation
-from lednet.training.loggers import PICTURE_HEIGHT, Dashboard, charts_of
+from lednet.training.loggers import PICTURE_HEIGHT, MetricLogger, charts_of
 from lednet.training.losses import WeightedCrossEntropy
 from lednet.training.run_dir import read_records
-from lednet.training.signals import Keeper
+from lednet.training.signals import CheckpointTimer
 from lednet.training.tasks import Segmentation
 from lednet.visualization import colorize
 
@@ -32,8 +32,8 @@ pytest.importorskip("tensorboard")
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lednet.training.tensorboard_logger import TensorBoardDisplay
-from lednet.training.visdom_logger import VisdomDisplay
+from lednet.training.tensorboard_logger import TensorBoardBackend
+from lednet.training.visdom_logger import VisdomBackend
 
 
 def record(epoch: int, stage: str = "decoder", **values: object) -> dict:
@@ -110,9 +110,9 @@ def task(data) -> Segmentation:
     return Segmentation(WeightedCrossEntropy([1.0] * 11, 12), Augmentation(), data.scheme.classes)
 
 
-def show(display, data, epochs, net=None, **values) -> Dashboard:
+def show(display, data, epochs, net=None, **values) -> MetricLogger:
     """Show a run that goes on from epochs[0] - 1, epoch by epoch."""
-    dashboard = Dashboard([display], data.scheme)
+    dashboard = MetricLogger([display], data.scheme)
     net = net or LEDNet(12).train()
     for epoch in epochs:
         records = [record(1, "encoder"), *(record(e, **values) for e in range(1, epoch + 1))]
@@ -139,7 +139,7 @@ def test_pictures_show_input_target_and_prediction(data):
         def forward(self, x):
             return torch.nn.functional.one_hot(torch.full(x[:, 0].shape, 3), 12).movedim(-1, 1)
 
-    dashboard = Dashboard([], data.scheme, images=1)
+    dashboard = MetricLogger([], data.scheme, images=1)
     (picture,) = dashboard._pictures(data.scheme, task(data), Three(12), Loader(data))
     image, target = data[0]
     assert picture.shape == (48, 64 + 4 + 64 + 4 + 64, 3)
@@ -161,7 +161,7 @@ class TestVisdom:
 
     def test_curves_and_pictures_arrive(self, port, data):
         net = LEDNet(12).train()
-        show(VisdomDisplay("whole", port=port), data, (1, 2, 3), net)
+        show(VisdomBackend("whole", port=port), data, (1, 2, 3), net)
         assert net.training
         names = ("decoder loss", "decoder memory in MB", "decoder: input, target, prediction")
         loss, memory, pictures = self.windows(port, "whole", *names)
@@ -171,8 +171,8 @@ class TestVisdom:
         assert pictures["src"].startswith("data:image")
 
     def test_resumed_run_has_each_epoch_once(self, port, data):
-        show(VisdomDisplay("resumed", port=port), data, (1, 2, 3))
-        show(VisdomDisplay("resumed", port=port), data, (3, 4))
+        show(VisdomBackend("resumed", port=port), data, (1, 2, 3))
+        show(VisdomBackend("resumed", port=port), data, (3, 4))
         (loss,) = self.windows(port, "resumed", "decoder loss")
         assert loss["data"][0]["x"] == [1, 2, 3, 4]
 
@@ -181,13 +181,13 @@ class TestVisdom:
             assert page.status == 200
 
     def test_absent_server_costs_one_warning(self, data, capsys):
-        show(VisdomDisplay("run", port=free_port()), data, (1, 2))
+        show(VisdomBackend("run", port=free_port()), data, (1, 2))
         output = capsys.readouterr()
         assert output.err.count("\n") == 1 and "no visdom server answers" in output.err
 
     def test_server_that_dies_costs_one_warning(self, data, tmp_path, capsys):
         with running_server(tmp_path) as (port, process):
-            dashboard = show(VisdomDisplay("run", port=port), data, (1,))
+            dashboard = show(VisdomBackend("run", port=port), data, (1,))
             process.kill()
             process.join()
         capsys.readouterr()
@@ -207,7 +207,7 @@ def points(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
 
 class TestTensorBoard:
     def test_event_files_hold_curves_and_pictures(self, data, tmp_path):
-        show(TensorBoardDisplay(tmp_path), data, (1, 2, 3))
+        show(TensorBoardBackend(tmp_path), data, (1, 2, 3))
         events = read_events(tmp_path)
         pictures = [f"input, target, prediction/{number}" for number in (1, 2)]
         assert sorted(events.Tags()["scalars"]) == [
@@ -232,10 +232,10 @@ class TestTensorBoard:
 
     def test_resumed_run_has_each_epoch_once(self, data, tmp_path, monkeypatch):
         """Going on from a checkpoint before the last epoch that was shown."""
-        show(TensorBoardDisplay(tmp_path), data, (1, 2, 3), process_memory_mb=100)
+        show(TensorBoardBackend(tmp_path), data, (1, 2, 3), process_memory_mb=100)
         now = time.time()
         monkeypatch.setattr(time, "time", lambda: now + 60)  # another file
-        show(TensorBoardDisplay(tmp_path), data, (3, 4), process_memory_mb=200)
+        show(TensorBoardBackend(tmp_path), data, (3, 4), process_memory_mb=200)
         assert len(list((tmp_path / "decoder").iterdir())) == 2
         events = read_events(tmp_path)
         assert points(events, "loss/train") == [(1, 1), (2, 2), (3, 3), (4, 4)]
@@ -245,11 +245,11 @@ class TestTensorBoard:
         assert [image.step for image in images] == [1, 2, 3, 4]
 
     def test_display_asked_for_later_has_the_epochs_before(self, data, tmp_path):
-        show(TensorBoardDisplay(tmp_path), data, (3,))
+        show(TensorBoardBackend(tmp_path), data, (3,))
         assert points(read_events(tmp_path), "loss/train") == [(1, 1), (2, 2), (3, 3)]
 
     def test_stages_do_not_mix(self, data, tmp_path):
-        dashboard = Dashboard([TensorBoardDisplay(tmp_path)])
+        dashboard = MetricLogger([TensorBoardBackend(tmp_path)])
         records = [record(1, "encoder"), record(2, "encoder"), record(1, train_loss=7.0)]
         for end in (1, 2, 3):
             dashboard.show(records[:end], task(data), LEDNet(12), Loader(data))
@@ -257,7 +257,7 @@ class TestTensorBoard:
         assert points(read_events(tmp_path), "loss/train") == [(1, 7)]
 
     def test_lost_folder_costs_one_warning(self, data, tmp_path, capfd):
-        dashboard = show(TensorBoardDisplay(tmp_path / "run"), data, (1,))
+        dashboard = show(TensorBoardBackend(tmp_path / "run"), data, (1,))
         shutil.rmtree(tmp_path / "run")
         capfd.readouterr()
         for epoch in (2, 3):
@@ -267,14 +267,14 @@ class TestTensorBoard:
 
     def test_unwritable_folder_costs_one_warning(self, data, tmp_path, capfd):
         (tmp_path / "run").write_text("a file, no folder")
-        show(TensorBoardDisplay(tmp_path / "run"), data, (1, 2))
+        show(TensorBoardBackend(tmp_path / "run"), data, (1, 2))
         error = capfd.readouterr().err
         assert error.count("\n") == 1 and "(File exists); training goes on" in error
 
 
 def test_one_display_outlives_the_other(data, tmp_path, capsys):
-    displays = [VisdomDisplay("run", port=free_port()), TensorBoardDisplay(tmp_path)]
-    Dashboard(displays, data.scheme).show([record(1)], task(data), LEDNet(12), Loader(data))
+    displays = [VisdomBackend("run", port=free_port()), TensorBoardBackend(tmp_path)]
+    MetricLogger(displays, data.scheme).show([record(1)], task(data), LEDNet(12), Loader(data))
     assert capsys.readouterr().err.count("warning") == 1
     assert any((tmp_path / "decoder").iterdir())
 
@@ -306,7 +306,9 @@ def test_stopped_and_resumed_training_shows_each_epoch_once(
         "--device", "cpu", "--decoder", "--tensorboard",
     )  # fmt: skip
     with monkeypatch.context() as patch:  # two steps an epoch: in the middle of the second
-        patch.setattr(Keeper, "order", lambda _, steps: signal.SIGTERM if steps == 3 else 0)
+        patch.setattr(
+            CheckpointTimer, "order", lambda _, steps: signal.SIGTERM if steps == 3 else 0
+        )
         assert run_inside(*command).returncode == 128 + signal.SIGTERM
     assert [r["epoch"] for r in read_records(run)] == [1]
     result = run_inside(*command, "--resume")

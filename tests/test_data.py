@@ -15,7 +15,7 @@ from lednet import UserError
 from lednet.data import transforms
 from lednet.data.cache import CachedDataset
 from lednet.data.cityscapes import cityscapes_pairs
-from lednet.data.dataset import SegmentationDataset, SkippingDataset, pixel_shares, read_label
+from lednet.data.dataset import SegmentationDataset, SkipCorruptDataset, pixel_shares, read_label
 from lednet.data.folders import read_class_file
 from lednet.data.labels import (
     CITYSCAPES_LABELS,
@@ -24,13 +24,7 @@ from lednet.data.labels import (
     cityscapes_scheme,
 )
 from lednet.data.registry import cache_split, open_dataset, open_training_data
-from lednet.data.transforms import (
-    PRESETS,
-    SHIFT,
-    Augmentation,
-    jitter_colors,
-    resize_transform,
-)
+from lednet.data.transforms import PRESETS, SHIFT, Augmentation, color_jitter, resize_transform
 
 # labels
 
@@ -417,7 +411,7 @@ def test_labels_that_cannot_be_counted_are_left_out_and_marked_where_skipping(ow
     write_label(own_camvid / "trainannot/train_003.png", [[77]])
     with pytest.raises(UserError, match=r"train_001\.png is damaged"):
         data.class_counts()
-    skipping = SkippingDataset(data)
+    skipping = SkipCorruptDataset(data)
     expected = np.full((5, 12), 48 * 64 / 12, dtype=int)
     expected[[1, 3]] = 0
     assert np.array_equal(skipping.class_counts(workers=3), expected)
@@ -598,12 +592,12 @@ def test_modern_preset_keeps_image_and_label_aligned(monkeypatch):
 def test_colours_of_the_modern_preset():
     images = torch.rand(2, 3, 6, 8, generator=seeded()) * 0.4 + 0.3
     same = torch.ones(2, 3)
-    torch.testing.assert_close(jitter_colors(images, same), images)
+    torch.testing.assert_close(color_jitter(images, same), images)
 
     def changed(column: int, factor: float) -> torch.Tensor:
         factors = same.clone()
         factors[1, column] = factor
-        result = jitter_colors(images, factors)
+        result = color_jitter(images, factors)
         torch.testing.assert_close(result[0], images[0])  # each sample has its own
         return result[1]
 

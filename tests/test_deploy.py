@@ -20,14 +20,14 @@ from lednet import LEDNet, UserError, load_model
 from lednet.checkpoint import load_state, save_checkpoint
 from lednet.data.image_io import open_image, read_image, to_rgb
 from lednet.export import formats
-from lednet.export.fuse import fold_batch_norm
-from lednet.export.unshuffle import remove_shuffles
+from lednet.export.fuse import fuse_conv_bn
+from lednet.export.unshuffle import fuse_channel_shuffles
 from lednet.export.wrappers import BytesToLogits
 from lednet.inference import backends
 from lednet.inference.backends import BACKENDS
-from lednet.inference.benchmark import count_macs, speed_card, speed_rows, time_runs
+from lednet.inference.benchmark import benchmark, benchmark_rows, count_macs, time_runs
 from lednet.inference.predictor import Predictor, tile_spans
-from lednet.model import Block, Down, SSnbt, enlarge, predict_at
+from lednet.model import Block, Down, SSnbt, argmax_at, upsample_scores
 
 VARIANTS = ("d20", "d128")
 
@@ -55,11 +55,11 @@ def assert_same_answer(net: LEDNet, other: nn.Module, image: torch.Tensor) -> No
 
 def assert_folds(net: LEDNet, image: torch.Tensor) -> None:
     """Without batch norms, and then without shuffles, the network answers as before."""
-    folded = fold_batch_norm(net)
+    folded = fuse_conv_bn(net)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     assert_same_answer(net, nn.Sequential(folded.encoder, folded.decoder), image)
-    plain = remove_shuffles(folded)
+    plain = fuse_channel_shuffles(folded)
     assert not any(isinstance(m, SSnbt | nn.BatchNorm2d | nn.Dropout2d) for m in plain.modules())
     assert_same_answer(net, plain, image)
 
@@ -78,7 +78,7 @@ def test_folded_reference_weights_answer_alike(variant, real_data):
 def test_no_shuffle_is_left_in_the_graph():
     """Nothing but convolutions and what lies between them: no transposition, no index."""
     graph = torch.export.export(
-        remove_shuffles(fold_batch_norm(worn())), (torch.rand(1, 3, 64, 64),)
+        fuse_channel_shuffles(fuse_conv_bn(worn())), (torch.rand(1, 3, 64, 64),)
     )
     names = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
     assert "aten.conv2d.default" in names
@@ -90,13 +90,13 @@ def test_a_stage_without_blocks_is_not_shuffled(monkeypatch):
     stages = (Down(32), Down(64), Block(0.03, 1), Down(128))
     monkeypatch.setattr(lednet.model, "ENCODER_STAGES", stages)
     net = worn()
-    assert_same_answer(net, remove_shuffles(fold_batch_norm(net)), torch.rand(1, 3, 64, 96))
+    assert_same_answer(net, fuse_channel_shuffles(fuse_conv_bn(net)), torch.rand(1, 3, 64, 96))
 
 
 def test_folding_leaves_the_network_as_it_was():
     net = worn()
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    fold_batch_norm(net)
+    fuse_conv_bn(net)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(p.requires_grad for p in net.parameters())
 
@@ -122,7 +122,7 @@ def test_predictor_answers_at_the_size_of_the_image(fold):
     assert labels.shape == (50, 70) and labels.dtype == np.uint8
     x = predictor.prepare(torch.from_numpy(image).permute(2, 0, 1)[None]).permute(0, 3, 1, 2)
     with torch.no_grad():
-        expected = predict_at(net(x / 255), (50, 70))[0].numpy()
+        expected = argmax_at(net(x / 255), (50, 70))[0].numpy()
     assert (labels == expected).mean() > 0.999
 
 
@@ -201,7 +201,7 @@ def test_tiles_join_without_a_seam_at_any_size(size):
 
 def test_enlarging_to_the_same_size_is_no_work():
     scores = torch.rand(1, 2, 3, 4)
-    assert enlarge(scores, (3, 4)) is scores
+    assert upsample_scores(scores, (3, 4)) is scores
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_from_weights_reads_size_and_normalisation(tmp_path):
     black = torch.zeros_like(white)
     plain = Predictor(worn(), (40, 56))
     expected = plain.core((plain.prepare(white) * 0).float() - 255 * 2)  # (0 - 0.5) / 0.25
-    torch.testing.assert_close(predictor.core(predictor.prepare(black)), expected)
+    torch.testing.assert_close(predictor.runner(predictor.prepare(black)), expected)
     assert Predictor.from_weights(tmp_path, height=64).size == (64, 56)
 
 
@@ -240,7 +240,7 @@ def test_cost_is_that_of_the_released_networks(variant, gmacs):
     net = LEDNet(20, variant).eval().to("meta")
     assert count_macs(net, (512, 1024)) / 1e9 == pytest.approx(gmacs, abs=0.005)
     with torch.device("meta"):
-        assert count_macs(fold_batch_norm(LEDNet(20, variant)), (512, 1024)) / 1e9 == (
+        assert count_macs(fuse_conv_bn(LEDNet(20, variant)), (512, 1024)) / 1e9 == (
             pytest.approx(gmacs, abs=0.005)
         )
 
@@ -253,16 +253,16 @@ def test_clock_leaves_the_warm_up_out():
 
 def test_speed_card_states_its_conditions():
     predictor = Predictor(worn(), (32, 64))
-    card = speed_card(predictor, (64, 128), batch=2, warmup=1, runs=2)
+    card = benchmark(predictor, (64, 128), batch=2, warmup=1, runs=2)
     assert card["batch_norm"] == "folded" and card["precision"] == "fp32"
     assert (card["network_size"], card["image_size"]) == ([32, 64], [64, 128])
     assert (card["batch"], card["warmup"], card["runs"]) == (2, 1, 2)
     assert card["parameters"] == 925_663 and card["peak_memory_mb"] > 10
     for part in ("forward", "image_to_label_map"):
         assert card[part]["fps"] == pytest.approx(2000 / card[part]["p50_ms"])
-    text = "\n".join(f"{name} {value}" for name, value in speed_rows(card))
+    text = "\n".join(f"{name} {value}" for name, value in benchmark_rows(card))
     assert "925,663" in text and "fp32" in text and "folded" in text and "batch 2" in text
-    unfolded = speed_card(Predictor(worn(), (32, 64), fold=False), (32, 64), warmup=0, runs=1)
+    unfolded = benchmark(Predictor(worn(), (32, 64), fold=False), (32, 64), warmup=0, runs=1)
     assert unfolded["batch_norm"] == "not folded"
 
 
@@ -303,7 +303,7 @@ def test_every_backend_answers_as_the_plain_network(backend, variant):
     predictor = Predictor(net, (64, 96), backend=backend)
     assert predictor.backend == backend
     images = torch.randint(0, 256, (1, 3, 100, 150), dtype=torch.uint8)
-    expected, found = (p.low_logits(p.prepare(images)) for p in (plain, predictor))
+    expected, found = (p.forward_logits(p.prepare(images)) for p in (plain, predictor))
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     labels = plain.label_maps(images)[0]
     assert labels.unique().numel() > 2  # one class everywhere would prove nothing

@@ -20,22 +20,22 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lednet.data.loaders import make_loaders
-from lednet.data.pairs import Pair
-from lednet.data.samplers import ShuffledSampler
+from lednet.data.pairs import Sample
+from lednet.data.samplers import ResumableDistributedSampler
 from lednet.data.transforms import Augmentation
-from lednet.distributed import World
+from lednet.distributed import DistributedContext
 from lednet.model import LEDNet
 from lednet.training.checkpointing import Checkpoints
-from lednet.training.loop import Course, Equipment, Progress, train_stages
+from lednet.training.loop import Progress, StageComponents, TrainingRun, train_stages
 from lednet.training.losses import WeightedCrossEntropy, resize_target
-from lednet.training.run_dir import RunFolder
-from lednet.training.signals import SAVE, Keeper, Stopped, StopRequest
+from lednet.training.run_dir import RunDir
+from lednet.training.signals import SAVE, CheckpointTimer, StopRequest, TrainingStopped
 from lednet.training.stages import Stage
 from lednet.training.tasks import Segmentation
-from lednet.training.trainer import Optimization, Tally, Trainer
+from lednet.training.trainer import EpochState, Trainer, TrainerConfig
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, CPU)
+ALONE = DistributedContext(0, 1, CPU)
 WEIGHTS = (1.0, 5.0, 20.0)
 BATCH, STEPS, LR = 2, 3, 0.5
 COUNT = 7
@@ -55,7 +55,7 @@ class Noise(Dataset):
     """Random images; label maps with more of the heavy class, and less void, as they go on."""
 
     def __init__(self, count: int):
-        self.pairs = [Pair(Path(f"{i}.png"), None) for i in range(count)]
+        self.pairs = [Sample(Path(f"{i}.png"), None) for i in range(count)]
         self.seen: list[int] = []
 
     def __len__(self) -> int:
@@ -85,9 +85,9 @@ def small_model() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1))
 
 
-def make_trainer(world: World, model: nn.Module, **options: Any) -> Trainer:
+def make_trainer(world: DistributedContext, model: nn.Module, **options: Any) -> Trainer:
     task = Segmentation(WeightedCrossEntropy(WEIGHTS, 4), Still(), "abc")
-    return Trainer(model, task, 2, world, Optimization(**options))
+    return Trainer(model, task, 2, world, TrainerConfig(**options))
 
 
 def joint_batches(size: int) -> list[tuple[Tensor, Tensor]]:
@@ -110,7 +110,7 @@ def work(rank: int, size: int, folder: Path) -> None:
         world_size=size,
         timeout=timedelta(seconds=PATIENCE),
     )
-    world = World(rank, size, CPU)
+    world = DistributedContext(rank, size, CPU)
     seen = {
         "updates": {accumulate: updates(world, accumulate) for accumulate in (1, 2)},
         "uneven": uneven_data(world),
@@ -123,7 +123,7 @@ def work(rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def updates(world: World, accumulate: int) -> dict[str, list[Tensor]]:
+def updates(world: DistributedContext, accumulate: int) -> dict[str, list[Tensor]]:
     """Gradients of every update, and the weights after the last."""
     trainer = make_trainer(world, small_model(), accumulate=accumulate, lr=LR)
     # Adam would hide a wrong scale.
@@ -139,7 +139,7 @@ def updates(world: World, accumulate: int) -> dict[str, list[Tensor]]:
     return {"gradients": gradients, "weights": weights, "loss": result["loss"]}
 
 
-def uneven_data(world: World) -> dict[str, Any]:
+def uneven_data(world: DistributedContext) -> dict[str, Any]:
     """A validation and an epoch over data that cannot be dealt out evenly."""
     train, val = Noise(COUNT), Noise(COUNT)
     loaders = make_loaders(train, val, world, BATCH, workers=0, seed=1)
@@ -155,7 +155,7 @@ def uneven_data(world: World) -> dict[str, Any]:
     scored = trainer.evaluate(loaders[1], "val")
     trainer.task.scores = scores
     _, single = make_loaders(train, Noise(1), world, BATCH, workers=0, seed=1)
-    tally = trainer.new_tally()
+    tally = trainer.new_epoch_state()
     trainer.train_one_epoch(loaders[0], "title", (1, 0, 1), tally)
     return {
         "scored": scored,
@@ -163,43 +163,43 @@ def uneven_data(world: World) -> dict[str, Any]:
         "counts": kept[0],
         "trained on": train.seen,
         "scored on": val.seen,
-        "training pixels": int(world.sum(tally.counts.clone()).sum()),
+        "training pixels": int(world.all_reduce_sum(tally.counts.clone()).sum()),
         "steps": tally.step,
     }
 
 
-def restored_tally(world: World) -> dict[str, Any]:
+def restored_tally(world: DistributedContext) -> dict[str, Any]:
     """An interrupted epoch's counts before it was saved, after, and some steps on."""
-    tally = Tally(torch.zeros(3, 4, dtype=torch.int64))
+    tally = EpochState(torch.zeros(3, 4, dtype=torch.int64))
     tally.step, tally.images, tally.skipped = 4, 9, 1
     tally.sums += torch.tensor([0.25, 3.0]) * (world.rank + 1)
     tally.counts += world.rank + 1
     saved = tally.state(world)
-    again = Tally(torch.zeros(3, 4, dtype=torch.int64))
+    again = EpochState(torch.zeros(3, 4, dtype=torch.int64))
     again.restore(copy.deepcopy(saved), world)
     restored = again.state(world)
     again.sums += world.rank
     return {"saved": saved, "restored": restored, "later": again.state(world)}
 
 
-def orders(world: World) -> dict[str, int]:
+def orders(world: DistributedContext) -> dict[str, int]:
     """What the keeper answers when only the last process has a reason to ask."""
     last = world.rank == world.size - 1
     request = StopRequest()
-    keeper = Keeper(world, request, every_minutes=1)
-    answers = {"nothing": keeper.order(1)}
+    keeper = CheckpointTimer(world, request, every_minutes=1)
+    answers = {"nothing": keeper.poll(1)}
     if last:
         keeper._saved = -math.inf  # its clock alone says that a checkpoint is due
-    answers["clock"] = keeper.order(2)
-    answers["after"] = keeper.order(3)
+    answers["clock"] = keeper.poll(2)
+    answers["after"] = keeper.poll(3)
     request.number = signal.SIGTERM if last else 0
-    answers["signal"], answers["stop"] = keeper.order(4), keeper.stop()
+    answers["signal"], answers["stop"] = keeper.poll(4), keeper.stop()
     request.number = signal.SIGTERM if last else signal.SIGINT
-    answers["two signals"] = keeper.order(5)
+    answers["two signals"] = keeper.poll(5)
     return answers
 
 
-def buffers(world: World) -> dict[str, Tensor]:
+def buffers(world: DistributedContext) -> dict[str, Tensor]:
     """Running statistics behind the last step, and after the epoch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -211,10 +211,10 @@ def buffers(world: World) -> dict[str, Tensor]:
         seen["before"] = flat(model.buffers())
 
     trainer.train_one_epoch(loader, "title", (1, 0, 1), after_update=note)
-    return seen | {"after": flat(model.buffers()), "average": flat(trainer.average.buffers())}
+    return seen | {"after": flat(model.buffers()), "average": flat(trainer.ema.buffers())}
 
 
-class StoppedBySignal(Keeper):
+class StoppedBySignal(CheckpointTimer):
     """The last process gets a signal in the run's fifth step."""
 
     def order(self, step: int) -> int:
@@ -223,40 +223,42 @@ class StoppedBySignal(Keeper):
         return super().order(step)
 
 
-def stopped_fit(world: World, folder: Path) -> dict[str, Any]:
+def stopped_fit(world: DistributedContext, folder: Path) -> dict[str, Any]:
     """A run of two epochs, once whole, and once stopped within the second and resumed.
 
     Each process has a folder of its own, in which only the first may write.
     """
 
-    def fit(name: str, keeper: type[Keeper], resume: bool = False) -> tuple[LEDNet, Progress]:
-        run = RunFolder(folder / name / str(world.rank if not resume else 0), resume, world.is_main)
+    def fit(
+        name: str, keeper: type[CheckpointTimer], resume: bool = False
+    ) -> tuple[LEDNet, Progress]:
+        run = RunDir(folder / name / str(world.rank if not resume else 0), resume, world.is_main)
         torch.manual_seed(0)
         net = LEDNet(4)
         meta = {"model": "LEDNet", "dataset": "noise", "mean": [0.0] * 3, "std": [1.0] * 3}
         stage = Stage("encoder", "Encoder", 2, "encoder_best.pth", part="encoder")
         rules = keeper(world, StopRequest())
-        course = Course(net, [stage], run, Checkpoints(run.path), meta, 1, rules)
+        course = TrainingRun(net, [stage], run, Checkpoints(run.path), meta, 1, rules)
         state = course.resume() if resume else ()
 
-        def equip(stage: Stage) -> Equipment:
+        def equip(stage: Stage) -> StageComponents:
             trainer = make_trainer(world, net.encoder_stage(), ema_decay=0.9)
-            return Equipment(
+            return StageComponents(
                 trainer, *make_loaders(Noise(COUNT), Noise(COUNT), world, 1, workers=0, seed=1)
             )
 
         return net, train_stages(course, equip, *state)
 
-    whole, progress = fit("whole", Keeper)
+    whole, progress = fit("whole", CheckpointTimer)
     try:
         fit("stopped", StoppedBySignal)
         status = 0
-    except Stopped as stopped:
+    except TrainingStopped as stopped:
         status = stopped.exit_status
     dist.barrier()
     parts = sorted(path.name for path in (folder / "stopped" / "0").glob("*.pth"))
     dist.barrier()
-    resumed, later = fit("stopped", Keeper, resume=True)
+    resumed, later = fit("stopped", CheckpointTimer, resume=True)
     return {
         "exit status": status,
         "files": parts,
@@ -350,7 +352,7 @@ def test_uneven_validation_counts_every_image_once(together):
 
 def test_uneven_training_repeats_the_first_few(together):
     size, seen, _ = together
-    order = ShuffledSampler(COUNT, ALONE, seed=1).order()
+    order = ResumableDistributedSampler(COUNT, ALONE, seed=1).order()
     share = math.ceil(COUNT / size)
     padded = order + order[: share * size - COUNT]
     assert len(padded) > COUNT

@@ -17,7 +17,7 @@ from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, citysca
 from lednet.inference.predictor import Predictor
 from lednet.model import load_model
 from lednet.plots import contact_sheet
-from lednet.visualization import Painter, colorize, draw_legend, output_scheme, overlay
+from lednet.visualization import Visualizer, colorize, draw_legend, output_scheme, overlay
 
 SCRIPT = ROOT / "test/eval_cityscapes_color.py"
 SCHEME = camvid_scheme()
@@ -49,7 +49,7 @@ def test_overlay_refuses_a_share_above_one():
 
 def colored(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
     """Class colours with the legend below."""
-    return Painter(scheme).draw("color", np.zeros((*label.shape, 3), np.uint8), label)
+    return Visualizer(scheme).draw("color", np.zeros((*label.shape, 3), np.uint8), label)
 
 
 @pytest.mark.parametrize("width", [200, 480, 1024, 2048])

@@ -15,7 +15,7 @@ from lednet import LEDNet
 from lednet.checkpoint import load_state, save_checkpoint
 from lednet.errors import UserError
 from lednet.evaluation.cityscapes_evaluator import find_frames, find_predictions, score_predictions
-from lednet.inference.progress_log import Journal
+from lednet.inference.progress_log import ProgressLog
 
 SCRIPT = "test/eval_cityscapes_server.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -358,17 +358,17 @@ def test_options_that_make_no_sense(evaluate, tmp_path, flags, words):
 
 
 def test_journal_refuses_other_settings_and_survives_a_torn_header(tmp_path):
-    journal = Journal(tmp_path, {"size": (1, 2)})
+    journal = ProgressLog(tmp_path, {"size": (1, 2)})
     journal.add({"name": "a"})
     journal.add({"name": "b"})
-    assert set(Journal(tmp_path, {"size": (1, 2)}, rank=1).entries) == {"a", "b"}
+    assert set(ProgressLog(tmp_path, {"size": (1, 2)}, rank=1).entries) == {"a", "b"}
     with pytest.raises(UserError, match=r"size \[1, 2\], not \[3, 4\]"):
-        Journal(tmp_path, {"size": (3, 4)})
+        ProgressLog(tmp_path, {"size": (3, 4)})
     (tmp_path / "progress-0.jsonl").write_bytes(b'{"size": [1')
-    journal = Journal(tmp_path, {"size": (1, 2)})
+    journal = ProgressLog(tmp_path, {"size": (1, 2)})
     assert journal.entries == {}
     journal.add({"name": "c"})
-    assert set(Journal(tmp_path, {"size": (1, 2)}).entries) == {"c"}
+    assert set(ProgressLog(tmp_path, {"size": (1, 2)}).entries) == {"c"}
 
 
 def test_forward_time_needs_no_data(run_script, tmp_path):

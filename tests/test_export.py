@@ -30,9 +30,9 @@ from lednet.export.exporter import (
     require_parity,
 )
 from lednet.export.formats import FORMATS, Format, load
-from lednet.export.fuse import fold_batch_norm
+from lednet.export.fuse import fuse_conv_bn
 from lednet.export.wrappers import BytesToLabels
-from lednet.inference.benchmark import speed_card
+from lednet.inference.benchmark import benchmark
 from lednet.inference.predictor import Predictor
 from lednet.model import Block, Down
 
@@ -256,7 +256,7 @@ def test_predictor_takes_a_file_for_weights(format, with_logits, net):
 
 def test_card_of_a_file_is_that_of_its_network(with_logits, net):
     cards = [
-        speed_card(predictor, SIZE, warmup=0, runs=1)
+        benchmark(predictor, SIZE, warmup=0, runs=1)
         for predictor in (Predictor(net, SIZE), Predictor.from_weights(with_logits("torch")))
     ]
     for key in ("parameters", "gmacs", "precision", "batch_norm", "forward_size"):
@@ -321,7 +321,7 @@ def test_int8_is_small_and_near(run_inside, photos, tmp_path):
     # Classes that were made equally strong change sides easily: the logits say how near it is.
     images = torch.from_numpy(street_like(1, *SIZE)).permute(0, 3, 1, 2)
     plain = Predictor(net.eval(), SIZE, META["mean"], META["std"])
-    expected, found = (p.low_logits(p.prepare(images)) for p in (plain, predictor))
+    expected, found = (p.forward_logits(p.prepare(images)) for p in (plain, predictor))
     spread = (expected - expected.mean()).norm()
     error = ((found - expected).norm() / spread).item()
     print(f"int8 error {error:.3f} of the logits' spread")
@@ -437,7 +437,7 @@ def test_full_network_by_the_script(run_script, tmp_path):
 
 def test_tampered_network_leaves_no_file(run_inside, weights, tmp_path, monkeypatch):
     def fold_and_spoil(net):
-        folded = fold_batch_norm(net)
+        folded = fuse_conv_bn(net)
         folded.decoder.mid[0].weight.mul_(1.05)
         return folded
 

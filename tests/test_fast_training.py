@@ -11,17 +11,17 @@ from lednet import LEDNet, UserError
 from lednet.checkpoint import load_checkpoint
 from lednet.data import device_cache
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.dataset import SkippingDataset
+from lednet.data.dataset import SkipCorruptDataset
 from lednet.data.device_cache import DeviceLoader
 from lednet.data.loaders import make_loaders
 from lednet.data.registry import open_training_data
-from lednet.distributed import World
+from lednet.distributed import DistributedContext
 from lednet.training import time_budget
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.cuda_graph import CapturedStep
-from lednet.training.loop import Course, Equipment, train_stages
-from lednet.training.run_dir import RunFolder, read_records
-from lednet.training.signals import Keeper, StopRequest
+from lednet.training.loop import StageComponents, TrainingRun, train_stages
+from lednet.training.run_dir import RunDir, read_records
+from lednet.training.signals import CheckpointTimer, StopRequest
 from lednet.training.stages import Stage
 from lednet.training.time_budget import TimeBudget
 from lednet.training.trainer import LossMonitor
@@ -33,12 +33,12 @@ def data(request, camvid, tmp_path):
     if request.param == "cache":
         build_cache(tmp_path / "cache", {"train": train})
         return CachedDataset(tmp_path / "cache/train", train, ""), val
-    return (SkippingDataset(train) if request.param == "skip damaged" else train), val
+    return (SkipCorruptDataset(train) if request.param == "skip damaged" else train), val
 
 
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
 def test_device_loader_yields_the_batches_of_a_data_loader(data, rank, size):
-    world = World(rank, size, CPU)
+    world = DistributedContext(rank, size, CPU)
     for epoch, start in ((1, 0), (2, 0), (3, 1)):
         pairs = zip(
             make_loaders(*data, world, 2, 0, seed=1),
@@ -57,7 +57,7 @@ def test_device_loader_yields_the_batches_of_a_data_loader(data, rank, size):
 
 
 def test_device_loader_stores_only_this_process_share_of_validation(data):
-    _, val = make_loaders(*data, World(1, 2, CPU), 2, 0, seed=1, on_device=True)
+    _, val = make_loaders(*data, DistributedContext(1, 2, CPU), 2, 0, seed=1, on_device=True)
     assert len(val.images) == len(val.sampler) == 1
 
 
@@ -66,9 +66,9 @@ def test_data_larger_than_the_memory_is_refused(data, size, needed, monkeypatch)
     bytes_needed = size * len(data[0]) * 4 * 24 * 32
     monkeypatch.setattr(device_cache, "free_memory", lambda device: bytes_needed)
     with pytest.raises(UserError, match=rf"needs {needed} on cpu, where 0.00 GB are free: use"):
-        make_loaders(*data, World(0, size, CPU), 2, 0, seed=1, on_device=True)
+        make_loaders(*data, DistributedContext(0, size, CPU), 2, 0, seed=1, on_device=True)
     monkeypatch.setattr(device_cache, "free_memory", lambda device: 2 * bytes_needed)
-    make_loaders(*data, World(0, size, CPU), 2, 0, seed=1, on_device=True)
+    make_loaders(*data, DistributedContext(0, size, CPU), 2, 0, seed=1, on_device=True)
 
 
 def test_free_memory_of_a_cpu_is_known_on_linux():
@@ -103,8 +103,8 @@ def eager_trainer(**options):
 
 def all_state(trainer) -> dict[str, torch.Tensor]:
     state = dict(trainer.model.state_dict())
-    if trainer.average is not None:
-        state |= {f"average.{k}": v for k, v in trainer.average.state_dict().items()}
+    if trainer.ema is not None:
+        state |= {f"average.{k}": v for k, v in trainer.ema.state_dict().items()}
     for i, values in enumerate(trainer.optimizer.state.values()):
         state |= {f"optimizer.{i}.{k}": v for k, v in values.items() if v is not None}
     return state
@@ -208,7 +208,7 @@ def test_steps_that_cannot_be_recorded_are_eager_and_announced():
 )
 def test_obstacles_to_recording_are_named(device, size, options, reason):
     trainer = small_trainer(**(options if device == "cpu" else {}))
-    trainer.world = World(0, size, torch.device(device))
+    trainer.world = DistributedContext(0, size, torch.device(device))
     trainer.optimization = trainer.Optimization(**options)
     obstacle = trainer._graph_obstacle()
     assert (obstacle is None) if reason is None else (reason in obstacle)
@@ -249,7 +249,7 @@ class Clock:
 
 def test_budget_divides_the_time_by_the_costs_of_the_stages(monkeypatch):
     clock = Clock(monkeypatch, 0.0)
-    budget = TimeBudget(World(0, 1, CPU), minutes=1, costs=[1, 3])
+    budget = TimeBudget(DistributedContext(0, 1, CPU), minutes=1, costs=[1, 3])
     budget.add(10.0)  # of an earlier process
     first = budget.stage(0, 0.0)
     assert first.end == 15.0 and first.share() == pytest.approx(10 / 15, abs=1e-6)
@@ -262,20 +262,20 @@ def test_budget_divides_the_time_by_the_costs_of_the_stages(monkeypatch):
     assert first.share() == 1.0
     second = budget.stage(1, budget.elapsed)
     assert (second.start, second.end) == (30.0, 60.0) and second.share() == 0.0
-    assert TimeBudget(World(0, 1, CPU)).stage(0, 0.0) is None
+    assert TimeBudget(DistributedContext(0, 1, CPU)).stage(0, 0.0) is None
 
 
 def timed_run(folder, minutes: float, resume: bool = False, stop_after: int | None = None):
     """A run on noise whose clock ticks at each look; returns its records and learning rates."""
-    world = World(0, 1, CPU)
+    world = DistributedContext(0, 1, CPU)
     torch.manual_seed(0)
     net = LEDNet(4)
-    run = RunFolder(folder, resume)
+    run = RunDir(folder, resume)
     request = StopRequest()
-    keeper = Keeper(world, request)
+    keeper = CheckpointTimer(world, request)
     stage = Stage("encoder", "Encoder", 5, "encoder_best.pth", part="encoder")
     meta = {"model": "LEDNet", "dataset": "noise", "mean": [0.0] * 3, "std": [1.0] * 3}
-    course = Course(net, [stage], run, Checkpoints(run.path), meta, 1, keeper)
+    course = TrainingRun(net, [stage], run, Checkpoints(run.path), meta, 1, keeper)
     course.validate_every = 1000
     course.budget = TimeBudget(world, minutes)
     state = course.resume() if resume else ()
@@ -294,7 +294,7 @@ def timed_run(folder, minutes: float, resume: bool = False, stop_after: int | No
 
         trainer._update = update
         loader = make_loaders(Noise(), Noise(), world, 2, 0, seed=1)
-        return Equipment(trainer, *loader)
+        return StageComponents(trainer, *loader)
 
     try:
         progress = train_stages(course, equip, *state)

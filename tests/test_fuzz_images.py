@@ -18,14 +18,14 @@ from PIL import Image
 from lednet.data.dataset import read_label
 from lednet.data.image_io import FORMATS, open_image, read_image, to_rgb
 from lednet.data.labels import IGNORE_INDEX, cityscapes_scheme
-from lednet.data.pairs import Pair
+from lednet.data.pairs import Sample
 from lednet.demo.labeller import MAX_SIDE, decode_image
 from lednet.errors import UserError
 from lednet.evaluation.cityscapes_evaluator import read_instances
-from lednet.evaluation.cityscapes_submission import check_upload
+from lednet.evaluation.cityscapes_submission import check_submission
 from lednet.inference.video import VideoReader
 from lednet.io import LIMIT
-from lednet.validation.inspection import look_at
+from lednet.validation.inspection import inspect_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as the library does with Pillow's
 
@@ -111,7 +111,7 @@ def read_all(path: Path) -> None:
     instances = ends_well(lambda: read_instances(path), path.name)
     if instances is not None:
         assert instances.ndim == 2 and 0 <= instances.min() <= instances.max() < 34000
-    look = look_at(Pair(path, path))
+    look = inspect_pair(Sample(path, path))
     assert look.problems or (image is not None and look.image_size == image.shape[1::-1])
 
 
@@ -267,7 +267,7 @@ def test_one_pixel_too_many_is_refused_undecoded(place, format, monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     with pytest.raises(UserError, match=rf"large\.{format} has 501x500 pixels, and 250,000 are"):
         open_image(path)
-    kind, file, remark = look_at(Pair(path, None)).problems[0]
+    kind, file, remark = inspect_pair(Sample(path, None)).problems[0]
     assert (kind, file) == ("damaged", path) and "501x500 pixels" in remark
 
 
@@ -298,7 +298,7 @@ FRAME = "berlin_000000_000019"
 
 def check(path: Path) -> list[str] | None:
     options = {"frames": [FRAME], "size": NOISE.shape[:2], "progress": False}
-    problems = ends_well(lambda: check_upload(path, **options), path.name)
+    problems = ends_well(lambda: check_submission(path, **options), path.name)
     assert problems is None or all("\n" not in problem for problem in problems)
     return problems
 

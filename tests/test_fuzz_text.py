@@ -21,7 +21,7 @@ from lednet.data.labels import IGNORE_INDEX
 from lednet.data.registry import open_dataset
 from lednet.errors import UserError
 from lednet.evaluation.cityscapes_evaluator import FrameResult
-from lednet.inference.progress_log import Journal
+from lednet.inference.progress_log import ProgressLog
 from lednet.io import MAX_YAML, read_json
 from lednet.training.config import set_options, set_recipe
 from lednet.training.run_dir import read_options, read_records
@@ -205,7 +205,7 @@ def test_journal(place, content):
     path = write(out / "progress-0.jsonl", content)
 
     def read() -> dict[str, FrameResult]:
-        journal = Journal(out, SETTINGS, check=FrameResult.from_json)
+        journal = ProgressLog(out, SETTINGS, check=FrameResult.from_json)
         return {name: FrameResult.from_json(entry) for name, entry in journal.entries.items()}
 
     results = ends_well(read, path.name, out)

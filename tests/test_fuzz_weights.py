@@ -29,12 +29,12 @@ from torch import nn
 
 from lednet import LEDNet, UserError, load_model, load_weights
 from lednet.checkpoint import CONFIG, TENSORS, load_checkpoint, save_pretrained
-from lednet.export.common import Exported
+from lednet.export.common import ExportedModel
 from lednet.export.formats import FORMATS, load
 from lednet.export.wrappers import BytesToLogits
 from lednet.training.checkpointing import Checkpoints
-from lednet.training.loop import Course, Progress, as_saved
-from lednet.training.run_dir import RunFolder
+from lednet.training.loop import Progress, TrainingRun, report_mismatch
+from lednet.training.run_dir import RunDir
 from lednet.training.stages import Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -330,10 +330,10 @@ def test_checkpoints_to_resume(place, data):
     path = write(run / "checkpoint_000000007.pth", saved(odd))
     (run / "log.txt").write_text("")
     net = small_net()
-    folder = RunFolder.__new__(RunFolder)
-    folder.path, folder.main, folder.say = run, True, lambda text: None
+    folder = RunDir.__new__(RunDir)
+    folder.path, folder.main, folder.log = run, True, lambda text: None
     stages = [Stage("decoder", "2", 3)]
-    course = Course(net, stages, folder, Checkpoints(run), {}, 1, keeper=None)
+    course = TrainingRun(net, stages, folder, Checkpoints(run), {}, 1, keeper=None)
     found = ends_well(course.resume, path.name)
     if found is not None:
         progress, _ = found
@@ -351,9 +351,9 @@ def test_optimizers_to_resume(data):
     tally = data.draw(altered(TALLY, values | odd_tensors))
 
     def resume() -> None:
-        with as_saved():
+        with report_mismatch():
             trainer.load_state_dict(odd)
-            trainer.new_tally().restore(tally, trainer.world)
+            trainer.new_epoch_state().restore(tally, trainer.world)
 
     ends_well(resume, "checkpoint")
 
@@ -389,7 +389,7 @@ def write_small(folder: Path, format: str) -> tuple[Path, dict[str, bytes]]:
     path = folder / f"net{row.suffix}"
     metadata = as_metadata(TOLD) | {"output": "logits"}
     row.write(Small().eval(), path, (1, 16, 24), metadata=metadata)
-    load(path).skeleton()
+    load(path).build_meta_model()
     files = [path.with_suffix(suffix) for suffix in (row.suffix, *row.beside)]
     return path, {file.name: file.read_bytes() for file in files}
 
@@ -408,7 +408,7 @@ def test_exported_files(exported, data):
         write(path.with_name(name), data.draw(foreign([content])) if name == odd else content)
     found = ends_well(lambda: load(path), path.name)
     if found is not None:
-        ends_well(lambda: found.meta and found.skeleton(), path.name)
+        ends_well(lambda: found.meta and found.build_meta_model(), path.name)
 
 
 @given(
@@ -419,7 +419,7 @@ def test_what_exported_files_say(told, output, deep):
     metadata = as_metadata(told) | {"output": output}
     if deep:
         metadata["size"] = "[" * 100_000
-    file = Exported(Path("net.onnx"), "x", ((1, 1),) * 3, metadata, lambda images: images)
+    file = ExportedModel(Path("net.onnx"), "x", ((1, 1),) * 3, metadata, lambda images: images)
     meta = ends_well(lambda: file.meta, "net.onnx")
     if meta is not None:
         assert all(isinstance(side, int) and side > 0 for side in meta["size"])
@@ -449,7 +449,7 @@ def test_pt2_archives_of_odd_graphs(pt2, data):
     write(path, zip_of({**parts, name: odd}))
     found = ends_well(lambda: load(path), path.name)
     if found is not None:
-        ends_well(lambda: found.meta and found.skeleton(), path.name)
+        ends_well(lambda: found.meta and found.build_meta_model(), path.name)
 
 
 def test_a_pt2_archive_runs_no_code(pt2):

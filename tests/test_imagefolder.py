@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 
 from lednet import UserError
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.dataset import SkippingDataset
+from lednet.data.dataset import SkipCorruptDataset
 from lednet.data.imagefolder import ImageFolderDataset
 from lednet.data.registry import open_dataset
 
@@ -411,7 +411,7 @@ def test_cache_of_a_segmentation_is_no_cache_of_pictures(built, source, camvid, 
 
 def test_unreadable_picture_is_replaced_where_skipping(source, root):
     sound = [source[i] for i in range(9)]
-    skipping = SkippingDataset(source)
+    skipping = SkipCorruptDataset(source)
     assert not hasattr(skipping, "scheme")
     (root / "train/bee/bee_1.png").write_bytes(b"torn")
     (root / "train/cat/cat_2.png").unlink()

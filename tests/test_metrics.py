@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lednet.metrics import ConfusionMatrix
-from lednet.model import predict_at
+from lednet.model import argmax_at
 
 
 def matrix(truth, prediction, num_classes=3) -> ConfusionMatrix:
@@ -64,5 +64,5 @@ def test_shapes_must_agree():
 def test_logits_are_enlarged_before_the_argmax():
     """Between two confident corners a third class wins: enlarging labels would never show it."""
     logits = torch.tensor([[[[9.0, 0.0]], [[0.0, 9.0]], [[6.0, 6.0]]]])
-    assert set(predict_at(logits, (1, 8)).unique().tolist()) == {0, 1, 2}
-    assert predict_at(logits, (1, 2)).tolist() == [[[0, 1]]]
+    assert set(argmax_at(logits, (1, 8)).unique().tolist()) == {0, 1, 2}
+    assert argmax_at(logits, (1, 2)).tolist() == [[[0, 1]]]

@@ -25,12 +25,12 @@ from lednet.checkpoint import save_checkpoint
 from lednet.data.labels import cityscapes_label_ids, cityscapes_scheme
 from lednet.inference import video
 from lednet.inference.inputs import find_inputs
-from lednet.inference.pipeline import overlap
+from lednet.inference.pipeline import run_pipeline
 from lednet.inference.predictor import Predictor
-from lednet.inference.video import Clock, VideoError, VideoReader, write_video
-from lednet.inference.writers import VideoFiles
+from lednet.inference.video import FrameClock, VideoError, VideoReader, write_video
+from lednet.inference.writers import VideoWriter
 from lednet.model import load_model
-from lednet.visualization import Painter, output_scheme
+from lednet.visualization import Visualizer, output_scheme
 
 PATIENCE = 60
 """Seconds after which a stage is no longer waited for."""
@@ -62,7 +62,7 @@ def test_reading_and_writing_go_on_while_the_network_runs():
         wait(predicting[min(tens // 10 + 1, 3)])  # the next one is predicted meanwhile
         return tens + 1
 
-    results = overlap(range(4), read, predict, write, readers=1, writers=1)
+    results = run_pipeline(range(4), read, predict, write, readers=1, writers=1)
     assert results == [1, 11, 21, 31] and order == [0, 1, 2, 3]
 
 
@@ -76,7 +76,7 @@ def test_order_is_kept_when_later_items_are_ready_sooner():
             second[name].set()
         return i
 
-    results = overlap(
+    results = run_pipeline(
         range(6), lambda i: stage("read", i), lambda i: i, lambda i: stage("written", i)
     )
     assert results == list(range(6))
@@ -95,7 +95,7 @@ def test_an_endless_source_is_read_no_further_than_needed():
         return number
 
     steps = itertools.count()
-    results = overlap(
+    results = run_pipeline(
         itertools.repeat(None), read, predict, lambda n: n, lambda: next(steps), readers=1
     )
     assert results == predicted == list(range(50)) and next(steps) == 50
@@ -112,7 +112,7 @@ def test_an_error_surfaces_once_and_what_is_predicted_is_written(failing):
         return i
 
     with pytest.raises(UserError, match=f"{failing} failed"):
-        overlap(
+        run_pipeline(
             itertools.count(),
             lambda i: stage("read", [], i),
             lambda i: stage("predict", predicted, i),
@@ -131,30 +131,32 @@ def test_an_interrupt_ends_all_stages():
         return i
 
     with pytest.raises(KeyboardInterrupt):
-        overlap(itertools.count(), lambda i: i, predict, written.append)
+        run_pipeline(itertools.count(), lambda i: i, predict, written.append)
     assert sorted(written) == [0, 1]
 
 
 # Time stamps
 
 
-def ticks(clock: Clock, stamps) -> list[Fraction]:
+def ticks(clock: FrameClock, stamps) -> list[Fraction]:
     return [clock.ticks(stamp) * clock.unit for stamp in stamps]
 
 
 def test_a_rate_is_exact_whatever_the_container_rounds():
     milliseconds = [round(1000 * i / NTSC) + 7 for i in range(200)]
-    assert ticks(Clock(NTSC, Fraction(1, 1000)), milliseconds) == [i / NTSC for i in range(200)]
+    assert ticks(FrameClock(NTSC, Fraction(1, 1000)), milliseconds) == [
+        i / NTSC for i in range(200)
+    ]
 
 
 def test_stamps_off_the_beat_and_gaps_stay():
     stamps = [0, 40, 95, 120, 2000, 2013]
-    times = ticks(Clock(Fraction(25), Fraction(1, 1000)), stamps)
+    times = ticks(FrameClock(Fraction(25), Fraction(1, 1000)), stamps)
     assert times == [Fraction(stamp, 1000) for stamp in stamps]
 
 
 def test_frames_without_stamps_and_out_of_order_still_advance():
-    clock = Clock(Fraction(25), Fraction(1, 25))
+    clock = FrameClock(Fraction(25), Fraction(1, 25))
     times = ticks(clock, [None, None, 5, 4, 6])
     assert times[:2] == [0, Fraction(1, 25)]
     assert all(a < b for a, b in itertools.pairwise(times))
@@ -438,7 +440,7 @@ def test_labels_pictures_and_shares(predict, photos, weights, tmp_path):
     names = [f"{name}_{kind}.png" for name in ("a", "sub/a") for kind in kinds]
     assert written(tmp_path / "out") == sorted([*names, "shares.json"])
     _, meta = load_model(weights)
-    painter = Painter(output_scheme(meta, 12, weights))
+    painter = Visualizer(output_scheme(meta, 12, weights))
     report = json.loads((tmp_path / "out/shares.json").read_text())
     labels = []
     for entry, name in zip(report["images"], ("a", "sub/a"), strict=True):
@@ -460,7 +462,7 @@ def test_labels_pictures_and_shares(predict, photos, weights, tmp_path):
 def test_side_has_the_image_beside_the_colours():
     scheme = cityscapes_scheme()
     image, label = picture(0), np.full((48, 64), 2, np.uint8)
-    pair = Painter(scheme, legend=False).draw("side", image, label)
+    pair = Visualizer(scheme, legend=False).draw("side", image, label)
     np.testing.assert_array_equal(pair[:, :64], image)
     assert (pair[:, 64:] == scheme.colors[2]).all()
 
@@ -471,7 +473,7 @@ def test_jpegs_are_the_pictures_nearly(predict, photos, weights, tmp_path):
     _, meta = load_model(weights)
     image = read(photos / "a.png")
     label = answer(weights, image)
-    picture = Painter(output_scheme(meta, 12, weights), 1).draw("overlay", image, label)
+    picture = Visualizer(output_scheme(meta, 12, weights), 1).draw("overlay", image, label)
     difference = read(tmp_path / "out/a_overlay.jpg").astype(int) - picture
     assert difference.any() and np.abs(difference).mean() < 12
 
@@ -710,14 +712,14 @@ def test_a_camera_is_recorded_for_some_frames(predict, camera, tmp_path):
 
 
 def test_a_recording_ends_with_an_interrupt(predict, camera, monkeypatch, tmp_path):
-    whole, calls = VideoFiles.add, itertools.count()
+    whole, calls = VideoWriter.add, itertools.count()
 
     def add(self, *frame):
         if next(calls) == 3:
             signal.raise_signal(signal.SIGINT)
         whole(self, *frame)
 
-    monkeypatch.setattr(VideoFiles, "add", add)
+    monkeypatch.setattr(VideoWriter, "add", add)
     result = predict(camera)
     assert result.returncode == 0, result.stderr
     (path,) = (tmp_path / "out").glob("*_overlay.mp4")

@@ -19,14 +19,14 @@ from torch import nn
 from lednet import UserError
 from lednet.checkpoint import load_checkpoint
 from lednet.data.classification_transforms import IMAGENET_MEAN, IMAGENET_STD, ImageAugmentation
-from lednet.distributed import World
+from lednet.distributed import DistributedContext
 from lednet.model import load_model
 from lednet.training.loop import Progress
 from lednet.training.run_dir import MEASURED_KEYS, read_records
-from lednet.training.signals import Keeper
+from lednet.training.signals import CheckpointTimer
 from lednet.training.stages import parse_curriculum, parse_sizes, plan_stages
 from lednet.training.tasks import Classification
-from lednet.training.trainer import Optimization, Pretrained, Trainer
+from lednet.training.trainer import FinetuneConfig, Trainer, TrainerConfig
 
 CPU = torch.device("cpu")
 KEYS = (1, 0, 1)
@@ -54,19 +54,19 @@ def classification(smoothing: float = 0.0, classes: str = "abcdefg") -> Classifi
 def test_first_and_five_guesses_are_counted():
     task = classification()
     logits = torch.tensor([[7.0, 6, 5, 4, 3, 2, 1]] * 4)
-    counts = task.new_counts()
-    task.count(counts, logits, torch.tensor([0, 4, 5, 6]), exact=True)
+    counts = task.new_state()
+    task.update(counts, logits, torch.tensor([0, 4, 5, 6]), exact=True)
     assert counts.tolist() == [1, 2, 4]
-    task.count(counts, logits[:1], torch.tensor([[0.6, 0.4, 0, 0, 0, 0, 0]]), exact=False)
-    assert task.scores(counts) == {"top1": 2 / 5, "top5": 3 / 5}
-    assert task.scores(task.new_counts()) == {"top1": None, "top5": None}
+    task.update(counts, logits[:1], torch.tensor([[0.6, 0.4, 0, 0, 0, 0, 0]]), exact=False)
+    assert task.compute(counts) == {"top1": 2 / 5, "top5": 3 / 5}
+    assert task.compute(task.new_state()) == {"top1": None, "top5": None}
 
 
 def test_few_classes_are_all_among_five():
     task = classification(classes="ab")
-    counts = task.new_counts()
-    task.count(counts, torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([1, 1]), exact=True)
-    assert task.scores(counts) == {"top1": 0.5, "top5": 1.0}
+    counts = task.new_state()
+    task.update(counts, torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([1, 1]), exact=True)
+    assert task.compute(counts) == {"top1": 0.5, "top5": 1.0}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -120,10 +120,15 @@ def batches(count: int) -> Batches:
 
 
 def trainer_of(model: TwoParts, lr_factor: float = 1.0, frozen: int = 0, **options) -> Trainer:
-    optimization = Optimization("sgd", weight_decay=0.1, schedule="cosine", **options)
-    pretrained = Pretrained(model.encoder, lr_factor, frozen)
+    optimization = TrainerConfig("sgd", weight_decay=0.1, schedule="cosine", **options)
+    pretrained = FinetuneConfig(model.encoder, lr_factor, frozen)
     return Trainer(
-        model, classification(), 4, World(0, 1, CPU), optimization, pretrained=pretrained
+        model,
+        classification(),
+        4,
+        DistributedContext(0, 1, CPU),
+        optimization,
+        pretrained=pretrained,
     )
 
 
@@ -175,7 +180,7 @@ def test_next_stage_goes_on_from_the_averaged_weights():
     model = TwoParts()
     trainer = trainer_of(model, lr=0.5, ema_decay=0.9)
     trainer.train_one_epoch(batches(3), "title", KEYS)
-    average = {key: value.clone() for key, value in trainer.scored.state_dict().items()}
+    average = {key: value.clone() for key, value in trainer.eval_model.state_dict().items()}
     assert not torch.equal(model.head.weight, average["head.weight"])
     trainer.keep_average()
     assert all(torch.equal(value, average[key]) for key, value in model.state_dict().items())
@@ -264,10 +269,10 @@ def test_epochs_between_are_not_scored(run_inside, camvid, tmp_path):
 def stop_at(monkeypatch, step: int) -> None:
     """Let a SIGTERM come in a certain step of a run."""
 
-    def order(keeper: Keeper, number: int) -> int:
+    def order(keeper: CheckpointTimer, number: int) -> int:
         return int(signal.SIGTERM) if number == step else 0
 
-    monkeypatch.setattr(Keeper, "order", order)
+    monkeypatch.setattr(CheckpointTimer, "order", order)
 
 
 def run_process(*command) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lednet.inference import sparse_argmax
-from lednet.inference.sparse_argmax import label_map
+from lednet.inference.sparse_argmax import upsample_argmax
 from lednet.model import resize
 
 SIZES = [  # of the network, and wanted
@@ -61,7 +61,7 @@ def plain_scores(low: Tensor, network_size: tuple[int, int], size: tuple[int, in
 
 def assert_like_plain(low: Tensor, network_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Equal labels; another one only where the plain way's score of it is as good as best."""
-    found = label_map(low, network_size, size)
+    found = upsample_argmax(low, network_size, size)
     assert found.dtype == torch.uint8 and found.shape == (len(low), *size)
     assert found.max() < low.shape[1]
     scores = plain_scores(low, network_size, size)
@@ -103,13 +103,13 @@ def test_ties_of_exact_numbers(values):
     scores = plain_scores(low, size, size)
     top = scores.topk(2, dim=1).values
     assert (top[:, 0] == top[:, 1]).float().mean() > 0.05
-    assert torch.equal(label_map(low, size, size), scores.argmax(dim=1).to(torch.uint8))
+    assert torch.equal(upsample_argmax(low, size, size), scores.argmax(dim=1).to(torch.uint8))
 
 
 def test_zeros_are_the_first_class():
-    assert not label_map(torch.zeros(2, 20, 4, 6), (32, 48), (50, 70)).any()
+    assert not upsample_argmax(torch.zeros(2, 20, 4, 6), (32, 48), (50, 70)).any()
     low = (smooth((64, 96)) - 0.4).relu()  # with areas in which no class has a score
-    found, scores = label_map(low, (64, 96), (90, 99)), plain_scores(low, (64, 96), (90, 99))
+    found, scores = upsample_argmax(low, (64, 96), (90, 99)), plain_scores(low, (64, 96), (90, 99))
     nothing = scores.amax(dim=1) == 0
     assert 0.05 < nothing.float().mean() < 0.95 and not found[nothing].any()
 
@@ -124,10 +124,10 @@ def test_a_class_that_wins_only_between_the_corners(size):
 
 def test_bands_and_chunks_join(monkeypatch):
     low, sizes = smooth((64, 96), 2), ((64, 96), (130, 99))
-    whole = label_map(low, *sizes)
+    whole = upsample_argmax(low, *sizes)
     monkeypatch.setattr(sparse_argmax, "BAND", 1)
     monkeypatch.setattr(sparse_argmax, "CHUNK", 1)
-    assert torch.equal(label_map(low, *sizes), whole)
+    assert torch.equal(upsample_argmax(low, *sizes), whole)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -145,7 +145,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_scores_at_full_size():
     low = torch.randn(1, 20, 64, 128)
     with LargestTensor() as largest:
-        label_map(low, (512, 1024), (1024, 2048))
+        upsample_argmax(low, (512, 1024), (1024, 2048))
     print(f"largest tensor {largest.size / 1e6:.1f} MB")
     assert largest.size <= 8 * sparse_argmax.CHUNK < 4 * 20 * 1024 * 2048 / 30
 
@@ -153,14 +153,14 @@ def test_no_scores_at_full_size():
 def test_callers_modes_do_not_matter():
     low = smooth((64, 96)).requires_grad_()
     with torch.inference_mode():  # fills the cache with what autograd could not use
-        first = label_map(low, (64, 96), (128, 192))
-    second = label_map(low, (64, 96), (128, 192))
+        first = upsample_argmax(low, (64, 96), (128, 192))
+    second = upsample_argmax(low, (64, 96), (128, 192))
     assert torch.equal(first, second) and not second.requires_grad
 
 
 def test_logits_that_are_upsampled_already():
     with pytest.raises(ValueError, match="larger than the network's size"):
-        label_map(torch.zeros(1, 2, 64, 96), (8, 12), (64, 96))
+        upsample_argmax(torch.zeros(1, 2, 64, 96), (8, 12), (64, 96))
 
 
 def shifted(low: int, network: int, wanted: int, right=sparse_argmax._shares) -> Tensor:
@@ -210,5 +210,5 @@ def test_mistakes_would_be_seen(monkeypatch, name, wrong):
 def test_gpu_answers_like_the_cpu():
     low = smooth((64, 96), 2)
     for size in ((64, 96), (130, 99)):
-        found = label_map(low.cuda(), (64, 96), size)
-        assert found.is_cuda and (found.cpu() != label_map(low, (64, 96), size)).sum() <= 3
+        found = upsample_argmax(low.cuda(), (64, 96), size)
+        assert found.is_cuda and (found.cpu() != upsample_argmax(low, (64, 96), size)).sum() <= 3

@@ -13,13 +13,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from lednet import LEDNet, UserError
-from lednet.data.dataset import SkippingDataset
-from lednet.data.pairs import Pair
+from lednet.data.dataset import SkipCorruptDataset
+from lednet.data.pairs import Sample
 from lednet.data.registry import open_dataset
-from lednet.data.samplers import ClassUniformSampler, EachOnceSampler, ShuffledSampler
+from lednet.data.samplers import (
+    ClassUniformSampler,
+    DistributedEvalSampler,
+    ResumableDistributedSampler,
+)
 from lednet.data.transforms import Augmentation
 from lednet.device import choose_device
-from lednet.distributed import World
+from lednet.distributed import DistributedContext
 from lednet.training import signals
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.losses import (
@@ -30,13 +34,13 @@ from lednet.training.losses import (
     resize_target,
 )
 from lednet.training.lr_schedule import lr_factor
-from lednet.training.signals import SAVE, Keeper, Stopped, StopRequest
+from lednet.training.signals import SAVE, CheckpointTimer, StopRequest, TrainingStopped
 from lednet.training.tasks import Segmentation
 from lednet.training.trainer import (
+    FinetuneConfig,
     NonFiniteLoss,
-    Optimization,
-    Pretrained,
     Trainer,
+    TrainerConfig,
     step_generator,
 )
 
@@ -94,10 +98,10 @@ def test_cosine_schedule_moves_with_every_step_behind_its_warm_up():
 
 @pytest.mark.parametrize(("length", "size"), [(10, 1), (10, 3), (2, 3)])
 def test_samplers_deal_out_every_image(length, size):
-    worlds = [World(rank, size, CPU) for rank in range(size)]
-    once = [list(EachOnceSampler(length, world)) for world in worlds]
+    worlds = [DistributedContext(rank, size, CPU) for rank in range(size)]
+    once = [list(DistributedEvalSampler(length, world)) for world in worlds]
     assert sorted(chain(*once)) == list(range(length))
-    shuffled = [list(ShuffledSampler(length, world, seed=1)) for world in worlds]
+    shuffled = [list(ResumableDistributedSampler(length, world, seed=1)) for world in worlds]
     assert len({len(part) for part in shuffled}) == 1
     dealt = list(chain(*shuffled))
     assert set(dealt) == set(range(length)) and len(dealt) < length + size
@@ -105,7 +109,7 @@ def test_samplers_deal_out_every_image(length, size):
 
 def test_order_depends_on_seed_and_epoch_alone():
     def order(seed: int, epoch: int) -> list[int]:
-        sampler = ShuffledSampler(50, World(0, 1, CPU), seed)
+        sampler = ResumableDistributedSampler(50, DistributedContext(0, 1, CPU), seed)
         sampler.epoch = epoch
         return list(sampler)
 
@@ -117,11 +121,11 @@ def test_order_depends_on_seed_and_epoch_alone():
 def test_another_number_of_processes_goes_on_with_what_is_left(before, after):
     """As a run does that was stopped two batches of 3 into its epoch."""
     images = 2 * 3 * before
-    worlds = [World(rank, before, CPU) for rank in range(before)]
-    done = {i for w in worlds for i in ShuffledSampler(29, w, seed=1).order()[: 2 * 3]}
+    worlds = [DistributedContext(rank, before, CPU) for rank in range(before)]
+    done = {i for w in worlds for i in ResumableDistributedSampler(29, w, seed=1).order()[: 2 * 3]}
     left = set()
     for rank in range(after):
-        sampler = ShuffledSampler(29, World(rank, after, CPU), seed=1)
+        sampler = ResumableDistributedSampler(29, DistributedContext(rank, after, CPU), seed=1)
         sampler.start = images // after
         left |= set(sampler)
     assert done | left == set(range(29)) and len(done & left) < 2 * after
@@ -130,21 +134,21 @@ def test_another_number_of_processes_goes_on_with_what_is_left(before, after):
 @pytest.mark.parametrize(
     ("length", "world", "seed", "epoch", "expected"),
     [
-        (12, World(0, 1, CPU), 3, 0, [11, 2, 8, 1, 10, 0, 6, 4, 9, 3, 5, 7]),
-        (12, World(0, 1, CPU), 3, 7, [8, 10, 7, 2, 1, 5, 11, 9, 3, 4, 6, 0]),
-        (7, World(1, 3, CPU), 5, 4, [1, 3, 2]),
+        (12, DistributedContext(0, 1, CPU), 3, 0, [11, 2, 8, 1, 10, 0, 6, 4, 9, 3, 5, 7]),
+        (12, DistributedContext(0, 1, CPU), 3, 7, [8, 10, 7, 2, 1, 5, 11, 9, 3, 4, 6, 0]),
+        (7, DistributedContext(1, 3, CPU), 5, 4, [1, 3, 2]),
     ],
 )
 def test_order_is_the_one_that_earlier_checkpoints_were_saved_in(
     length, world, seed, epoch, expected
 ):
-    sampler = ShuffledSampler(length, world, seed)
+    sampler = ResumableDistributedSampler(length, world, seed)
     sampler.epoch = epoch
-    assert sampler.order() == expected
+    assert sampler.indices() == expected
 
 
 def class_uniform(counts: np.ndarray, fraction: float, epoch=1, world=None) -> ClassUniformSampler:
-    sampler = ClassUniformSampler(counts, fraction, world or World(0, 1, CPU), seed=1)
+    sampler = ClassUniformSampler(counts, fraction, world or DistributedContext(0, 1, CPU), seed=1)
     sampler.epoch = epoch
     return sampler
 
@@ -176,7 +180,7 @@ def test_as_many_places_as_asked_for_are_drawn_by_class_and_the_others_are_left(
     counts[5, 1] = 1  # so each draw is image 5
     numbers, places = set(), set()
     for epoch in range(200):
-        plain = ShuffledSampler(37, World(0, 1, CPU), seed=1)
+        plain = ResumableDistributedSampler(37, DistributedContext(0, 1, CPU), seed=1)
         plain.epoch = epoch
         pairs = list(zip(plain.order(), class_uniform(counts, fraction, epoch), strict=True))
         changed = {place for place, (before, after) in enumerate(pairs) if before != after}
@@ -205,22 +209,25 @@ def test_class_uniform_order_is_one_for_all_processes_and_goes_on_inside_an_epoc
     counts = np.random.default_rng(0).integers(0, 3, (29, 5))
 
     def parts(size: int, epoch: int = 1) -> list[ClassUniformSampler]:
-        return [class_uniform(counts, 0.6, epoch, World(rank, size, CPU)) for rank in range(size)]
+        return [
+            class_uniform(counts, 0.6, epoch, DistributedContext(rank, size, CPU))
+            for rank in range(size)
+        ]
 
     def joint(samplers: list[ClassUniformSampler]) -> list[int]:
         """What they have before them, in the order of the steps."""
         return list(chain(*zip(*samplers, strict=True)))  # strict: equally many
 
-    (whole,) = [sampler.order() for sampler in parts(1)]
+    (whole,) = [sampler.indices() for sampler in parts(1)]
     assert joint(parts(before))[:29] == joint(parts(after))[:29] == whole
     assert joint(parts(before))[29:] == whole[: -29 % before]
     left = parts(after)
     for sampler in left:
         sampler.start = 6
-        assert list(sampler) == sampler.order()[6:] and len(sampler) == sampler.share - 6
+        assert list(sampler) == sampler.indices()[6:] and len(sampler) == sampler.num_samples - 6
     assert joint(left)[: 29 - 6 * after] == whole[6 * after :]
     assert joint(parts(before)) == joint(parts(before)) != joint(parts(before, epoch=2))
-    assert whole != ClassUniformSampler(counts, 0.6, World(0, 1, CPU), seed=2).order()
+    assert whole != ClassUniformSampler(counts, 0.6, DistributedContext(0, 1, CPU), seed=2).order()
 
 
 def test_absent_gpu_is_refused():
@@ -236,15 +243,17 @@ KEYS = (1, 0, 1)
 def small_trainer(
     augmentation: Augmentation | None = None,
     model: nn.Module | None = None,
-    pretrained: Pretrained | None = None,
+    pretrained: FinetuneConfig | None = None,
     **options,
 ) -> Trainer:
     torch.manual_seed(0)
     model = LEDNet(4).encoder_stage() if model is None else model
     criterion = WeightedCrossEntropy([1.0, 5.0, 2.0], 4)
     task = Segmentation(criterion, augmentation or Augmentation(), "abc")
-    optimization = Optimization(**options)
-    return Trainer(model, task, 10, World(0, 1, CPU), optimization, pretrained=pretrained)
+    optimization = TrainerConfig(**options)
+    return Trainer(
+        model, task, 10, DistributedContext(0, 1, CPU), optimization, pretrained=pretrained
+    )
 
 
 def batches(count: int, size: int = 2) -> list:
@@ -265,12 +274,14 @@ class Loader(list):
 
     @property
     def sampler(self):
-        return ShuffledSampler(sum(len(images) for images, _ in self), World(0, 1, CPU), seed=1)
+        return ResumableDistributedSampler(
+            sum(len(images) for images, _ in self), DistributedContext(0, 1, CPU), seed=1
+        )
 
     @property
     def dataset(self):
         count = sum(len(images) for images, _ in self)
-        return types.SimpleNamespace(pairs=[Pair(Path(f"{i}.png"), None) for i in range(count)])
+        return types.SimpleNamespace(pairs=[Sample(Path(f"{i}.png"), None) for i in range(count)])
 
 
 class Poisoned(WeightedCrossEntropy):
@@ -289,7 +300,7 @@ class Poisoned(WeightedCrossEntropy):
 def test_not_finite_loss_names_step_and_images():
     trainer, loader = small_trainer(), Loader(batches(3))
     trainer.task.loss = Poisoned(1)
-    names = ", ".join(f"{i}.png" for i in loader.sampler.order()[2:4])
+    names = ", ".join(f"{i}.png" for i in loader.sampler.indices()[2:4])
     with pytest.raises(
         NonFiniteLoss, match=f"the loss is nan in step 2 of encoder 1/1, of {names}$"
     ):
@@ -369,7 +380,7 @@ def test_average_follows_the_weights():
         trainer.train_one_epoch(Loader(batches(1)), "title", KEYS)
         now = {k: v.clone() for k, v in trainer.model.state_dict().items() if v.is_floating_point()}
         expected = {key: decay * (expected or now)[key] + (1 - decay) * now[key] for key in now}
-    found = trainer.scored.state_dict()
+    found = trainer.eval_model.state_dict()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(found["encoder.0.conv.weight"], now["encoder.0.conv.weight"])
@@ -392,7 +403,7 @@ def test_channels_last_answers_alike():
 
 
 class Numbers(torch.utils.data.Dataset):
-    pairs = tuple(Pair(Path(f"{i}.png"), None) for i in range(7))
+    pairs = tuple(Sample(Path(f"{i}.png"), None) for i in range(7))
 
     def __len__(self):
         return len(self.pairs)
@@ -408,11 +419,11 @@ def test_epoch_that_was_interrupted_ends_as_if_it_had_not_been(stop, accumulate)
     """With dropout, augmentation, average, a partial batch, and the epoch's figures."""
     if stop % accumulate and stop < 4:
         pytest.skip("between two updates nothing is saved")
-    world = World(0, 1, CPU)
+    world = DistributedContext(0, 1, CPU)
     options = {"ema_decay": 0.9, "accumulate": accumulate}
 
     def loader(start: int) -> torch.utils.data.DataLoader:
-        sampler = ShuffledSampler(7, world, seed=1)
+        sampler = ResumableDistributedSampler(7, world, seed=1)
         sampler.start = start
         return torch.utils.data.DataLoader(Numbers(), 2, sampler=sampler)
 
@@ -421,7 +432,7 @@ def test_epoch_that_was_interrupted_ends_as_if_it_had_not_been(stop, accumulate)
 
     saved = {}
     first = small_trainer(**options)
-    tally = first.new_tally()
+    tally = first.new_epoch_state()
 
     def save():
         if tally.step == stop:
@@ -433,7 +444,7 @@ def test_epoch_that_was_interrupted_ends_as_if_it_had_not_been(stop, accumulate)
     model, state, counted = saved["state"]
     second.model.load_state_dict(model)
     second.load_state_dict(state)
-    tally = second.new_tally()
+    tally = second.new_epoch_state()
     tally.restore(counted, world)
     assert tally.images == min(2 * stop, 7)
     found = second.train_one_epoch(loader(tally.images), "second part", KEYS, tally)
@@ -451,17 +462,17 @@ def test_epoch_that_was_interrupted_ends_as_if_it_had_not_been(stop, accumulate)
 def test_keeper_saves_by_steps_and_by_minutes(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
-    world, request = World(0, 1, CPU), StopRequest()
-    keeper = Keeper(world, request, every_steps=3)
-    assert [keeper.order(step) for step in range(1, 7)] == [0, 0, SAVE, 0, 0, SAVE]
-    keeper = Keeper(world, request, every_minutes=2)
+    world, request = DistributedContext(0, 1, CPU), StopRequest()
+    keeper = CheckpointTimer(world, request, every_steps=3)
+    assert [keeper.poll(step) for step in range(1, 7)] == [0, 0, SAVE, 0, 0, SAVE]
+    keeper = CheckpointTimer(world, request, every_minutes=2)
     answers = []
     for clock[0] in (60, 121, 130, 241, 242):
-        answers.append(keeper.order(1))
+        answers.append(keeper.poll(1))
     assert answers == [0, SAVE, 0, 0, SAVE]
-    assert Keeper(world, request).order(5) == keeper.stop() == 0
+    assert CheckpointTimer(world, request).order(5) == keeper.stop() == 0
     request.number = signal.SIGTERM
-    assert keeper.order(1) == keeper.stop() == signal.SIGTERM
+    assert keeper.poll(1) == keeper.stop() == signal.SIGTERM
 
 
 def test_signal_is_noted_and_a_later_one_ends(monkeypatch):
@@ -479,7 +490,10 @@ def test_signal_is_noted_and_a_later_one_ends(monkeypatch):
         assert raised == [signal.SIGINT]
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == before
-    assert Stopped(signal.SIGTERM).exit_status == 143 and Stopped(signal.SIGINT).exit_status == 130
+    assert (
+        TrainingStopped(signal.SIGTERM).exit_status == 143
+        and TrainingStopped(signal.SIGINT).exit_status == 130
+    )
 
 
 def test_the_last_checkpoints_are_kept(tmp_path):
@@ -516,7 +530,7 @@ def test_damaged_checkpoint_falls_back_and_says_so(harm, tmp_path):
 
 
 def test_unreadable_pair_is_replaced_and_counted(own_camvid):
-    data = SkippingDataset(open_dataset("camvid", own_camvid, "train"))
+    data = SkipCorruptDataset(open_dataset("camvid", own_camvid, "train"))
     sound = [data[i] for i in range(len(data))]
     assert not data.damaged.any()
     (own_camvid / "train/train_001.png").write_bytes(b"torn")

@@ -15,15 +15,15 @@ from PIL import Image
 from test_bad_input import assert_refused
 
 from lednet import UserError
-from lednet.data.image_io import write_label_ids
+from lednet.data.image_io import write_label_map
 from lednet.evaluation.cityscapes_submission import (
     CITIES,
     MAX_BYTES,
-    check_upload,
+    check_submission,
     frame_name,
     image_frames,
     prediction_name,
-    write_upload,
+    write_submission,
 )
 
 SIZE = (16, 32)
@@ -60,7 +60,7 @@ def test_prediction_name(suffix):
 
 
 def test_label_ids_are_written_as_8_bit_grey(tmp_path):
-    write_label_ids(tmp_path / "ids.png", IDS)
+    write_label_map(tmp_path / "ids.png", IDS)
     image = Image.open(tmp_path / "ids.png")
     assert (image.mode, image.format, image.size) == ("L", "PNG", (32, 16))
     np.testing.assert_array_equal(np.array(image), IDS)
@@ -69,7 +69,7 @@ def test_label_ids_are_written_as_8_bit_grey(tmp_path):
 @pytest.mark.parametrize("ids", [IDS.astype(np.int64), IDS[None]])
 def test_label_ids_of_another_type_or_shape(tmp_path, ids):
     with pytest.raises(ValueError, match="uint8"):
-        write_label_ids(tmp_path / "ids.png", ids)
+        write_label_map(tmp_path / "ids.png", ids)
     assert not list(tmp_path.iterdir())
 
 
@@ -77,7 +77,7 @@ def test_label_ids_of_another_type_or_shape(tmp_path, ids):
 def folder(tmp_path):
     """A good upload of six small images, still in a folder."""
     for frame in FRAMES:
-        write_label_ids(tmp_path / "pred" / prediction_name(frame), IDS)
+        write_label_map(tmp_path / "pred" / prediction_name(frame), IDS)
     return tmp_path / "pred"
 
 
@@ -89,9 +89,9 @@ def check(request, folder, tmp_path):
         path = folder
         if request.param == "zip":
             path = tmp_path / "pred.zip"
-            write_upload(path, [p for p in folder.rglob("*") if p.is_file()])
+            write_submission(path, [p for p in folder.rglob("*") if p.is_file()])
         options = {"size": SIZE, "progress": False, **options}
-        return check_upload(path, frames=frames, **options)
+        return check_submission(path, frames=frames, **options)
 
     return run
 
@@ -115,13 +115,13 @@ def test_good_upload(check):
 def test_zip_is_flat_stored_and_the_same_every_time(folder, tmp_path, monkeypatch):
     files = sorted(folder.iterdir())
     (tmp_path / "other").mkdir()
-    write_upload(tmp_path / "a.zip", files)
+    write_submission(tmp_path / "a.zip", files)
     for path in files:  # copies of another time and mode, given in another order
         copy = shutil.copyfile(path, tmp_path / "other" / path.name)
         copy.chmod(0o600)
         os.utime(copy, (1e9, 1e9))
     monkeypatch.setattr(time, "time", lambda: 1.2e9)
-    write_upload(tmp_path / "b.zip", reversed(sorted((tmp_path / "other").iterdir())))
+    write_submission(tmp_path / "b.zip", reversed(sorted((tmp_path / "other").iterdir())))
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         assert archive.namelist() == [path.name for path in files]
@@ -132,7 +132,7 @@ def test_zip_is_flat_stored_and_the_same_every_time(folder, tmp_path, monkeypatc
 def test_zip_of_a_missing_file_leaves_the_old_one(folder, tmp_path):
     (tmp_path / "up.zip").write_text("old")
     with pytest.raises(UserError, match=r"cannot read .*gone\.png"):
-        write_upload(tmp_path / "up.zip", [*folder.iterdir(), folder / "gone.png"])
+        write_submission(tmp_path / "up.zip", [*folder.iterdir(), folder / "gone.png"])
     assert (tmp_path / "up.zip").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pred", "up.zip"]
 
@@ -140,7 +140,7 @@ def test_zip_of_a_missing_file_leaves_the_old_one(folder, tmp_path):
 def test_zip_of_two_files_of_one_name(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "again")
     with pytest.raises(UserError, match=r"berlin_000000_000019_pred_labelIds\.png"):
-        write_upload(tmp_path / "up.zip", [file(folder), file(tmp_path / "again")])
+        write_submission(tmp_path / "up.zip", [file(folder), file(tmp_path / "again")])
 
 
 def test_missing_file(check, folder):
@@ -224,7 +224,7 @@ def test_mode(check, folder, mode, words):
 
 def test_sizes_name_three_and_count_the_rest(check, folder):
     for i in range(5):
-        write_label_ids(file(folder, i), IDS[:8])
+        write_label_map(file(folder, i), IDS[:8])
     problems = check()
     assert_one(problems, "5 files of the wrong size (berlin_", ": 32x8", "and 2 more")
     assert "leverkusen" not in problems[0]
@@ -237,7 +237,7 @@ def test_palette_of_256(check, folder):
 
 @pytest.mark.parametrize("size", [(17, 32), (16, 33)])
 def test_larger_image_is_not_decoded(check, folder, size):
-    write_label_ids(file(folder), np.full(size, 99, np.uint8))
+    write_label_map(file(folder), np.full(size, 99, np.uint8))
     assert_one(
         check(), f"1 file of the wrong size (berlin_000000_000019_pred_labelIds.png: {size[1]}x"
     )
@@ -247,24 +247,24 @@ def test_larger_image_is_not_decoded(check, folder, size):
 def test_ids_outside_the_table(check, folder, value):
     ids = IDS.copy()
     ids[3, 4] = value
-    write_label_ids(file(folder), ids)
+    write_label_map(file(folder), ids)
     assert_one(check(), "1 file with ids outside the table, 0 to 33 (berlin_", f": {value})")
 
 
 def test_void_of_train_ids(check, folder):
     ids = IDS.copy()
     ids[3, 4] = 255
-    write_label_ids(file(folder), ids)
+    write_label_map(file(folder), ids)
     assert_one(check(), "1 file with 255, the void of trainIds (berlin_", "labelIds")
 
 
 def test_train_ids_throughout(check, folder):
     for i in range(6):
-        write_label_ids(file(folder, i), IDS % 19)
+        write_label_map(file(folder, i), IDS % 19)
     assert_one(check(), "no file of", "above 18", "trainIds")
     ids = IDS % 19
     ids[0, 0] = 19  # one id above them, in one file, is enough
-    write_label_ids(file(folder, 5), ids)
+    write_label_map(file(folder, 5), ids)
     assert check() == []
 
 
@@ -272,7 +272,7 @@ def test_train_ids_with_void(check, folder):
     for i in range(6):
         ids = IDS % 19
         ids[0, 0] = 255
-        write_label_ids(file(folder, i), ids)
+        write_label_map(file(folder, i), ids)
     problems = check()
     assert_one(problems[:1], "6 files with 255, the void of trainIds")
     assert_one(problems[1:], "no file of", "above 18")
@@ -282,8 +282,8 @@ def test_every_kind_at_once_is_a_sentence_each(check, folder):
     """No problem hides another, and each kind says it once."""
     file(folder, 0).write_bytes(b"\x89PNG\r\n\x1a\n")
     Image.new("P", (32, 16)).save(file(folder, 1))
-    write_label_ids(file(folder, 2), IDS[:8])
-    write_label_ids(file(folder, 3), IDS + np.uint8(40))
+    write_label_map(file(folder, 2), IDS[:8])
+    write_label_map(file(folder, 3), IDS + np.uint8(40))
     file(folder, 4).rename(folder / "x.png")
     Image.fromarray(IDS).save(file(folder, 5), format="JPEG")
     (folder / "readme").write_text("x")
@@ -298,16 +298,16 @@ def test_folder_is_searched_and_a_zip_must_be_flat(folder, tmp_path):
     (folder / "berlin").mkdir()
     file(folder).rename(file(folder / "berlin"))
     options = {"frames": FRAMES, "size": SIZE, "progress": False}
-    assert check_upload(folder, **options) == []
+    assert check_submission(folder, **options) == []
     shutil.make_archive(str(tmp_path / "up"), "zip", tmp_path, "pred")
-    assert_one(check_upload(tmp_path / "up.zip", **options), "1 folder in the zip (pred/)")
+    assert_one(check_submission(tmp_path / "up.zip", **options), "1 folder in the zip (pred/)")
 
 
 def test_one_name_twice_in_a_zip(folder, tmp_path):
-    write_upload(tmp_path / "up.zip", folder.iterdir())
+    write_submission(tmp_path / "up.zip", folder.iterdir())
     with pytest.warns(UserWarning), zipfile.ZipFile(tmp_path / "up.zip", "a") as archive:
         archive.write(file(folder), file(folder).name)
-    problems = check_upload(tmp_path / "up.zip", frames=FRAMES, size=SIZE, progress=False)
+    problems = check_submission(tmp_path / "up.zip", frames=FRAMES, size=SIZE, progress=False)
     assert_one(problems[1:], "1 frame with more than one file (berlin_")
 
 
@@ -321,7 +321,7 @@ def pack(path, folder, method: int, replacement: bytes | None = None) -> None:
 
 def test_member_that_inflates_beyond_the_limit_is_not_read(folder, tmp_path):
     pack(tmp_path / "up.zip", folder, zipfile.ZIP_DEFLATED, bytes(MAX_BYTES + 1))
-    problems = check_upload(tmp_path / "up.zip", frames=FRAMES, size=SIZE, progress=False)
+    problems = check_submission(tmp_path / "up.zip", frames=FRAMES, size=SIZE, progress=False)
     assert_one(problems, "1 file over 64 MiB and not read (berlin_")
 
 
@@ -333,7 +333,7 @@ def test_member_that_lies_about_its_size(folder, tmp_path):
     assert raw.count(said) == 2  # before the member, and in the directory at the end
     (tmp_path / "up.zip").write_bytes(raw.replace(said, lie))
     tracemalloc.start()
-    problems = check_upload(tmp_path / "up.zip", frames=FRAMES, size=SIZE, progress=False)
+    problems = check_submission(tmp_path / "up.zip", frames=FRAMES, size=SIZE, progress=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10**6  # it is not inflated beyond what it says
@@ -343,9 +343,9 @@ def test_member_that_lies_about_its_size(folder, tmp_path):
 def test_deflated_zip_is_good_and_other_methods_are_refused(folder, tmp_path):
     options = {"frames": FRAMES, "size": SIZE, "progress": False}
     pack(tmp_path / "up.zip", folder, zipfile.ZIP_DEFLATED)
-    assert check_upload(tmp_path / "up.zip", **options) == []
+    assert check_submission(tmp_path / "up.zip", **options) == []
     pack(tmp_path / "up.zip", folder, zipfile.ZIP_LZMA)
-    assert_one(check_upload(tmp_path / "up.zip", **options), "damaged or unreadable (berlin_")
+    assert_one(check_submission(tmp_path / "up.zip", **options), "damaged or unreadable (berlin_")
 
 
 def test_image_made_to_fill_the_memory_is_not_decoded(check, folder):
@@ -364,14 +364,14 @@ def test_unprintable_name_stays_on_its_line(check, folder):
 
 def test_path_that_is_no_upload(folder, tmp_path):
     (tmp_path / "a.zip").write_text("no zip")
-    write_upload(tmp_path / "b.zip", folder.iterdir())
+    write_submission(tmp_path / "b.zip", folder.iterdir())
     directory = (
         (tmp_path / "b.zip").read_bytes().replace(b"PK\1\2\x14\x03\x14", b"PK\1\2\x14\x03\xff")
     )
     (tmp_path / "b.zip").write_bytes(directory)  # of a version to come
     for name, words in (("gone.zip", "check the path"), ("a.zip", "no zip"), ("b.zip", "no zip")):
         with pytest.raises(UserError, match=f"{re.escape(name)}.*{words}"):
-            check_upload(tmp_path / name, progress=False)
+            check_submission(tmp_path / name, progress=False)
 
 
 def test_frames_of_a_data_folder(toy_cityscapes, tmp_path):
@@ -387,12 +387,12 @@ def test_script(run_script, toy_cityscapes, tmp_path, kind):
     frames = sorted(image_frames(toy_cityscapes, "val"))
     folder = tmp_path / "pred"
     for frame in frames:
-        write_label_ids(folder / prediction_name(frame), IDS)
+        write_label_map(folder / prediction_name(frame), IDS)
 
     def run():
         path = folder if kind == "folder" else tmp_path / "up.zip"
         if kind == "zip":
-            write_upload(path, folder.iterdir())
+            write_submission(path, folder.iterdir())
         return run_script("utils/check_upload.py", path, "--subset", "val", "--datadir",
                           toy_cityscapes, "--height", 16, "--width", 32)  # fmt: skip
 
@@ -401,8 +401,8 @@ def test_script(run_script, toy_cityscapes, tmp_path, kind):
     assert good.stdout.startswith("OK: 3 files")
 
     (folder / prediction_name(frames[0])).unlink()
-    write_label_ids(folder / prediction_name(frames[1]), IDS[:8])
-    write_label_ids(folder / prediction_name(frames[2]), IDS[:8])
+    write_label_map(folder / prediction_name(frames[1]), IDS[:8])
+    write_label_map(folder / prediction_name(frames[2]), IDS[:8])
     bad = run()
     assert bad.returncode == 2
     assert "OK" not in bad.stdout and "Traceback" not in bad.stderr

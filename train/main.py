@@ -31,25 +31,25 @@ from lednet.cli.train_args import (
     add_loading_flags,
     add_recipe_flags,
     add_run_flags,
+    config_from_args,
     launch,
     open_dashboard,
     open_run,
-    optimization_of,
     parse_flags,
     require_range,
     require_schedule,
 )
 from lednet.data.cache import CachedDataset, command_line
-from lednet.data.dataset import SegmentationDataset, SkippingDataset, pixel_shares
+from lednet.data.dataset import SegmentationDataset, SkipCorruptDataset, pixel_shares
 from lednet.data.loaders import make_loaders
 from lednet.data.registry import DATASETS, TRAINING_PARTS, cache_split, open_training_data
 from lednet.data.transforms import PRESETS, Augmentation
-from lednet.distributed import World, synchronize_batch_norm
+from lednet.distributed import DistributedContext, convert_sync_batch_norm
 from lednet.errors import UserError, exit_on_user_error
 from lednet.hub import resolve_weights
 from lednet.io import plain_values, write_text
 from lednet.model import VARIANTS, LEDNet, count_parameters
-from lednet.training.loop import Course, Equipment, train_stages
+from lednet.training.loop import StageComponents, TrainingRun, train_stages
 from lednet.training.losses import (
     RELEASED_WEIGHTS,
     WEIGHT_OFFSETS,
@@ -57,11 +57,11 @@ from lednet.training.losses import (
     class_weights,
 )
 from lednet.training.lr_schedule import SCHEDULES
-from lednet.training.signals import Keeper
+from lednet.training.signals import CheckpointTimer
 from lednet.training.stages import Stage, parse_curriculum, parse_sizes, plan_stages
 from lednet.training.tasks import Segmentation
 from lednet.training.time_budget import TimeBudget
-from lednet.training.trainer import Pretrained, Trainer, seed_everything
+from lednet.training.trainer import FinetuneConfig, Trainer, seed_everything
 
 NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """The paper trains on raw [0, 1] images."""
@@ -279,7 +279,7 @@ class Data:
             command = command_line(ROOT / "datasets/prepare_cityscapes.py", options, defaults)
             train = CachedDataset(args.cache / cache_split(annotations), train, command)
             val = CachedDataset(args.cache / "val", val, command)
-        self.train = SkippingDataset(train) if args.skip_damaged else train
+        self.train = SkipCorruptDataset(train) if args.skip_damaged else train
         self.val = val
 
     @functools.cached_property
@@ -304,7 +304,7 @@ def weights_for(args: argparse.Namespace, stage: Stage, data: Data) -> list[floa
     return class_weights(shares, WEIGHT_OFFSETS[stage.part]).tolist()
 
 
-def start_weights(args: argparse.Namespace, course: Course) -> None:
+def start_weights(args: argparse.Namespace, course: TrainingRun) -> None:
     """Load what the flags ask for into a new run's network, and take over its normalisation and
     what released weights tell of their training."""
     for flag, path, part in (
@@ -318,10 +318,10 @@ def start_weights(args: argparse.Namespace, course: Course) -> None:
             course.meta |= {key: meta[key] for key in ("mean", "std") if key in meta}
             if flag == "--state" and (earlier := meta.get("training", meta.get("earlier"))):
                 course.meta["earlier"] = earlier
-            course.folder.say(f"{flag}: {report}")
+            course.folder.log(f"{flag}: {report}")
 
 
-def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
+def train(args: argparse.Namespace, world: DistributedContext, keeper: CheckpointTimer) -> None:
     """Build data and network, then train the stages that are left."""
     stages = stages_of(args)
     open_data = functools.lru_cache(maxsize=1)(functools.partial(Data, args))
@@ -339,7 +339,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
         "std": list(std),
         "size": [args.height, args.width],
     }
-    course = Course(net, stages, folder, checkpoints, meta, args.seed, keeper)
+    course = TrainingRun(net, stages, folder, checkpoints, meta, args.seed, keeper)
     course.keep_every, course.validate_every = args.epochs_save, args.validate_every
     course.budget = TimeBudget(world, args.max_minutes, stage_costs(stages, args))
     course.dashboard = open_dashboard(args, folder, scheme)
@@ -348,17 +348,17 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
         start_weights(args, course)
     net.to(world.device)
     if args.sync_batch_norm:
-        net = course.net = synchronize_batch_norm(net, world)
+        net = course.net = convert_sync_batch_norm(net, world)
     folder.write_options(plain_values(vars(args)), ROOT, world)
     if world.is_main:
         write_text(folder.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
 
-    def equip(stage: Stage) -> Equipment:
+    def equip(stage: Stage) -> StageComponents:
         data = open_data(stage.annotations)
         weights = weights_for(args, stage, data)
         height, width = stage.size or (args.height, args.width)
         epochs = f"{stage.epochs} epochs" if args.max_minutes is None else "epochs"
-        folder.say(
+        folder.log(
             f"{stage.title}: {epochs} of {len(data.train)} training and "
             f"{len(data.val)} validation images of {scheme.name} at {height}x{width}"
         )
@@ -366,7 +366,7 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
         pretrained = None
         if stage.part == "decoder":
             model = net
-            pretrained = Pretrained(net.encoder, args.encoder_lr_factor, args.freeze_encoder)
+            pretrained = FinetuneConfig(net.encoder, args.encoder_lr_factor, args.freeze_encoder)
         # The head of stage 1 has no part in stage 2.
         net.encoder_head.requires_grad_(stage.part == "encoder")
         criterion = WeightedCrossEntropy(weights, scheme.num_outputs)
@@ -375,8 +375,8 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
         )
         task = Segmentation(criterion, augmentation, scheme.classes)
         trainer = Trainer(
-            model, task, stage.epochs, world, optimization_of(args), args.iou_train, pretrained,
-            folder.say,
+            model, task, stage.epochs, world, config_from_args(args), args.iou_train, pretrained,
+            folder.log,
         )  # fmt: skip
         loaders = make_loaders(
             data.train,
@@ -389,14 +389,14 @@ def train(args: argparse.Namespace, world: World, keeper: Keeper) -> None:
             class_uniform=args.class_uniform or 0.0,
             on_device=args.cache_device,
         )
-        return Equipment(trainer, *loaders)
+        return StageComponents(trainer, *loaders)
 
-    folder.say(
+    folder.log(
         f"LEDNet {args.variant}, {count_parameters(net):,} parameters, on {world.size} x "
         f"{world.device}; {folder.path}"
     )
     progress = train_stages(course, equip, *state)
-    folder.say(
+    folder.log(
         f"done: best val mIoU {progress.best_score:.3f}; weights "
         f"{folder.path / stages[-1].best_file}, curves {folder.path / 'curves.png'}"
     )

@@ -26,7 +26,7 @@ from lednet.data.registry import DATASETS
 from lednet.errors import UserError, exit_on_user_error
 from lednet.io import write_json
 from lednet.training.losses import WEIGHT_OFFSETS, class_weights
-from lednet.validation.checks import Diagnosis, diagnose
+from lednet.validation.checks import ValidationReport, validate_dataset
 from lednet.validation.issues import SEVERITIES, counted
 from lednet.validation.report import summary, worst_aligned, write_dataset_page, write_sheet
 from lednet.validation.splits import CHECKED, open_splits
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def print_findings(diagnosis: Diagnosis) -> None:
+def print_findings(diagnosis: ValidationReport) -> None:
     for finding in diagnosis.findings:
         print(f"{finding.severity:8} {finding}")
     pairs = ", ".join(f"{len(split.pairs):,} {split.name}" for split in diagnosis.splits)
@@ -82,7 +82,7 @@ def main() -> None:
         val_every=args.val_every,
         val_names=args.val_names,
     )
-    diagnosis = diagnose(root, splits, findings, args.workers)
+    diagnosis = validate_dataset(root, splits, findings, args.workers)
     weights = {}
     if diagnosis.shares is not None:
         weights = {

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lednet.errors import EXIT_STATUS, exit_on_user_error
-from lednet.evaluation.cityscapes_submission import NUM_FILES, check_upload, image_frames
+from lednet.evaluation.cityscapes_submission import NUM_FILES, check_submission, image_frames
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def main() -> None:
     args = build_parser().parse_args()
     frames = image_frames(args.datadir, args.subset) if args.datadir else None
     size = (args.height, args.width)
-    problems = check_upload(args.path, args.subset, frames=frames, size=size)
+    problems = check_submission(args.path, args.subset, frames=frames, size=size)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:

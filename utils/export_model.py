@@ -43,7 +43,7 @@ from lednet.data.registry import DATASETS, open_dataset
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.evaluator import evaluate, require_labels
 from lednet.export.exporter import OUTPUTS, PRECISIONS, Parity, ParityError, export
-from lednet.export.formats import FORMATS, MIN_TRACED_SIDE, Exported, require_packages
+from lednet.export.formats import FORMATS, MIN_TRACED_SIDE, ExportedModel, require_packages
 from lednet.hub import input_size, resolve_weights
 from lednet.inference.predictor import Predictor
 from lednet.model import LEDNet, load_model
@@ -141,7 +141,7 @@ def batches(
 
 def miou_gate(
     net: LEDNet, meta: dict, size: tuple[int, int], data: SegmentationDataset, max_drop: float
-) -> Callable[[Exported], None]:
+) -> Callable[[ExportedModel], None]:
     """A test that holds a file's mIoU against that of the network, and prints both."""
 
     def miou(predictor: Predictor, what: str) -> float:
@@ -155,7 +155,7 @@ def miou_gate(
     normalization = {key: meta[key] for key in ("mean", "std") if key in meta}
     before = miou(Predictor(net, size, **normalization), "fp32")
 
-    def accept(exported: Exported) -> None:
+    def accept(exported: ExportedModel) -> None:
         after = miou(Predictor(exported, size), "int8")
         print(
             f"mIoU on the {len(data)} val images of {data.scheme.name}: {before:.2f} before, "

@@ -40,18 +40,18 @@ from lednet.data.imagefolder import SUFFIXES
 from lednet.data.labels import LabelScheme, cityscapes_label_ids, cityscapes_scheme
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.device import AMP_DTYPES
-from lednet.distributed import World, join_world, leave_world
-from lednet.errors import UserError, exit_on_user_error, refuse
+from lednet.distributed import DistributedContext, destroy_distributed, init_distributed
+from lednet.errors import UserError, exit_on_user_error, raise_if_problems
 from lednet.hub import weights_checksum
 from lednet.inference.backends import BACKENDS
 from lednet.inference.inputs import find_inputs
 from lednet.inference.predictor import Predictor
-from lednet.inference.progress_log import Journal
+from lednet.inference.progress_log import ProgressLog
 from lednet.inference.video import VIDEO_SUFFIXES, VideoError, VideoReader, import_av, open_camera
 from lednet.inference.writers import (
-    KINDS,
-    Output,
-    Task,
+    OUTPUTS,
+    PredictionJob,
+    PredictionWriter,
     class_shares,
     errors_of,
     predict_images,
@@ -60,7 +60,7 @@ from lednet.inference.writers import (
 )
 from lednet.io import write_json
 from lednet.training.signals import StopRequest
-from lednet.visualization import Painter, output_scheme
+from lednet.visualization import Visualizer, output_scheme
 
 CAMERA = "camera:"
 IMAGE_KINDS, VIDEO_KINDS = ("labels", "overlay"), ("overlay",)
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
                              "file (camvid-d20)")
     parser.add_argument("--out", type=Path, default=ROOT / "save" / "predictions",
                         help="folder for the results (save/predictions)")
-    parser.add_argument("--what", choices=KINDS, nargs="+",
+    parser.add_argument("--what", choices=OUTPUTS, nargs="+",
                         help="what is written (of images labels and overlay, of videos overlay)")
     parser.add_argument("--label-ids", action="store_true",
                         help="of Cityscapes weights: label maps hold label ids, as its benchmark "
@@ -121,16 +121,16 @@ class Run:
     """What all inputs have in common."""
 
     args: argparse.Namespace
-    world: World
+    world: DistributedContext
     predictor: Predictor
     scheme: LabelScheme
-    journal: Journal
+    journal: ProgressLog
 
-    def output(self, default_kinds: tuple[str, ...]) -> Output:
-        return Output(
+    def output(self, default_kinds: tuple[str, ...]) -> PredictionWriter:
+        return PredictionWriter(
             self.args.out,
             self.args.what or default_kinds,
-            Painter(self.scheme, self.args.alpha, self.args.legend),
+            Visualizer(self.scheme, self.args.alpha, self.args.legend),
             f".{self.args.photo}",
             cityscapes_label_ids() if self.args.label_ids else None,
         )
@@ -158,7 +158,7 @@ class Run:
         return tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, disable=hidden)
 
 
-def open_run(args: argparse.Namespace, world: World) -> Run:
+def open_run(args: argparse.Namespace, world: DistributedContext) -> Run:
     predictor = Predictor.from_weights(
         args.weights, None, DEFAULT_SIZES["cityscapes"], args.height, args.width,
         device=world.device, backend=args.backend, precision=args.precision,
@@ -170,7 +170,7 @@ def open_run(args: argparse.Namespace, world: World) -> Run:
             "Cityscapes: leave it out"
         )
     if args.overwrite and world.is_main:
-        Journal.clear(args.out)
+        ProgressLog.clear(args.out)
     world.barrier()
     settings = {
         "weights": weights_checksum(args.weights),
@@ -187,7 +187,7 @@ def open_run(args: argparse.Namespace, world: World) -> Run:
         if "pixels" in entry:  # an image's
             class_shares([entry["pixels"]], scheme)
 
-    journal = Journal(args.out, settings, world.rank, check)
+    journal = ProgressLog(args.out, settings, world.rank, check)
     world.barrier()  # all have read before one writes
     return Run(args, world, predictor, scheme, journal)
 
@@ -226,7 +226,7 @@ def run_images(run: Run, images: dict[str, Path]) -> list[str]:
         if entry:  # what is not in the journal may be of an older run
             files = {kind: file for kind, file in files.items() if not file.exists()}
         if files:
-            tasks.append(Task(name, path, files))
+            tasks.append(PredictionJob(name, path, files))
         else:
             done.append(entry)
 
@@ -238,7 +238,7 @@ def run_images(run: Run, images: dict[str, Path]) -> list[str]:
         entries = predict_images(
             run.predictor, mine, output, bar.update, keep=keep, workers=run.args.num_workers
         )
-    entries = sorted(done + run.world.gather(entries), key=lambda entry: entry["name"])
+    entries = sorted(done + run.world.all_gather(entries), key=lambda entry: entry["name"])
     if not run.world.is_main:
         return []
     read = [entry for entry in entries if "error" not in entry]
@@ -331,7 +331,7 @@ def run_camera(run: Run, device: str) -> list[str]:
     return [f"{camera.source} stopped: what came before is kept"] if camera.problem else []
 
 
-def predict(args: argparse.Namespace, world: World) -> None:
+def predict(args: argparse.Namespace, world: DistributedContext) -> None:
     """Every input in order: images, videos, cameras."""
     cameras = [text.removeprefix(CAMERA) for text in args.inputs if text.startswith(CAMERA)]
     sources = [text for text in args.inputs if not text.startswith(CAMERA)]
@@ -348,16 +348,16 @@ def predict(args: argparse.Namespace, world: World) -> None:
     problems += run_videos(run, videos)
     for device in cameras:
         problems += run_camera(run, device)
-    refuse(problems)
+    raise_if_problems(problems)
 
 
 def main() -> None:
     args = parse_options()
-    world = join_world(args.device)
+    world = init_distributed(args.device)
     try:
         predict(args, world)
     finally:
-        leave_world()
+        destroy_distributed()
 
 
 if __name__ == "__main__":

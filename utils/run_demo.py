@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from lednet.device import choose_device
 from lednet.errors import UserError, exit_on_user_error
-from lednet.inference.benchmark import speed_card
+from lednet.inference.benchmark import benchmark
 from lednet.inference.predictor import Predictor
 from lednet.io import read_json, write_json
 from lednet.training.run_dir import holds_run
@@ -71,7 +71,7 @@ def run_all() -> dict:
     predictor = Predictor.from_weights(
         RUN, height=SPEED_SIZE[0], width=SPEED_SIZE[1], device=choose_device("auto")
     )
-    speed = speed_card(predictor, IMAGE_SIZE, runs=10)
+    speed = benchmark(predictor, IMAGE_SIZE, runs=10)
     seconds["speed"] = time.perf_counter() - start
     return {
         "miou": scores["miou"],

@@ -13,14 +13,19 @@ import torch
 from lednet.data.labels import LabelScheme
 from lednet.data.loaders import worker_failures
 from lednet.device import AMP_DTYPES, allow_tf32, autocast
-from lednet.distributed import World, join_world, leave_world, lost_processes
+from lednet.distributed import (
+    DistributedContext,
+    destroy_distributed,
+    init_distributed,
+    report_lost_process,
+)
 from lednet.errors import UserError
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.config import recipe_path, set_options, set_recipe
-from lednet.training.loggers import Dashboard, Display
-from lednet.training.run_dir import RunFolder, holds_run, read_options
-from lednet.training.signals import Keeper, Stopped, StopRequest
-from lednet.training.trainer import Optimization
+from lednet.training.loggers import LoggerBackend, MetricLogger
+from lednet.training.run_dir import RunDir, holds_run, read_options
+from lednet.training.signals import CheckpointTimer, StopRequest, TrainingStopped
+from lednet.training.trainer import TrainerConfig
 
 BASE_RECIPE = "paper"
 POSITIVE = ("num_epochs", "batch_size", "accumulate", "keep_checkpoints", "validate_every")
@@ -39,7 +44,7 @@ def add_loading_flags(data: argparse._ArgumentGroup) -> None:
 
 
 def add_recipe_flags(recipe: argparse._ArgumentGroup) -> None:
-    """The recipe, and flags of `Optimization` that have the same meaning in each."""
+    """The recipe, and flags of `TrainerConfig` that have the same meaning in each."""
     recipe.add_argument(
         "--recipe",
         default=BASE_RECIPE,
@@ -219,49 +224,51 @@ def require_schedule(args: argparse.Namespace, epochs: int) -> None:
         )
 
 
-def optimization_of(args: argparse.Namespace, **options: Any) -> Optimization:
-    """`Optimization` from the flags of the same names; `options` are those without flags."""
-    names = {field.name for field in dataclasses.fields(Optimization)}
+def config_from_args(args: argparse.Namespace, **options: Any) -> TrainerConfig:
+    """`TrainerConfig` from the flags of the same names; `options` are those without flags."""
+    names = {field.name for field in dataclasses.fields(TrainerConfig)}
     values = {name: value for name, value in vars(args).items() if name in names}
-    return Optimization(**values | {"ema_decay": args.ema_decay or None} | options)
+    return TrainerConfig(**values | {"ema_decay": args.ema_decay or None} | options)
 
 
-def open_run(args: argparse.Namespace, path: Path, world: World) -> tuple[RunFolder, Checkpoints]:
+def open_run(
+    args: argparse.Namespace, path: Path, world: DistributedContext
+) -> tuple[RunDir, Checkpoints]:
     return (
-        RunFolder(path, bool(args.resume), world.is_main),
+        RunDir(path, bool(args.resume), world.is_main),
         Checkpoints(path, args.keep_checkpoints),
     )
 
 
 def open_dashboard(
-    args: argparse.Namespace, folder: RunFolder, scheme: LabelScheme | None = None
-) -> Dashboard | None:
+    args: argparse.Namespace, folder: RunDir, scheme: LabelScheme | None = None
+) -> MetricLogger | None:
     """What --visualize and --tensorboard ask for, in the main process.
 
     Args:
-        scheme: see `Dashboard`.
+        scheme: see `MetricLogger`.
 
     Raises:
         UserError: what one of them needs is not installed.
     """
-    displays: list[Display] = []
+    displays: list[LoggerBackend] = []
     if folder.main and args.visualize:
         try:
-            from lednet.training.visdom_logger import VisdomDisplay
+            from lednet.training.visdom_logger import VisdomBackend
         except ImportError as error:
             raise UserError(
                 "--visualize needs visdom: docs/install.md says how, or leave the flag out"
             ) from error
-        displays.append(VisdomDisplay(folder.path.name, port=args.port))
+        displays.append(VisdomBackend(folder.path.name, port=args.port))
     if folder.main and args.tensorboard:
         try:
-            from lednet.training.tensorboard_logger import TensorBoardDisplay
+            from lednet.training.tensorboard_logger import TensorBoardBackend
         except ImportError as error:
             raise UserError(
                 "--tensorboard needs TensorBoard: pip install tensorboard, or leave the flag out"
             ) from error
-        displays.append(TensorBoardDisplay(folder.path / "tensorboard"))
-    return Dashboard(displays, scheme) if displays else None
+        displays.append(TensorBoardBackend(folder.path / "tensorboard"))
+    return MetricLogger(displays, scheme) if displays else None
 
 
 def set_backends(device: torch.device, precision: str, deterministic: bool = False) -> None:
@@ -277,7 +284,9 @@ def set_backends(device: torch.device, precision: str, deterministic: bool = Fal
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def launch(args: argparse.Namespace, train: Callable[[World, Keeper], None]) -> None:
+def launch(
+    args: argparse.Namespace, train: Callable[[DistributedContext, CheckpointTimer], None]
+) -> None:
     """Take this process's place, and train so that signals find a moment to stop at.
 
     Exits with 143 or 130 after SIGTERM or SIGINT.
@@ -286,18 +295,18 @@ def launch(args: argparse.Namespace, train: Callable[[World, Keeper], None]) -> 
         UserError: the device or its precision is not there, another process of the run, or
             one that loads, has gone; and whatever `train` raises.
     """
-    with lost_processes():
-        world = join_world(args.device)
+    with report_lost_process():
+        world = init_distributed(args.device)
     try:
         with autocast(world.device, args.precision):
             pass  # refuses a precision that the device lacks, before anything is written
         set_backends(world.device, args.precision, args.deterministic)
-        keeper = Keeper(world, StopRequest(), args.save_steps, args.save_minutes)
-        with lost_processes(), worker_failures():
+        keeper = CheckpointTimer(world, StopRequest(), args.save_steps, args.save_minutes)
+        with report_lost_process(), worker_failures():
             train(world, keeper)
-    except Stopped as stopped:
+    except TrainingStopped as stopped:
         if world.is_main:
             print(f"{stopped}; go on with --resume", file=sys.stderr)
         sys.exit(stopped.exit_status)
     finally:
-        leave_world()
+        destroy_distributed()

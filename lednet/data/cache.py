@@ -3,7 +3,7 @@
 A cache is a folder with one folder for each split:
 
     train/manifest.json    what decides on the content, and the number of shards
-    train/000000.npy       (n, C, H, W) uint8, what the `Source` encodes n samples to
+    train/000000.npy       (n, C, H, W) uint8, what the `CacheableDataset` encodes n samples to
     train/000000.json      the files they are of, their facts, and a checksum
 
 What is read from it is what the source gives, bit for bit. A shard is written beside its name
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lednet.data.dataset import PairDataset
-from lednet.data.pairs import Pair
+from lednet.data.pairs import Sample
 from lednet.errors import UserError
 from lednet.io import read_json, require_space, write_atomically, write_text
 
@@ -47,11 +47,11 @@ SEGMENTATION_FLAGS = (
 CLASSIFICATION_FLAGS = ("datadir", "cache", "stored_size")
 """Flags, as `argparse` names their values, that training and building have in common."""
 
-Stamp = list[str | int]
+Fingerprint = list[str | int]
 """Of a pair: image, its bytes and time of change in ns, then label, its bytes and time."""
 
 
-class Source(Protocol):
+class CacheableDataset(Protocol):
     """A `PairDataset` that can be cached: its samples are each time the same.
 
     Attributes:
@@ -59,7 +59,7 @@ class Source(Protocol):
     """
 
     @property
-    def pairs(self) -> Sequence[Pair]: ...
+    def pairs(self) -> Sequence[Sample]: ...
 
     @property
     def encoded_shape(self) -> tuple[int, int, int]: ...
@@ -101,7 +101,7 @@ class CachedDataset(PairDataset):
         UserError: there is no such cache, or it is not (any more) what `source` gives.
     """
 
-    def __init__(self, folder: str | os.PathLike, source: Source, command: str):
+    def __init__(self, folder: str | os.PathLike, source: CacheableDataset, command: str):
         self.folder, self.source, self.command = Path(folder), source, command
         self.pairs = source.pairs
         if hasattr(source, "scheme"):
@@ -118,7 +118,7 @@ class CachedDataset(PairDataset):
             count = self._manifest.get(key)
             if not isinstance(count, int) or count < 1:
                 self._refuse(f"{self.folder / MANIFEST} is damaged", " --rebuild")
-        files, facts = _Files(source.pairs), []
+        files, facts = _FileFingerprints(source.pairs), []
         for number, entry in enumerate(self._entries()):
             start = number * self._manifest["shard_pairs"]
             if entry["stamps"] != files.stamps(start, start + self._manifest["shard_pairs"]):
@@ -142,7 +142,7 @@ class CachedDataset(PairDataset):
     def _refuse(self, reason: str, flag: str = "") -> NoReturn:
         raise UserError(f"{reason}: bring the cache up to date with `{self.command}{flag}`")
 
-    def _refuse_files(self, files: "_Files") -> NoReturn:
+    def _refuse_files(self, files: "_FileFingerprints") -> NoReturn:
         built = [stamp for entry in self._entries() for stamp in entry["stamps"]]
         change = _change(built, files.stamps(0, len(self)))
         self._refuse(f"{change} since the cache in {self.folder} was built")
@@ -205,7 +205,7 @@ class CachedDataset(PairDataset):
 
 def build_cache(
     folder: str | os.PathLike,
-    splits: Mapping[str, Source],
+    splits: Mapping[str, CacheableDataset],
     workers: int = 0,
     rebuild: bool = False,
     shard_pairs: int = SHARD_PAIRS,
@@ -251,8 +251,8 @@ def command_line(
 class _Build:
     """One split's way to its shards."""
 
-    def __init__(self, folder: Path, source: Source, rebuild: bool, shard_pairs: int):
-        self.folder, self.source, self.files = folder, source, _Files(source.pairs)
+    def __init__(self, folder: Path, source: CacheableDataset, rebuild: bool, shard_pairs: int):
+        self.folder, self.source, self.files = folder, source, _FileFingerprints(source.pairs)
         self.step = max(shard_pairs, math.ceil(len(source) / MOST_SHARDS))
         count = math.ceil(len(source) / self.step)
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -315,7 +315,7 @@ class _Build:
                 self._write_shard(number, samples, bar)
 
     def _write_shard(
-        self, number: int, samples: Iterator[tuple[Stamp, Tensor, list[int]]], bar: tqdm
+        self, number: int, samples: Iterator[tuple[Fingerprint, Tensor, list[int]]], bar: tqdm
     ) -> None:
         """Write the next samples one by one, as numpy.save would all at once."""
         path, length = self.folder / _shard_name(number), len(self._indices(number))
@@ -341,13 +341,13 @@ class _Build:
 class _Encoded(Dataset):
     """Each sample as its shard holds it, with its facts and the stamp of its files."""
 
-    def __init__(self, source: Source, files: "_Files"):
+    def __init__(self, source: CacheableDataset, files: "_FileFingerprints"):
         self.source, self.files = source, files
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Stamp, Tensor, list[int]]:
+    def __getitem__(self, index: int) -> tuple[Fingerprint, Tensor, list[int]]:
         stamp = self.files.stamps(index, index + 1)[0]  # a later change shall be noticed
         return stamp, *self.source.encode(index)
 
@@ -389,11 +389,11 @@ def _checksum(path: Path, facts: list[list[int]]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _options(source: Source) -> dict[str, Any]:
+def _options(source: CacheableDataset) -> dict[str, Any]:
     return {"version": VERSION, **source.cache_options()}
 
 
-def _other_option(manifest: Mapping[str, Any], source: Source) -> str | None:
+def _other_option(manifest: Mapping[str, Any], source: CacheableDataset) -> str | None:
     """The first option in which a manifest differs from what is wanted."""
     for name, wanted in _options(source).items():
         found = manifest.get(name)
@@ -404,19 +404,19 @@ def _other_option(manifest: Mapping[str, Any], source: Source) -> str | None:
     return None
 
 
-class _Files:
+class _FileFingerprints:
     """Tells the files of pairs from changed ones; names are relative, so the data may move."""
 
-    def __init__(self, pairs: Sequence[Pair]):
+    def __init__(self, pairs: Sequence[Sample]):
         self.pairs = pairs
         folders = {os.path.dirname(path) for pair in pairs for path in pair if path}
         self.root = Path(os.path.commonpath(folders), "_").as_posix()[:-1]  # ends with a slash
 
-    def stamps(self, start: int, stop: int) -> list[Stamp]:
+    def stamps(self, start: int, stop: int) -> list[Fingerprint]:
         return [self._stamp(pair) for pair in self.pairs[start:stop]]
 
-    def _stamp(self, pair: Pair) -> Stamp:
-        stamp: Stamp = []
+    def _stamp(self, pair: Sample) -> Fingerprint:
+        stamp: Fingerprint = []
         for path in filter(None, pair):
             try:
                 status = os.stat(path)
@@ -427,7 +427,7 @@ class _Files:
         return stamp
 
 
-def _change(old: Sequence[Stamp], new: Sequence[Stamp]) -> str:
+def _change(old: Sequence[Fingerprint], new: Sequence[Fingerprint]) -> str:
     """What happened to the first file that is not in the same state in both lists."""
     before, after = ({stamp[0]: stamp for stamp in stamps} for stamps in (old, new))
     for name in sorted(before.keys() | after.keys()):

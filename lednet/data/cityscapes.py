@@ -4,14 +4,14 @@ import os
 from pathlib import Path
 
 from lednet.data.pairs import (
-    Listing,
-    Pair,
+    FileIndex,
+    Sample,
     _by_name,
     _images_below,
     _one_each,
     _refuse_empty,
     _require_folder,
-    match,
+    pair_files,
 )
 from lednet.errors import UserError
 
@@ -88,7 +88,7 @@ def _list_cityscapes_labels(
 
 def list_cityscapes(
     root: str | os.PathLike, split: str, annotations: str = "fine", encoding: str = "labelIds"
-) -> Listing:
+) -> FileIndex:
     """Files of a tree in the official Cityscapes layout.
 
     Args:
@@ -109,17 +109,17 @@ def list_cityscapes(
     labels = None
     if split != "test":
         labels = _list_cityscapes_labels(root, split, annotations, encoding)
-    return Listing(images, labels, (image_folder,), f"{root} {split}")
+    return FileIndex(images, labels, (image_folder,), f"{root} {split}")
 
 
 def cityscapes_pairs(
     root: str | os.PathLike, split: str, annotations: str = "fine", encoding: str = "labelIds"
-) -> list[Pair]:
+) -> list[Sample]:
     """Pairs of a tree in the official Cityscapes layout, sorted by name.
 
     Args as of `list_cityscapes`.
 
     Raises:
-        UserError: as `list_cityscapes` and `match`.
+        UserError: as `list_cityscapes` and `pair_files`.
     """
-    return match(list_cityscapes(root, split, annotations, encoding))
+    return pair_files(list_cityscapes(root, split, annotations, encoding))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lednet.data.transforms import JITTER, PRESETS, jitter_colors
+from lednet.data.transforms import JITTER, PRESETS, color_jitter
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -84,14 +84,14 @@ class ImageAugmentation(nn.Module):
         draws = torch.rand(len(images), BOX_DRAWS + 1 + COLOR_DRAWS, generator=generator)
         draws = draws.to(images.device, non_blocking=images.is_cuda)  # no waiting for its queue
         box, flip, color = draws.split((BOX_DRAWS, 1, COLOR_DRAWS), dim=1)
-        images = cut(images, random_boxes(targets[:, 1:], box), flip < 0.5, self.size)
+        images = crop_resize(images, random_boxes(targets[:, 1:], box), flip < 0.5, self.size)
         if self.preset == "modern":
-            images = jitter_colors(images, 1 + JITTER * (2 * color - 1))
+            images = color_jitter(images, 1 + JITTER * (2 * color - 1))
         images, labels = (images - self.mean).div_(self.std), targets[:, 0]
         if self.mixup == 0:
             return images, labels
-        share = draw_share(self.mixup, generator)
-        return mix(images, share), mix(F.one_hot(labels, self.num_classes).float(), share)
+        share = sample_mixup_lambda(self.mixup, generator)
+        return mixup(images, share), mixup(F.one_hot(labels, self.num_classes).float(), share)
 
     def normalize(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Without anything random, for validation: the central crop, normalised.
@@ -102,7 +102,9 @@ class ImageAugmentation(nn.Module):
         Args and returns as for `forward`, without mixup.
         """
         boxes = central_boxes(targets[:, 1:])
-        images = cut(images, boxes, torch.zeros_like(boxes[:, :1], dtype=torch.bool), self.size)
+        images = crop_resize(
+            images, boxes, torch.zeros_like(boxes[:, :1], dtype=torch.bool), self.size
+        )
         return (images - self.mean).div_(self.std), targets[:, 0]
 
 
@@ -142,7 +144,7 @@ def central_boxes(sizes: Tensor) -> Tensor:
     return torch.cat(((1 - extent) / 2, extent), dim=1)
 
 
-def cut(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Tensor:
+def crop_resize(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Tensor:
     """Bring a part of each picture to `size` x `size` pixels.
 
     Args:
@@ -164,12 +166,12 @@ def cut(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Tensor:
     return crops.mul_(1 / 255)
 
 
-def draw_share(alpha: float, generator: torch.Generator) -> float:
+def sample_mixup_lambda(alpha: float, generator: torch.Generator) -> float:
     """From Beta(alpha, alpha). Torch draws that from its global generator alone."""
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
     return float(np.random.default_rng(seed).beta(alpha, alpha))
 
 
-def mix(x: Tensor, share: float) -> Tensor:
+def mixup(x: Tensor, share: float) -> Tensor:
     """Of each sample `share`, and of the one before it in the batch the rest."""
     return torch.lerp(x.roll(1, dims=0), x, share)

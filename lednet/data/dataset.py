@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lednet.data.image_io import open_image, read_image
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
-from lednet.data.pairs import Pair, present
+from lednet.data.pairs import Sample, require_file
 from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
 
@@ -52,7 +52,7 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
         scheme: classes of label maps; images of classes have none.
     """
 
-    pairs: Sequence[Pair]
+    pairs: Sequence[Sample]
     scheme: LabelScheme
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class SegmentationDataset(PairDataset):
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], scheme: LabelScheme, size: tuple[int, int] | None = None
+        self, pairs: Sequence[Sample], scheme: LabelScheme, size: tuple[int, int] | None = None
     ):
         self.pairs = list(pairs)
         self.scheme = scheme
@@ -120,7 +120,7 @@ class SegmentationDataset(PairDataset):
 
     def count_label(self, index: int) -> np.ndarray:
         """Pixels of each class in a label file, (num_classes + 1,) int64, void last."""
-        file = present(self.pairs[index].label, "labels")
+        file = require_file(self.pairs[index].label, "labels")
         return count_classes(read_label(file, self.scheme), self.scheme)
 
     def _fixed_size(self) -> tuple[int, int]:
@@ -151,7 +151,7 @@ class SegmentationDataset(PairDataset):
         return planes[:3], planes[3]
 
 
-class SkippingDataset(PairDataset):
+class SkipCorruptDataset(PairDataset):
     """Training data in which a sample that cannot be read is replaced by the next that can.
 
     Attributes:

@@ -6,18 +6,12 @@ from pathlib import Path
 from PIL import Image
 
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
-from lednet.data.pairs import (
-    Listing,
-    _by_name,
-    _images_below,
-    _refuse_empty,
-    _require_folder,
-)
+from lednet.data.pairs import FileIndex, _by_name, _images_below, _refuse_empty, _require_folder
 from lednet.errors import UserError
 from lednet.io import read_yaml
 
 
-def list_folders(image_folder: str | os.PathLike, label_folder: str | os.PathLike) -> Listing:
+def list_folders(image_folder: str | os.PathLike, label_folder: str | os.PathLike) -> FileIndex:
     """Files of two folders, an image and its label having the same name before the suffix.
 
     Labels are PNG. Subfolders are searched too.
@@ -32,7 +26,7 @@ def list_folders(image_folder: str | os.PathLike, label_folder: str | os.PathLik
     _refuse_empty(images, image_folder)
     labels = _by_name(p for p in label_folder.rglob("*.png") if not p.name.startswith("."))
     folders = (image_folder, label_folder)
-    return Listing(images, labels, folders, str(label_folder))
+    return FileIndex(images, labels, folders, str(label_folder))
 
 
 def read_class_file(path: str | os.PathLike) -> LabelScheme:

@@ -141,7 +141,7 @@ def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
         raise UserError(f"{name} has the colour mode {image.mode}: save it as RGB") from error
 
 
-def turning(image: Image.Image) -> Image.Transpose | None:
+def exif_transpose_op(image: Image.Image) -> Image.Transpose | None:
     """What brings the image upright as its EXIF says, if that can be read and asks for it."""
     try:
         return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 0))
@@ -154,11 +154,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
     PIL's own function also writes the EXIF anew, and fails where another entry of it is odd.
     """
-    turn = turning(image)
+    turn = exif_transpose_op(image)
     return image if turn is None else image.transpose(turn)
 
 
-def write_label_ids(path: str | os.PathLike, ids: np.ndarray) -> None:
+def write_label_map(path: str | os.PathLike, ids: np.ndarray) -> None:
     """Write label ids, (H, W) uint8, to an 8-bit greyscale PNG, atomically."""
     if ids.ndim != 2 or ids.dtype != np.uint8:
         raise ValueError(f"ids must be (H, W) uint8, not {ids.shape} {ids.dtype}")

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from lednet.data.dataset import PairDataset
 from lednet.data.image_io import open_image, to_rgb
-from lednet.data.pairs import Pair, list_examples
+from lednet.data.pairs import Sample, list_examples
 from lednet.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -82,7 +82,7 @@ class ImageFolderDataset(PairDataset):
         return planes, torch.tensor(facts)
 
 
-class ImageFiles(Sequence[Pair]):
+class ImageFiles(Sequence[Sample]):
     """Image files as pairs without labels, made when they are asked for.
 
     A list of them would take a gigabyte for ImageNet, and soon in each loading process too,
@@ -106,16 +106,16 @@ class ImageFiles(Sequence[Pair]):
         return len(self._names)
 
     @overload
-    def __getitem__(self, index: int) -> Pair: ...
+    def __getitem__(self, index: int) -> Sample: ...
 
     @overload
-    def __getitem__(self, index: slice) -> list[Pair]: ...
+    def __getitem__(self, index: slice) -> list[Sample]: ...
 
-    def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         name = os.fsdecode(self._names[index])
-        return Pair(self.folder.joinpath(self.classes[self.targets[index]], name), None)
+        return Sample(self.folder.joinpath(self.classes[self.targets[index]], name), None)
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:

@@ -12,8 +12,12 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lednet.data.dataset import PairDataset
 from lednet.data.device_cache import DeviceLoader, load_to_device
-from lednet.data.samplers import ClassUniformSampler, EachOnceSampler, ShuffledSampler
-from lednet.distributed import World
+from lednet.data.samplers import (
+    ClassUniformSampler,
+    DistributedEvalSampler,
+    ResumableDistributedSampler,
+)
+from lednet.distributed import DistributedContext
 from lednet.errors import UserError
 
 
@@ -21,18 +25,18 @@ class Loader(DataLoader[tuple[Tensor, Tensor]]):
     """Batches of this process's share of the samples."""
 
     dataset: PairDataset
-    sampler: EachOnceSampler | ShuffledSampler
+    sampler: DistributedEvalSampler | ResumableDistributedSampler
     batch_size: int
 
 
 class TrainLoader(Loader):
     """The same, shuffled."""
 
-    sampler: ShuffledSampler
+    sampler: ResumableDistributedSampler
 
 
-Batches = Loader | DeviceLoader[EachOnceSampler] | DeviceLoader[ShuffledSampler]
-TrainBatches = TrainLoader | DeviceLoader[ShuffledSampler]
+Batches = Loader | DeviceLoader[DistributedEvalSampler] | DeviceLoader[ResumableDistributedSampler]
+TrainBatches = TrainLoader | DeviceLoader[ResumableDistributedSampler]
 
 WORKER_FAILURE = "DataLoader worker (pid"
 """What PyTorch says first when a loading process has died."""
@@ -41,7 +45,7 @@ WORKER_FAILURE = "DataLoader worker (pid"
 def make_loaders(
     train: PairDataset,
     val: PairDataset,
-    world: World,
+    world: DistributedContext,
     batch_size: int,
     workers: int,
     seed: int,
@@ -58,7 +62,7 @@ def make_loaders(
             image once an epoch.
         on_device: decode both data sets into the memory of `world.device` now.
     """
-    sampler = ShuffledSampler(len(train), world, seed)
+    sampler = ResumableDistributedSampler(len(train), world, seed)
     if class_counts is not None:
         sampler = ClassUniformSampler(class_counts, class_uniform, world, seed)
     common: dict[str, Any] = {
@@ -68,7 +72,7 @@ def make_loaders(
         "persistent_workers": workers > 0,
         "worker_init_fn": ignore_stop_signals,
     }
-    val_sampler = EachOnceSampler(len(val), world)
+    val_sampler = DistributedEvalSampler(len(val), world)
     train_loader = TrainLoader(train, sampler=sampler, **common)
     val_loader = Loader(val, sampler=val_sampler, **common)
     if not on_device:
@@ -97,7 +101,7 @@ def batch_names(loader: TrainBatches, number: int) -> list[str]:
     """File names of the images of a training batch, the loader's first being number 0."""
     sampler = loader.sampler
     begin = sampler.start + number * loader.batch_size
-    chosen = sampler.order()[begin : begin + loader.batch_size]
+    chosen = sampler.indices()[begin : begin + loader.batch_size]
     return [loader.dataset.pairs[index].image.name for index in chosen]
 
 

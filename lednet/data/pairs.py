@@ -11,14 +11,14 @@ from lednet.errors import UserError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class Pair(NamedTuple):
+class Sample(NamedTuple):
     """An image file and its label file; `label` is None where labels are withheld."""
 
     image: Path
     label: Path | None
 
 
-def present(file: Path | None, what: str) -> Path:
+def require_file(file: Path | None, what: str) -> Path:
     """The file, where a split must have it.
 
     Args:
@@ -44,7 +44,7 @@ def list_examples(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
-class Listing(NamedTuple):
+class FileIndex(NamedTuple):
     """The files of a split by the name that pairs them, not paired yet.
 
     Attributes:
@@ -59,7 +59,7 @@ class Listing(NamedTuple):
     folders: tuple[Path, ...]
     place: str
 
-    def overlooked(self) -> list[Path]:
+    def unmatched_files(self) -> list[Path]:
         """Pictures in `folders` whose format or name is not taken."""
         taken = {path for paths in self.images.values() for path in paths}
         taken.update(path for paths in (self.labels or {}).values() for path in paths)
@@ -92,7 +92,7 @@ def _one_each(files: dict[str, list[Path]], what: str) -> dict[str, Path]:
     return {name: paths[0] for name, paths in files.items()}
 
 
-def match(listing: Listing) -> list[Pair]:
+def pair_files(listing: FileIndex) -> list[Sample]:
     """Pairs of a split's files, sorted by name.
 
     Raises:
@@ -100,7 +100,7 @@ def match(listing: Listing) -> list[Pair]:
     """
     images = _one_each(listing.images, "images")
     if listing.labels is None:
-        return [Pair(images[key], None) for key in sorted(images)]
+        return [Sample(images[key], None) for key in sorted(images)]
     labels, place = _one_each(listing.labels, "labels"), listing.place
     without_label = images.keys() - labels.keys()
     if without_label:
@@ -114,7 +114,7 @@ def match(listing: Listing) -> list[Pair]:
             f"{place}: {len(without_image)} of {len(labels)} labels have no image "
             f"({list_examples(without_image)}): add the images or remove the labels"
         )
-    return [Pair(images[key], labels[key]) for key in sorted(images)]
+    return [Sample(images[key], labels[key]) for key in sorted(images)]
 
 
 def _images_below(folder: Path, ending: str = "") -> list[Path]:
@@ -132,7 +132,9 @@ def _refuse_empty(images: Collection, folder: Path) -> None:
         )
 
 
-def hold_out(pairs: list[Pair], held_out: bool, every: int = 0, names: str = "") -> list[Pair]:
+def split_holdout(
+    pairs: list[Sample], held_out: bool, every: int = 0, names: str = ""
+) -> list[Sample]:
     """Split training pairs in two: some are held out for validation.
 
     Args:
@@ -141,7 +143,7 @@ def hold_out(pairs: list[Pair], held_out: bool, every: int = 0, names: str = "")
         names: those whose images' names begin so, for instance a whole recording.
     """
 
-    def is_held_out(i: int, pair: Pair) -> bool:
+    def is_held_out(i: int, pair: Sample) -> bool:
         return i % every == every - 1 if every else pair.image.name.startswith(names)
 
     return [pair for i, pair in enumerate(pairs) if is_held_out(i, pair) == held_out]

@@ -9,7 +9,7 @@ from lednet.data.cityscapes import detect_cityscapes_encoding, ground_truth, lis
 from lednet.data.dataset import SegmentationDataset
 from lednet.data.folders import list_folders, read_class_file
 from lednet.data.labels import LabelScheme, camvid_scheme, cityscapes_scheme
-from lednet.data.pairs import Listing, Pair, hold_out, list_examples, match
+from lednet.data.pairs import FileIndex, Sample, list_examples, pair_files, split_holdout
 from lednet.data.voc import list_voc, voc_list
 from lednet.errors import UserError
 
@@ -17,7 +17,7 @@ CLASS_FILES = Path(__file__).parent / "classes"
 """Of data sets whose classes are published as tables."""
 
 
-class Query(NamedTuple):
+class SplitSpec(NamedTuple):
     """Which files are asked for; the fields are the arguments of `list_split`."""
 
     root: Path
@@ -28,7 +28,7 @@ class Query(NamedTuple):
     holds_out: bool
 
 
-def _cityscapes(query: Query) -> tuple[LabelScheme, Listing]:
+def _cityscapes(query: SplitSpec) -> tuple[LabelScheme, FileIndex]:
     root, split, annotations, labels, *_ = query
     if labels == "auto":
         labels = (
@@ -39,12 +39,12 @@ def _cityscapes(query: Query) -> tuple[LabelScheme, Listing]:
     return cityscapes_scheme(labels), list_cityscapes(root, split, annotations, labels)
 
 
-def _camvid(query: Query) -> tuple[LabelScheme, Listing]:
+def _camvid(query: SplitSpec) -> tuple[LabelScheme, FileIndex]:
     root, split = query.root, query.split
     return camvid_scheme(), list_folders(root / split, root / f"{split}annot")
 
 
-def _folders(query: Query) -> tuple[LabelScheme, Listing]:
+def _folders(query: SplitSpec) -> tuple[LabelScheme, FileIndex]:
     root, split = query.root, query.split
     scheme = read_class_file(query.class_file or root / "classes.yaml")
     inside = split if (root / "images" / split).is_dir() or not query.holds_out else ""
@@ -75,7 +75,7 @@ def _voc_root(root: Path) -> Path:
     return _root_of(root, inner, "ImageSets/Segmentation", "VOCtrainval_11-May-2012.tar")
 
 
-def _voc(query: Query) -> tuple[LabelScheme, Listing]:
+def _voc(query: SplitSpec) -> tuple[LabelScheme, FileIndex]:
     listing = list_voc(_voc_root(query.root), query.split, query.annotations)
     return read_class_file(CLASS_FILES / "VOC.yaml"), listing
 
@@ -86,14 +86,14 @@ def _ade20k_folder(root: Path, kind: str, split: str) -> Path:
     return root / kind / {"train": "training", "val": "validation"}.get(split, split)
 
 
-def _ade20k(query: Query) -> tuple[LabelScheme, Listing]:
+def _ade20k(query: SplitSpec) -> tuple[LabelScheme, FileIndex]:
     images, labels = (
         _ade20k_folder(query.root, kind, query.split) for kind in ("images", "annotations")
     )
     return read_class_file(CLASS_FILES / "ADE20K.yaml"), list_folders(images, labels)
 
 
-class Layout(NamedTuple):
+class DatasetSpec(NamedTuple):
     """How a data set lies on disk.
 
     Attributes:
@@ -104,7 +104,7 @@ class Layout(NamedTuple):
         annotations: kinds that it has.
     """
 
-    list: Callable[[Query], tuple[LabelScheme, Listing]]
+    list: Callable[[SplitSpec], tuple[LabelScheme, FileIndex]]
     place: Callable[[Path, str], Path]
     size: tuple[int, int] | None
     annotations: tuple[str, ...] = ("fine",)
@@ -112,18 +112,18 @@ class Layout(NamedTuple):
 
 # fmt: off
 DATASETS = {
-    "cityscapes": Layout(
+    "cityscapes": DatasetSpec(
         _cityscapes, lambda root, split: root / "leftImg8bit" / split, (512, 1024),
         ("fine", "coarse"),
     ),
-    "camvid": Layout(_camvid, lambda root, split: root / split, (360, 480)),
-    "voc": Layout(
+    "camvid": DatasetSpec(_camvid, lambda root, split: root / split, (360, 480)),
+    "voc": DatasetSpec(
         _voc, lambda root, split: voc_list(_voc_root(root), split), (512, 512), ("fine", "aug"),
     ),
-    "ade20k": Layout(
+    "ade20k": DatasetSpec(
         _ade20k, lambda root, split: _ade20k_folder(root, "images", split), (512, 512),
     ),
-    "folders": Layout(_folders, lambda root, split: root / "images" / split, None),
+    "folders": DatasetSpec(_folders, lambda root, split: root / "images" / split, None),
 }
 # fmt: on
 
@@ -141,7 +141,7 @@ def list_split(
     labels: str = "auto",
     class_file: str | os.PathLike | None = None,
     holds_out: bool = False,
-) -> tuple[LabelScheme, Listing]:
+) -> tuple[LabelScheme, FileIndex]:
     """Which files make up a split, and what the values of their labels mean.
 
     Args:
@@ -162,12 +162,12 @@ def list_split(
         there = " or ".join(layout.annotations)
         raise UserError(f"{name} has no {annotations} annotations: choose {there}")
     split = "train" if holds_out and split == "val" else split
-    return layout.list(Query(root, split, annotations, labels, class_file, holds_out))
+    return layout.list(SplitSpec(root, split, annotations, labels, class_file, holds_out))
 
 
 def hold_out_split(
-    pairs: list[Pair], split: str, val_every: int, val_names: str | None, place: str
-) -> list[Pair]:
+    pairs: list[Sample], split: str, val_every: int, val_names: str | None, place: str
+) -> list[Sample]:
     """What of the pairs belongs to "train" or "val"; all, where nothing is held out.
 
     Raises:
@@ -177,7 +177,7 @@ def hold_out_split(
         raise UserError("--val-every and --val-names each hold images out: give one of them")
     if not (val_every or val_names) or split not in ("train", "val"):
         return pairs
-    pairs = hold_out(pairs, split == "val", val_every, val_names or "")
+    pairs = split_holdout(pairs, split == "val", val_every, val_names or "")
     if not pairs:
         flag = f"--val-every {val_every}" if val_every else f"--val-names {val_names}"
         raise UserError(f"{place} {split} is empty after {flag}: hold out others")
@@ -210,13 +210,13 @@ def open_dataset(
         val_names: or those whose names begin so.
 
     Raises:
-        UserError: see `list_split`, `lednet.data.pairs.match` and `hold_out_split`.
+        UserError: see `list_split`, `lednet.data.pairs.pair_files` and `hold_out_split`.
     """
     scheme, listing = list_split(
         name, root, split, annotations=annotations, labels=labels, class_file=class_file,
         holds_out=bool(val_every or val_names),
     )  # fmt: skip
-    pairs = hold_out_split(match(listing), split, val_every, val_names, str(root))
+    pairs = hold_out_split(pair_files(listing), split, val_every, val_names, str(root))
     return SegmentationDataset(pairs, scheme)
 
 

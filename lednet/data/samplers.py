@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lednet.distributed import World
+from lednet.distributed import DistributedContext
 
 
-class EachOnceSampler(Sampler[int]):
+class DistributedEvalSampler(Sampler[int]):
     """Every `world.size`-th index: over all processes each image comes exactly once."""
 
-    def __init__(self, length: int, world: World):
+    def __init__(self, length: int, world: DistributedContext):
         self.indices = range(world.rank, length, world.size)
 
     def __iter__(self) -> Iterator[int]:
@@ -23,7 +23,7 @@ class EachOnceSampler(Sampler[int]):
         return len(self.indices)
 
 
-class ShuffledSampler(Sampler[int]):
+class ResumableDistributedSampler(Sampler[int]):
     """A permutation that depends on (seed, epoch) alone, dealt out to the processes.
 
     Every process gets equally many indices, or the others would wait for it for ever:
@@ -34,20 +34,20 @@ class ShuffledSampler(Sampler[int]):
         start: how many of this process's indices an interrupted epoch has behind it.
     """
 
-    def __init__(self, length: int, world: World, seed: int):
+    def __init__(self, length: int, world: DistributedContext, seed: int):
         self.length, self.world, self.seed = length, world, seed
         self.epoch = self.start = 0
 
     @property
-    def share(self) -> int:
+    def num_samples(self) -> int:
         """Indices of this process in a whole epoch."""
         return -(-self.length // self.world.size)
 
-    def order(self) -> list[int]:
+    def indices(self) -> list[int]:
         """This process's indices in the whole epoch."""
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = self._joint_order(generator).tolist()
-        padded = [order[i % self.length] for i in range(self.share * self.world.size)]
+        padded = [order[i % self.length] for i in range(self.num_samples * self.world.size)]
         return padded[self.world.rank :: self.world.size]
 
     def _joint_order(self, generator: torch.Generator) -> Tensor:
@@ -55,14 +55,14 @@ class ShuffledSampler(Sampler[int]):
         return torch.randperm(self.length, generator=generator)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.order()[self.start :])
+        return iter(self.indices()[self.start :])
 
     def __len__(self) -> int:
-        return self.share - self.start
+        return self.num_samples - self.start
 
 
-class ClassUniformSampler(ShuffledSampler):
-    """A `ShuffledSampler` that draws a fraction of its images by class.
+class ClassUniformSampler(ResumableDistributedSampler):
+    """A `ResumableDistributedSampler` that draws a fraction of its images by class.
 
     For each of these, a class is drawn, each as likely as another, and then an image that it
     occurs in: class-uniform sampling (Zhu et al., CVPR 2019, arXiv 1812.01593) of images
@@ -73,7 +73,7 @@ class ClassUniformSampler(ShuffledSampler):
         fraction: of the images, above 0 and at most 1.
     """
 
-    def __init__(self, counts: np.ndarray, fraction: float, world: World, seed: int):
+    def __init__(self, counts: np.ndarray, fraction: float, world: DistributedContext, seed: int):
         super().__init__(len(counts), world, seed)
         self.drawn = round(fraction * len(counts))
         # The images of one class after another, those of class c from starts[c] on.

@@ -57,7 +57,7 @@ class Augmentation(nn.Module):
         super().__init__()
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {PRESETS}, not {preset!r}")
-        self.change = {"paper": flip_and_shift, "modern": jitter_and_scale}[preset]
+        self.change = {"paper": random_flip_translate, "modern": color_jitter_random_scale}[preset]
         self.size = size
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
@@ -123,7 +123,7 @@ def gather(planes: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tenso
     return picked, (down[:, :, None] & across[:, None, :])[:, None]
 
 
-def flip_and_shift(images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+def random_flip_translate(images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     """The paper's: mirror half of the samples, then shift each by up to `SHIFT` px.
 
     draws: (N, 7) uniform in [0, 1).
@@ -139,7 +139,9 @@ def flip_and_shift(images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tenso
     return moved[:, :3] * inside, moved[:, 3].masked_fill(~inside[:, 0], IGNORE_INDEX)
 
 
-def jitter_and_scale(images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+def color_jitter_random_scale(
+    images: Tensor, labels: Tensor, draws: Tensor
+) -> tuple[Tensor, Tensor]:
     """Change the colours, mirror half of the samples, scale each within `SCALES`.
 
     A picture made larger is cropped anywhere, one made smaller lies anywhere in the frame.
@@ -147,7 +149,7 @@ def jitter_and_scale(images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Ten
     draws: (N, 7) uniform in [0, 1).
     """
     height, width = labels.shape[-2:]
-    images = jitter_colors(images.float().mul_(1 / 255), 1 + JITTER * (2 * draws[:, 4:] - 1))
+    images = color_jitter(images.float().mul_(1 / 255), 1 + JITTER * (2 * draws[:, 4:] - 1))
     # In units of half the frame, as grid_sample has them: -1 to 1 both ways.
     mirror = torch.where(draws[:, :1] < 0.5, -1.0, 1.0)
     scale = SCALES[0] + (SCALES[1] - SCALES[0]) * draws[:, 3:4]
@@ -167,19 +169,19 @@ def jitter_and_scale(images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Ten
     return images.mul_(inside), moved.masked_fill_(~inside, IGNORE_INDEX)[:, 0]
 
 
-def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
+def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
     """Brightness, contrast and saturation of each sample, in this order.
 
     images: (N, 3, H, W) in [0, 1]; factors: (N, 3), 1 changes nothing.
     """
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
     images = (images * brightness).clamp_(0, 1)
-    mean = grey(images).mean((2, 3), keepdim=True)
+    mean = rgb_to_grayscale(images).mean((2, 3), keepdim=True)
     images = torch.lerp(mean, images, contrast).clamp_(0, 1)
-    return torch.lerp(grey(images), images, saturation).clamp_(0, 1)
+    return torch.lerp(rgb_to_grayscale(images), images, saturation).clamp_(0, 1)
 
 
-def grey(images: Tensor) -> Tensor:
+def rgb_to_grayscale(images: Tensor) -> Tensor:
     """Luma, ITU-R BT.601: (N, 3, H, W) -> (N, 1, H, W)."""
     red, green, blue = images.split(1, dim=1)
     return 0.299 * red + 0.587 * green + 0.114 * blue

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lednet.data.pairs import IMAGE_SUFFIXES, Listing, _by_name, _require_folder, list_examples
+from lednet.data.pairs import IMAGE_SUFFIXES, FileIndex, _by_name, _require_folder, list_examples
 from lednet.errors import UserError
 
 
@@ -13,7 +13,7 @@ def voc_list(root: Path, split: str, annotations: str = "fine") -> Path:
     return root / "ImageSets" / "Segmentation" / f"{name}.txt"
 
 
-def list_voc(root: str | os.PathLike, split: str, annotations: str = "fine") -> Listing:
+def list_voc(root: str | os.PathLike, split: str, annotations: str = "fine") -> FileIndex:
     """Files of a Pascal VOC tree that the list of a split names; others are expected there too.
 
     Args:
@@ -52,9 +52,9 @@ def list_voc(root: str | os.PathLike, split: str, annotations: str = "fine") -> 
             f"({list_examples(lost)}): unpack the archive again"
         )
     if split == "test":
-        return Listing(images, None, (), str(path))
+        return FileIndex(images, None, (), str(path))
     label_folder = root / ("SegmentationClassAug" if added else "SegmentationClass")
     _require_folder(label_folder, next_step)
     labels = {name: [label_folder / f"{name}.png"] for name in names}
     labels = {name: [label] for name, [label] in labels.items() if label.is_file()}
-    return Listing(images, labels, (), str(path))
+    return FileIndex(images, labels, (), str(path))

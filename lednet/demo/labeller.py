@@ -20,17 +20,17 @@ from lednet.data.labels import LabelScheme
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.errors import UserError
 from lednet.export.formats import is_exported
-from lednet.inference.backends import BACKENDS, available
+from lednet.inference.backends import BACKENDS, is_available
 from lednet.inference.predictor import Predictor
 from lednet.inference.video import VideoFrame, VideoReader
 from lednet.inference.writers import (
-    Output,
+    PredictionWriter,
     class_shares,
     count_pixels,
     predict_video,
     video_output,
 )
-from lednet.visualization import Painter, data_uri, output_scheme, shrink
+from lednet.visualization import Visualizer, data_uri, output_scheme, shrink
 
 MAX_SIDE = 16_384
 """Pixels, beyond which an image has no sensible label map."""
@@ -117,7 +117,7 @@ class Labeller:
         self, weights: Mapping[str, Path], device: torch.device, limits: Limits | None = None
     ):
         self.weights, self.device, self.limits = weights, device, limits or Limits()
-        self.backends = [name for name in BACKENDS if available(name, device)]
+        self.backends = [name for name in BACKENDS if is_available(name, device)]
         self._ready: dict[tuple[str, str], tuple[SharedPredictor, LabelScheme]] = {}
         self._preparing = threading.Lock()
 
@@ -207,7 +207,9 @@ class Labeller:
         """
         predictor, scheme = self.prepare(weights, backend)
         start = time.perf_counter()
-        output = Output(source.parent, ("overlay",), Painter(scheme, alpha, legend=False))
+        output = PredictionWriter(
+            source.parent, ("overlay",), Visualizer(scheme, alpha, legend=False)
+        )
         with VideoReader(source, max_pixels=self.limits.pixels) as reader:
             progress.total = reader.expected
             self._require_short(reader, reader.expected or 0)

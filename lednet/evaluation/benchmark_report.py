@@ -11,7 +11,7 @@ from tqdm import tqdm
 from lednet.data.dataset import read_label
 from lednet.data.image_io import read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
-from lednet.data.pairs import present
+from lednet.data.pairs import require_file
 from lednet.evaluation.cityscapes_evaluator import Frame, FrameResult, total_scores
 from lednet.evaluation.cityscapes_metrics import (
     EVALUATED_CATEGORIES,
@@ -65,9 +65,13 @@ def _image_rows(
 
     def row(result: FrameResult) -> ImageRow:
         frame, scores = frames[result.name], total_scores([result.full])
-        truth = scheme.lut[read_label(present(frame.label, "labels"), label_scheme)].astype("uint8")
+        truth = scheme.lut[read_label(require_file(frame.label, "labels"), label_scheme)].astype(
+            "uint8"
+        )
         prediction = read_label(predictions[result.name], scheme)
-        panes = encode_panes(read_image(present(frame.image, "images")), truth, prediction, scheme)
+        panes = encode_panes(
+            read_image(require_file(frame.image, "images")), truth, prediction, scheme
+        )
         miou = none_if_nan(scores.mean_iou())
         return ImageRow(result.name, miou, _evaluated(scores.class_iou()), panes)
 
@@ -98,8 +102,8 @@ def write_benchmark_report(
         predictions: label-id PNG of each frame by name.
         label_scheme: to read the labels with, as `find_frames` gave it.
         network: scores at the network's size.
-        card: measured speed, from `speed_card`.
-        speed: the same as rows of a table, from `speed_rows`.
+        card: measured speed, from `benchmark`.
+        speed: the same as rows of a table, from `benchmark_rows`.
         options: of the run.
         images: how many, at most.
     """

@@ -17,9 +17,9 @@ from torchvision.transforms import v2
 
 from lednet.data.cityscapes import cityscapes_labels, cityscapes_pairs, detect_cityscapes_encoding
 from lednet.data.dataset import read_label
-from lednet.data.image_io import open_image, read_image, write_label_ids
+from lednet.data.image_io import open_image, read_image, write_label_map
 from lednet.data.labels import LabelScheme, cityscapes_id_scheme, cityscapes_label_ids
-from lednet.data.pairs import list_examples, present
+from lednet.data.pairs import list_examples, require_file
 from lednet.errors import UserError
 from lednet.evaluation.cityscapes_metrics import (
     AVERAGE_INSTANCE_SIZE,
@@ -30,7 +30,7 @@ from lednet.evaluation.cityscapes_metrics import (
 )
 from lednet.evaluation.cityscapes_submission import frame_name, prediction_name
 from lednet.evaluation.evaluator import LabelMapper
-from lednet.io import in_order
+from lednet.io import map_ordered
 
 
 class Frame(NamedTuple):
@@ -245,7 +245,7 @@ def score_predictions(
 
     with ThreadPoolExecutor(workers) as pool:
         jobs = (partial(job, *pair) for pair in zip(frames, files, strict=True))
-        yield from in_order(pool, jobs, 2 * workers)
+        yield from map_ordered(pool, jobs, 2 * workers)
 
 
 class _Images(Dataset):
@@ -258,7 +258,7 @@ class _Images(Dataset):
         return len(self.frames)
 
     def __getitem__(self, index: int) -> Tensor:
-        file = present(self.frames[index].image, "images")
+        file = require_file(self.frames[index].image, "images")
         return torch.from_numpy(read_image(file)).permute(2, 0, 1)
 
 
@@ -290,7 +290,7 @@ def predict_frames(
 
     def finish(frame: Frame, full: np.ndarray, network: np.ndarray) -> FrameResult:
         result = score_frame(frame, scheme, full, network)
-        write_label_ids(folder / prediction_name(frame.name), full)
+        write_label_map(folder / prediction_name(frame.name), full)
         return result
 
     def jobs() -> Iterator[Callable[[], FrameResult]]:
@@ -304,4 +304,4 @@ def predict_frames(
 
     threads = max(1, workers)
     with ThreadPoolExecutor(threads) as pool:
-        yield from in_order(pool, jobs(), 2 * threads)
+        yield from map_ordered(pool, jobs(), 2 * threads)

@@ -82,7 +82,7 @@ def image_frames(root: str | os.PathLike, subset: str) -> set[str]:
     return frames
 
 
-def write_upload(path: str | os.PathLike, files: Iterable[str | os.PathLike]) -> None:
+def write_submission(path: str | os.PathLike, files: Iterable[str | os.PathLike]) -> None:
     """Put `files` into a zip without folders, atomically; equal files give equal bytes.
 
     Raises:
@@ -122,7 +122,7 @@ class _File(NamedTuple):
         return _FRAME.match(self.name.rsplit("/", 1)[-1])
 
 
-def check_upload(
+def check_submission(
     path: str | os.PathLike,
     subset: str = "test",
     *,
@@ -184,7 +184,7 @@ def _check(
     size: tuple[int, int],
     progress: bool,
 ) -> list[str]:
-    """`check_upload` for a zip and a folder alike."""
+    """`check_submission` for a zip and a folder alike."""
     images = [file for file in files if file.name.endswith(".png")]
     others = [file.name for file in files if not file.name.endswith(".png")]
     return [
@@ -227,7 +227,7 @@ def _check_names(
     ]
 
 
-class _Look(NamedTuple):
+class _FileCheck(NamedTuple):
     """What a look at one image found: kind of problem (of `_WRONG`) -> remark, and its ids."""
 
     wrong: dict[str, str]
@@ -253,7 +253,7 @@ def _check_images(
     ids: set[int] = set()
     # A thread holds one file at a time; both inflating and decoding run beside Python.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        looks = pool.map(lambda image: _look_at(image, size), images)
+        looks = pool.map(lambda image: _check_file(image, size), images)
         bar = tqdm(
             looks, path.name, len(images), unit="file", disable=not progress, dynamic_ncols=True
         )
@@ -272,14 +272,14 @@ def _check_images(
     return problems
 
 
-def _look_at(image: _File, size: tuple[int, int]) -> _Look:
+def _check_file(image: _File, size: tuple[int, int]) -> _FileCheck:
     """Read and check one image; whatever its bytes are, this returns."""
     if image.num_bytes > MAX_BYTES:
-        return _Look({"large": f"{image.num_bytes >> 20} MiB"})
+        return _FileCheck({"large": f"{image.num_bytes >> 20} MiB"})
     try:
-        return _look_at_bytes(image.read(), size)
+        return _check_bytes(image.read(), size)
     except Exception:  # parsers of three kinds, on bytes of any kind
-        return _Look({"damaged": ""})
+        return _FileCheck({"damaged": ""})
 
 
 # From PNG's specification: how a file starts (5.2), colour types (11.2.1)
@@ -288,9 +288,9 @@ _GREY = 0
 _COLOR_TYPES = {_GREY: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
 
 
-def _look_at_bytes(data: bytes, size: tuple[int, int]) -> _Look:
+def _check_bytes(data: bytes, size: tuple[int, int]) -> _FileCheck:
     if not _PNG_SIGNATURE.startswith(data[:8]):
-        return _Look({"format": ""})
+        return _FileCheck({"format": ""})
     width, height, bits, color = struct.unpack_from(">IIBB", data, 16)
     wrong = {}
     if (height, width) != tuple(size):
@@ -299,7 +299,7 @@ def _look_at_bytes(data: bytes, size: tuple[int, int]) -> _Look:
         wrong["mode"] = f"{bits}-bit {_COLOR_TYPES.get(color, 'unknown')}"
     # A larger image than expected is not decoded: it may be made to fill the memory.
     if "mode" in wrong or height > size[0] or width > size[1]:
-        return _Look(wrong)
+        return _FileCheck(wrong)
     Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # the check sums
     counts = Image.open(io.BytesIO(data), formats=["PNG"]).histogram()
     ids = tuple(value for value, count in enumerate(counts) if count)
@@ -308,7 +308,7 @@ def _look_at_bytes(data: bytes, size: tuple[int, int]) -> _Look:
         wrong["ids"] = f"{outside[0]}"
     if _VOID_TRAIN_ID in ids:
         wrong["void"] = ""
-    return _Look(wrong, tuple(value for value in ids if value != _VOID_TRAIN_ID))
+    return _FileCheck(wrong, tuple(value for value in ids if value != _VOID_TRAIN_ID))
 
 
 def _problem(names: Sequence[str], noun: str, what: str, next_step: str) -> list[str]:

@@ -54,7 +54,7 @@ _STRANGE = (KeyError, TypeError, ValueError, AttributeError, RecursionError, Run
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedModel:
     """An exported file in its own runtime: call it with images (N, H, W, 3) uint8 RGB.
 
     Attributes:
@@ -120,7 +120,7 @@ class Exported:
             f"{self.path} does not say what network it holds: write it with utils/export_model.py"
         )
 
-    def skeleton(self) -> LEDNet:
+    def build_meta_model(self) -> LEDNet:
         """The network that the file was written from, without weights (on "meta")."""
         meta = self.meta
         try:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lednet.errors import UserError
-from lednet.export.common import Exported, RunOptions, Shape, import_optional, opening, trace
+from lednet.export.common import ExportedModel, RunOptions, Shape, import_optional, opening, trace
 from lednet.export.wrappers import BytesToLogits
 
 
@@ -59,7 +59,7 @@ def write_executorch(
         lowered.to_executorch().write_to_file(file)
 
 
-def load_executorch(path: str | os.PathLike, options: RunOptions) -> Exported:
+def load_executorch(path: str | os.PathLike, options: RunOptions) -> ExportedModel:
     """Open a program of `write_executorch` in ExecuTorch's runtime for this machine, which
     chooses its own number of threads.
 
@@ -79,4 +79,4 @@ def load_executorch(path: str | os.PathLike, options: RunOptions) -> Exported:
     def run(images: np.ndarray) -> np.ndarray:
         return method.execute([torch.from_numpy(images)])[0].clone().numpy()
 
-    return Exported(Path(path), "executorch", bounds, metadata, run)
+    return ExportedModel(Path(path), "executorch", bounds, metadata, run)

@@ -25,7 +25,7 @@ from torch import Tensor
 import lednet
 from lednet.errors import UserError
 from lednet.export.common import RunOptions
-from lednet.export.formats import FORMATS, Exported, require_packages
+from lednet.export.formats import FORMATS, ExportedModel, require_packages
 from lednet.export.wrappers import BytesToLabels, BytesToLogits
 from lednet.io import write_atomically
 from lednet.model import LEDNet, resize
@@ -111,7 +111,7 @@ def check_parity(
     """Hold an exported file against the unfolded network in PyTorch, on the same bytes.
 
     Args:
-        run: an `Exported` file with either output; of logits, the labels are worked out.
+        run: an `ExportedModel` file with either output; of logits, the labels are worked out.
         net: on the CPU, in evaluation mode.
         meta: of the weights, for their normalisation.
         images: batches (N, H, W, 3) uint8 RGB of sizes that the file takes.
@@ -173,7 +173,7 @@ def export(
     calibration: Sequence[np.ndarray] | None = None,
     min_agreement: float = 0.9999,
     max_difference: float = 1e-3,
-    accept: Callable[[Exported], None] | None = None,
+    accept: Callable[[ExportedModel], None] | None = None,
 ) -> Parity:
     """Write `net` to `path`, if the file, run by its own runtime, answers as `net` does.
 
@@ -206,7 +206,7 @@ def export(
         raise UserError(f"{path} does not end in {row.suffix}, as a file of {format}: rename it")
     quantized = {} if calibration is None else {"calibration": calibration}
 
-    def write(output: str, path: Path) -> Exported:
+    def write(output: str, path: Path) -> ExportedModel:
         module = OUTPUTS[output](net, *_normalization(meta))
         metadata = describe(net, meta, size, output, precision)
         row.write(module, path, (1, *size), dynamic, metadata, **quantized)

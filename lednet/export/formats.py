@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lednet.errors import UserError
-from lednet.export.common import MIN_TRACED_SIDE, Exported, RunOptions, Shape
+from lednet.export.common import MIN_TRACED_SIDE, ExportedModel, RunOptions, Shape
 from lednet.export.executorch import load_executorch, write_executorch
 from lednet.export.onnx import load_onnx, write_onnx
 from lednet.export.openvino import PRECISION_HINTS, compile_openvino, load_openvino, write_openvino
@@ -19,7 +19,7 @@ from lednet.export.torch_export import load_torch, write_torch
 __all__ = [
     "FORMATS",
     "MIN_TRACED_SIDE",
-    "Exported",
+    "ExportedModel",
     "Format",
     "RunOptions",
     "Shape",
@@ -45,7 +45,7 @@ class Format(NamedTuple):
     suffix: str
     packages: tuple[str, ...]
     write: Callable[..., None]
-    load: Callable[..., Exported]
+    load: Callable[..., ExportedModel]
     beside: tuple[str, ...] = ()
     int8: str | None = None
     devices: tuple[str, ...] = ("cpu",)
@@ -77,7 +77,7 @@ def is_exported(path: str | os.PathLike) -> bool:
     return Path(path).suffix in {row.suffix for row in FORMATS.values()}
 
 
-def load(path: str | os.PathLike, **options: Any) -> Exported:
+def load(path: str | os.PathLike, **options: Any) -> ExportedModel:
     """Open an exported file of any format in its own runtime.
 
     Args:

@@ -9,7 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from lednet.model import Downsampler, LEDNet
 
 
-class FoldedDownsampler(nn.Module):
+class FusedDownsampler(nn.Module):
     """A `Downsampler` without batch norm.
 
     The norm works on a concatenation: its first channels go into the convolution, those
@@ -41,7 +41,7 @@ class FoldedDownsampler(nn.Module):
         return torch.relu_(torch.cat((self.conv(x), pooled), dim=1))
 
 
-def fold_batch_norm(net: LEDNet) -> LEDNet:
+def fuse_conv_bn(net: LEDNet) -> LEDNet:
     """A copy of `net`, for inference, in which no batch norm is left.
 
     Running statistics and affine parameters are absorbed by the convolutions before
@@ -52,7 +52,7 @@ def fold_batch_norm(net: LEDNet) -> LEDNet:
     folded = copy.deepcopy(net).double().eval()
     for i, block in enumerate(folded.encoder):
         if isinstance(block, Downsampler):
-            folded.encoder[i] = FoldedDownsampler(block)
+            folded.encoder[i] = FusedDownsampler(block)
     for sequence in [m for m in folded.modules() if isinstance(m, nn.Sequential)]:
         for i in reversed(range(1, len(sequence))):
             conv, norm = sequence[i - 1], sequence[i]

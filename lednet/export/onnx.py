@@ -11,7 +11,7 @@ import torch
 
 from lednet.errors import UserError
 from lednet.export.common import (
-    Exported,
+    ExportedModel,
     RunOptions,
     Shape,
     import_optional,
@@ -84,7 +84,7 @@ def write_onnx(
     onnx.save(model, path)
 
 
-def load_onnx(path: str | os.PathLike, run_options: RunOptions) -> Exported:
+def load_onnx(path: str | os.PathLike, run_options: RunOptions) -> ExportedModel:
     """Open an ONNX file of `write_onnx` in ONNX Runtime.
 
     Raises:
@@ -104,7 +104,7 @@ def load_onnx(path: str | os.PathLike, run_options: RunOptions) -> Exported:
         image = session.get_inputs()[0]
         batch, height, width, _ = ((n, n) if isinstance(n, int) else (1, None) for n in image.shape)
         metadata = dict(session.get_modelmeta().custom_metadata_map)
-    return Exported(
+    return ExportedModel(
         Path(path), "onnxruntime", (batch, height, width), metadata,
         lambda images: session.run(None, {image.name: images})[0],
     )  # fmt: skip

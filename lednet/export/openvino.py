@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lednet.errors import UserError
-from lednet.export.common import Exported, RunOptions, Shape, import_optional, opening
+from lednet.export.common import ExportedModel, RunOptions, Shape, import_optional, opening
 from lednet.export.onnx import write_onnx
 from lednet.export.wrappers import BytesToLogits
 
@@ -105,7 +105,7 @@ def compile_openvino(model: Any, config: dict[str, Any]) -> Any:
         return thread.submit(openvino.compile_model, model, "CPU", config).result()
 
 
-def load_openvino(path: str | os.PathLike, options: RunOptions) -> Exported:
+def load_openvino(path: str | os.PathLike, options: RunOptions) -> ExportedModel:
     """Open an IR of `write_openvino`, on the CPU.
 
     Raises:
@@ -129,7 +129,7 @@ def load_openvino(path: str | os.PathLike, options: RunOptions) -> Exported:
         if model.has_rt_info(["lednet"]):
             told = model.get_rt_info(["lednet"]).astype(dict)
             metadata = {key: model.get_rt_info(["lednet", key]).astype(str) for key in told}
-    return Exported(
+    return ExportedModel(
         Path(path),
         "openvino",
         (batch, height, width),

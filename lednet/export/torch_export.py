@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lednet.export.common import Bounds, Exported, RunOptions, Shape, opening, trace
+from lednet.export.common import Bounds, ExportedModel, RunOptions, Shape, opening, trace
 from lednet.export.safe_archive import inert_copy
 from lednet.export.wrappers import BytesToLogits
 
@@ -31,7 +31,7 @@ def write_torch(
     torch.export.save(program, path, extra_files={"lednet.json": json.dumps(metadata or {})})
 
 
-def load_torch(path: str | os.PathLike, options: RunOptions) -> Exported:
+def load_torch(path: str | os.PathLike, options: RunOptions) -> ExportedModel:
     """Open an archive of `write_torch`, on the CPU, with PyTorch's own number of threads. What
     else an archive may hold is never run.
 
@@ -58,4 +58,4 @@ def load_torch(path: str | os.PathLike, options: RunOptions) -> Exported:
     def run(images: np.ndarray) -> np.ndarray:
         return module(torch.from_numpy(images)).numpy()
 
-    return Exported(Path(path), "torch.export", (batch, height, width), metadata, run)
+    return ExportedModel(Path(path), "torch.export", (batch, height, width), metadata, run)

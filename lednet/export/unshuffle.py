@@ -13,7 +13,7 @@ blocked memory layouts twice a block. Three things make it unnecessary:
 import torch
 from torch import Tensor, nn
 
-from lednet.export.fuse import FoldedDownsampler
+from lednet.export.fuse import FusedDownsampler
 from lednet.model import LEDNet, SSnbt
 
 
@@ -102,7 +102,7 @@ class _Down(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, block: FoldedDownsampler, order: Tensor):
+    def __init__(self, block: FusedDownsampler, order: Tensor):
         super().__init__()
         conv = _reorder_inputs(block.conv, order)
         half = (conv.out_channels + conv.in_channels) // 2
@@ -127,7 +127,7 @@ class _Stage(nn.Module):
         order: (out,) the channel of the original that stands at each place of the answer.
     """
 
-    def __init__(self, down: FoldedDownsampler, blocks: list[SSnbt], order: Tensor):
+    def __init__(self, down: FusedDownsampler, blocks: list[SSnbt], order: Tensor):
         super().__init__()
         self.down = _Down(down, order)
         half = (down.conv.out_channels + len(order)) // 2
@@ -152,18 +152,18 @@ class _Stage(nn.Module):
         return torch.cat(halves, dim=1)
 
 
-def remove_shuffles(folded: LEDNet) -> nn.Sequential:
+def fuse_channel_shuffles(folded: LEDNet) -> nn.Sequential:
     """Encoder and decoder of a folded network, without a shuffle or a split.
 
     Args:
-        folded: from `fold_batch_norm`; its decoder's weights are reordered in place.
+        folded: from `fuse_conv_bn`; its decoder's weights are reordered in place.
 
     Returns:
         x: (N, 3, H, W) -> (N, num_classes, ceil(H/8), ceil(W/8)), as the decoder answers.
     """
-    parts: list[tuple[FoldedDownsampler, list[SSnbt]]] = []
+    parts: list[tuple[FusedDownsampler, list[SSnbt]]] = []
     for layer in folded.encoder:
-        if isinstance(layer, FoldedDownsampler):
+        if isinstance(layer, FusedDownsampler):
             parts.append((layer, []))
         elif isinstance(layer, SSnbt):
             parts[-1][1].append(layer)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lednet.export.fuse import fold_batch_norm
-from lednet.export.unshuffle import remove_shuffles
+from lednet.export.fuse import fuse_conv_bn
+from lednet.export.unshuffle import fuse_channel_shuffles
 from lednet.model import LEDNet, resize
 
 
@@ -36,7 +36,7 @@ class BytesToLogits(nn.Module):
         super().__init__()
         # A copy in either case: a backend moves it to its device and memory format.
         plain = nn.Sequential(net.encoder, net.decoder)
-        self.net = remove_shuffles(fold_batch_norm(net)) if fold else copy.deepcopy(plain)
+        self.net = fuse_channel_shuffles(fuse_conv_bn(net)) if fold else copy.deepcopy(plain)
         # Not "mean": with torch 2.6 the ONNX exporter gives it and the operation one name.
         self.register_buffer("pixel_mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("pixel_std", torch.tensor(std, dtype=torch.float32))

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lednet.device import autocast
 from lednet.errors import UserError
-from lednet.export.formats import FORMATS, Exported, load, missing_packages, require_packages
+from lednet.export.formats import FORMATS, ExportedModel, load, missing_packages, require_packages
 from lednet.export.wrappers import BytesToLogits
 
-Core = Callable[[Tensor], Tensor]
+InferenceFn = Callable[[Tensor], Tensor]
 """images (N, H, W, 3) uint8 on the device -> (N, C, ceil(H/8), ceil(W/8)) float32 there"""
 
 BACKENDS = ("eager", "compiled", "onnxruntime", "openvino")
@@ -22,7 +22,7 @@ _FIRST_WITHOUT_TRITON = (7, 0)
 """Compute capability below which torch.compile has no code generator (Pascal and older)."""
 
 
-def available(backend: str, device: torch.device) -> bool:
+def is_available(backend: str, device: torch.device) -> bool:
     """Whether `backend` runs on `device` with what is installed."""
     if backend in _FILE_FORMATS:
         format = _FILE_FORMATS[backend]
@@ -34,12 +34,14 @@ def choose_backend(device: torch.device) -> str:
     """The fastest backend for `device` whose packages are installed (see benchmarks/)."""
     if device.type == "cuda":
         return "compiled"
-    return next(filter(lambda name: available(name, device), ("openvino", "onnxruntime")), "eager")
+    return next(
+        filter(lambda name: is_available(name, device), ("openvino", "onnxruntime")), "eager"
+    )
 
 
-def make_core(
+def build_runner(
     backend: str, graph: BytesToLogits, device: torch.device, precision: str = "fp32"
-) -> Core:
+) -> InferenceFn:
     """Prepare `graph` for running.
 
     Args:
@@ -65,21 +67,21 @@ def make_core(
         if wanted not in can:
             raise UserError(f"backend {backend} does not do {wanted}: give --{name} {can[0]}")
 
-    def make(example: Tensor) -> Core:
+    def make(example: Tensor) -> InferenceFn:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"network{row.suffix}"
             row.write(graph, path, tuple(example.shape[:3]))
-            return exported_core(open_exported(path, device, precision))
+            return exported_runner(open_exported(path, device, precision))
 
     return _PerSize(make)
 
 
-def open_exported(path: Path, device: torch.device, precision: str = "fp32") -> Exported:
+def open_exported(path: Path, device: torch.device, precision: str = "fp32") -> ExportedModel:
     """`lednet.export.formats.load` with as many threads as PyTorch uses."""
     return load(path, threads=torch.get_num_threads(), device=device.type, precision=precision)
 
 
-def exported_core(exported: Exported) -> Core:
+def exported_runner(exported: ExportedModel) -> InferenceFn:
     """A file with logits as a core; one for single images gets them one by one."""
     size = 1 if exported.bounds[0] == (1, 1) else None
 
@@ -91,7 +93,9 @@ def exported_core(exported: Exported) -> Core:
     return core
 
 
-def _torch_core(graph: BytesToLogits, device: torch.device, precision: str, compiled: bool) -> Core:
+def _torch_core(
+    graph: BytesToLogits, device: torch.device, precision: str, compiled: bool
+) -> InferenceFn:
     graph = graph.to(device).to(memory_format=torch.channels_last).eval()
     run: Callable[..., Tensor] = graph
     if compiled:
@@ -110,7 +114,7 @@ def _torch_core(graph: BytesToLogits, device: torch.device, precision: str, comp
     return core
 
 
-def _cuda_graph_core(graph: BytesToLogits, example: Tensor) -> Core:
+def _cuda_graph_core(graph: BytesToLogits, example: Tensor) -> InferenceFn:
     recorded = torch.cuda.make_graphed_callables(graph, (example,))
     # PyTorch does not say what comes out of it.
     return lambda images: recorded(images).clone()  # type: ignore[union-attr]
@@ -119,9 +123,9 @@ def _cuda_graph_core(graph: BytesToLogits, example: Tensor) -> Core:
 class _PerSize:
     """A core for engines that are fastest at one fixed input size: made at its first use."""
 
-    def __init__(self, make: Callable[[Tensor], Core]):
+    def __init__(self, make: Callable[[Tensor], InferenceFn]):
         self.make = make
-        self.cores: dict[tuple[int, ...], Core] = {}
+        self.cores: dict[tuple[int, ...], InferenceFn] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
         shape = tuple(images.shape)

@@ -44,7 +44,7 @@ def count_macs(net: nn.Module, size: Sequence[int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def speed_card(
+def benchmark(
     predictor: Predictor,
     image_size: tuple[int, int],
     batch: int = 1,
@@ -76,7 +76,7 @@ def speed_card(
     forward_size = tuple(prepared.shape[1:3])
     with torch.inference_mode():
         forward = time_runs(
-            lambda: resize(predictor.core(prepared), forward_size), device, warmup, runs
+            lambda: resize(predictor.runner(prepared), forward_size), device, warmup, runs
         )
         whole = time_runs(lambda: predictor.label_maps(images)[0].cpu(), device, warmup, runs)
     for times in (forward, whole):
@@ -105,8 +105,8 @@ def speed_card(
     }
 
 
-def speed_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
-    """A `speed_card` for people: (name, value) rows."""
+def benchmark_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """A `benchmark` for people: (name, value) rows."""
 
     def size(values: list[int]) -> str:
         return f"{values[0]}x{values[1]}"

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from lednet.io import Result, in_order
+from lednet.io import Result, map_ordered
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -19,7 +19,7 @@ def _until_none(items: Iterable[Loaded | None]) -> Iterator[Loaded]:
         yield item
 
 
-def overlap(
+def run_pipeline(
     items: Iterable[Item],
     read: Callable[[Item], Loaded | None],
     predict: Callable[[Loaded], Answer],
@@ -51,9 +51,9 @@ def overlap(
     results: list[Result] = []
     reading, writing = ThreadPoolExecutor(readers), ThreadPoolExecutor(writers)
     try:
-        loaded = in_order(reading, (partial(read, item) for item in items), readers)
+        loaded = map_ordered(reading, (partial(read, item) for item in items), readers)
         answers = (partial(write, predict(one)) for one in _until_none(loaded))
-        for result in in_order(writing, answers, writers):
+        for result in map_ordered(writing, answers, writers):
             results.append(result)
             progress()
     finally:

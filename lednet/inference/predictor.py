@@ -15,18 +15,18 @@ from torchvision.transforms import v2
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import LabelScheme, require_classes
 from lednet.errors import UserError
-from lednet.export.formats import Exported, is_exported
+from lednet.export.formats import ExportedModel, is_exported
 from lednet.export.wrappers import BytesToLogits
 from lednet.hub import input_size
-from lednet.inference.backends import choose_backend, exported_core, make_core, open_exported
-from lednet.inference.sparse_argmax import label_map
-from lednet.model import LEDNet, count_parameters, enlarge, load_model, predict_at, resize
+from lednet.inference.backends import build_runner, choose_backend, exported_runner, open_exported
+from lednet.inference.sparse_argmax import upsample_argmax
+from lednet.model import LEDNet, argmax_at, count_parameters, load_model, resize, upsample_scores
 
 STRIDE = 8
 """Pixels of the network's input to one value of what its decoder answers."""
 
 
-class Span(NamedTuple):
+class TileSpan(NamedTuple):
     """One tile along one axis: what it sees, and the part of it that is its own answer."""
 
     start: int
@@ -35,17 +35,17 @@ class Span(NamedTuple):
     own_stop: int
 
 
-def tile_spans(length: int, tile: int, overlap: int) -> list[Span]:
-    """Cover `length` with tiles of `tile` that overlap by at least `overlap`.
+def tile_spans(length: int, tile: int, overlap: int) -> list[TileSpan]:
+    """Cover `length` with tiles of `tile` that overlap by at least `run_pipeline`.
 
     Where two tiles overlap, each answers for its half; the own parts cover the axis once.
     """
     if tile >= length:
-        return [Span(0, length, 0, length)]
+        return [TileSpan(0, length, 0, length)]
     starts = [*range(0, length - tile, tile - overlap), length - tile]
     borders = [0, *((a + tile + b) // 2 for a, b in itertools.pairwise(starts)), length]
     return [
-        Span(start, start + tile, *own)
+        TileSpan(start, start + tile, *own)
         for start, own in zip(starts, itertools.pairwise(borders), strict=True)
     ]
 
@@ -76,17 +76,17 @@ class Predictor:
         net: as it was given; of a file, the network that it was written from, unfilled.
         backend: the one that is used.
         precision: of the convolutions.
-        core: what the backend runs, see `lednet.inference.backends.Core`.
+        runner: what the backend runs, see `lednet.inference.backends.InferenceFn`.
         parameters: of `net`.
         meta: what weights or file say about themselves; empty for a bare network.
 
     Raises:
-        UserError: as `make_core`, or tiles that do not fit together with the other options.
+        UserError: as `build_runner`, or tiles that do not fit together with the other options.
     """
 
     def __init__(
         self,
-        net: LEDNet | Exported,
+        net: LEDNet | ExportedModel,
         size: tuple[int, int],
         mean: Sequence[float] = (0, 0, 0),
         std: Sequence[float] = (1, 1, 1),
@@ -109,14 +109,18 @@ class Predictor:
         if not scales or min(scales) <= 0:
             raise UserError("--scales must be positive: give 1, or 0.75 1 1.25")
         self.device = torch.device(device)
-        if isinstance(net, Exported):
-            self.net, self.core, self.backend = net.skeleton(), exported_core(net), net.runtime
+        if isinstance(net, ExportedModel):
+            self.net, self.runner, self.backend = (
+                net.build_meta_model(),
+                exported_runner(net),
+                net.runtime,
+            )
             precision = "int8" if net.meta["precision"] == "int8" else precision
             fold = True
         else:
             self.backend = choose_backend(self.device) if backend == "auto" else backend or "eager"
             graph = BytesToLogits(net, mean, std, fold).eval()
-            self.core = make_core(self.backend, graph, self.device, precision)
+            self.runner = build_runner(self.backend, graph, self.device, precision)
             self.net = net
         self.precision, self.parameters = precision, count_parameters(self.net)
         height, width = size
@@ -147,10 +151,10 @@ class Predictor:
             UserError: as `load_model`, `require_classes` and `input_size`; an exported
                 file that holds label maps, or options that it has settled.
         """
-        net: LEDNet | Exported
+        net: LEDNet | ExportedModel
         if is_exported(path):
             net, meta = _open_logits(Path(path), options)
-            named = net.skeleton()
+            named = net.build_meta_model()
         else:
             net, meta = load_model(path)
             named = net
@@ -170,15 +174,15 @@ class Predictor:
         resized = v2.functional.resize(images.to(self.device), size, antialias=True)
         return resized.permute(0, 2, 3, 1).contiguous()
 
-    def low_logits(self, prepared: Tensor) -> Tensor:
+    def forward_logits(self, prepared: Tensor) -> Tensor:
         """Logits before the last upsampling.
 
         prepared: (N, h, w, 3) uint8 -> (N, C, ceil(h/8), ceil(w/8)) float32
         """
-        return self._tiled(prepared, self.tile) if self.tile else self.core(prepared)
+        return self._tiled(prepared, self.tile) if self.tile else self.runner(prepared)
 
     def _tiled(self, prepared: Tensor, tile: tuple[int, int]) -> Tensor:
-        """`low_logits`, a tile at a time. All positions are multiples of the stride."""
+        """`forward_logits`, a tile at a time. All positions are multiples of the stride."""
         spans = [
             tile_spans(-(-length // STRIDE), side // STRIDE, self.overlap // STRIDE)
             for length, side in zip(prepared.shape[1:3], tile, strict=True)
@@ -187,7 +191,7 @@ class Predictor:
         answer = torch.empty(0)
         for y, x in itertools.product(*spans):
             rows, columns = (slice(s.start * STRIDE, s.stop * STRIDE) for s in (y, x))
-            low = self.core(prepared[:, rows, columns].contiguous())
+            low = self.runner(prepared[:, rows, columns].contiguous())
             if not answer.numel():
                 answer = low.new_empty(*low.shape[:2], *size)
             inside = [slice(s.own_start - s.start, s.own_stop - s.start) for s in (y, x)]
@@ -202,22 +206,22 @@ class Predictor:
 
         images: (N, 3, H, W) -> (N, C, *size) float32
         """
-        if not self.averages:
-            return resize(self.low_logits(self.prepare(images)), self.size)
+        if not self.uses_tta:
+            return resize(self.forward_logits(self.prepare(images)), self.size)
         total, count = torch.zeros((), device=self.device), 0
         for scale in self.scales:
             prepared = self.prepare(images, scale)
             for mirrored in (False, True)[: 1 + self.flip]:
-                low = self.core(prepared.flip(2) if mirrored else prepared)
+                low = self.runner(prepared.flip(2) if mirrored else prepared)
                 probabilities = resize(low, prepared.shape[1:3]).softmax(dim=1)
-                total = total + enlarge(
+                total = total + upsample_scores(
                     probabilities.flip(3) if mirrored else probabilities, self.size
                 )
                 count += 1
         return total / count
 
     @property
-    def averages(self) -> bool:
+    def uses_tta(self) -> bool:
         """Whether several answers are averaged."""
         return self.flip or self.scales != (1.0,)
 
@@ -229,12 +233,12 @@ class Predictor:
         the network's last output (void) being the highest.
         """
         sizes = sizes or (images.shape[-2:],)
-        if not self.averages and self.device.type == "cpu":
-            low = self.low_logits(self.prepare(images))
-            return [label_map(low, self.size, size) for size in sizes]
+        if not self.uses_tta and self.device.type == "cpu":
+            low = self.forward_logits(self.prepare(images))
+            return [upsample_argmax(low, self.size, size) for size in sizes]
         scores = self.scores(images)
         return [
-            torch.cat([predict_at(one, size).to(torch.uint8) for one in scores.split(1)])
+            torch.cat([argmax_at(one, size).to(torch.uint8) for one in scores.split(1)])
             for size in sizes
         ]
 
@@ -256,7 +260,7 @@ class Predictor:
         return self.label_maps(images)[0][0].cpu().numpy()
 
 
-def _open_logits(path: Path, options: dict[str, Any]) -> tuple[Exported, dict[str, Any]]:
+def _open_logits(path: Path, options: dict[str, Any]) -> tuple[ExportedModel, dict[str, Any]]:
     """An exported file that a predictor can use, and what it says about itself."""
     precision = options.get("precision", "fp32")
     exported = open_exported(path, torch.device(options.get("device", "cpu")), precision)

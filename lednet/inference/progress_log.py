@@ -16,7 +16,7 @@ _DAMAGED = (
 """What code that expects another line raises."""
 
 
-class Journal:
+class ProgressLog:
     """Files `progress-<rank>.jsonl` in a folder: the settings, then a line an image.
 
     What all processes wrote, however many there were, is read once, at the start. Threads may

@@ -32,7 +32,7 @@ CHUNK = 2**19
 """Values interpolated at once: many enough to hide the calls, few enough for a cache."""
 
 
-class Axis(NamedTuple):
+class InterpAxis(NamedTuple):
     """How the rows (or columns) of a label map hang on those of the low-resolution logits.
 
     A cell is a run of rows that start from the same low-resolution row. Each of them is a
@@ -74,8 +74,8 @@ def _runs(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @lru_cache(maxsize=32)
-def _axis(low: int, network: int, wanted: int, device: torch.device) -> Axis:
-    """The `Axis` of `wanted` rows from `network` rows from `low` rows."""
+def _axis(low: int, network: int, wanted: int, device: torch.device) -> InterpAxis:
+    """The `InterpAxis` of `wanted` rows from `network` rows from `low` rows."""
     shares = _shares(low, network, wanted)
     used = (shares > 0).view(torch.uint8)  # without a gap, because low <= network
     first = used.argmax(dim=1)
@@ -97,21 +97,21 @@ def _axis(low: int, network: int, wanted: int, device: torch.device) -> Axis:
         moved = (third / reach).nan_to_num(0)
         weights[1:] = torch.stack(((second + third - moved).clamp(min=0), moved))
     parts = (cell, members, nodes, reach, weights)
-    return Axis(*(part.to(device) for part in parts))
+    return InterpAxis(*(part.to(device) for part in parts))
 
 
-class Band(NamedTuple):
+class RowBand(NamedTuple):
     """Some neighbouring rows of cells: where they read, where they write, and how."""
 
     low: slice
     answer: slice
-    rows: Axis
+    rows: InterpAxis
 
 
 @lru_cache(maxsize=32)
 def _bands(
     low: int, network: int, wanted: int, device: torch.device, height: int
-) -> tuple[Band, ...]:
+) -> tuple[RowBand, ...]:
     """The axis of `_axis` in bands of `height` cells."""
     whole = _axis(low, network, wanted, device)
     bands = []
@@ -120,14 +120,14 @@ def _bands(
         members, nodes = whole.members[:, start:stop], whole.nodes[:, start:stop]
         answer = slice(int(members[0, 0]), int(members[-1, -1]) + 1)
         source = slice(int(nodes[0, 0]), int(nodes[-1, -1]) + 1)
-        rows = Axis(
+        rows = InterpAxis(
             whole.cell[answer] - start,
             members - answer.start,
             nodes - source.start,
             whole.reach[start:stop],
             whole.weights[..., start:stop],
         )
-        bands.append(Band(source, answer, rows))
+        bands.append(RowBand(source, answer, rows))
     return tuple(bands)
 
 
@@ -169,11 +169,11 @@ def _pick(values: Tensor, index: Tensor) -> Tensor:
     return values.index_select(-1, index)
 
 
-class Cells(NamedTuple):
+class CellBatch(NamedTuple):
     """Some cells of a label map, by their numbers y and x, (M,) each, along the axes."""
 
-    rows: Axis
-    columns: Axis
+    rows: InterpAxis
+    columns: InterpAxis
     y: Tensor
     x: Tensor
 
@@ -192,7 +192,7 @@ class Cells(NamedTuple):
             values[:, 2] = values[:, 1].lerp(values[:, 2], self.columns.reach[self.x])
         return values
 
-    def take(self, order: Tensor) -> "Cells":
+    def take(self, order: Tensor) -> "CellBatch":
         return self._replace(y=self.y[order], x=self.x[order])
 
     def places(self) -> Tensor:
@@ -201,7 +201,7 @@ class Cells(NamedTuple):
         return rows[:, None] + _pick(self.columns.members, self.x)
 
 
-def _contenders(corners: Tensor, winners: Tensor) -> Tensor:
+def _candidate_classes(corners: Tensor, winners: Tensor) -> Tensor:
     """Classes that may win somewhere in a cell: those not below the mean of the winners.
 
     corners: (V, V, C, M), logits; winners: (V, V, M) uint8, any classes -> (C, M) bool
@@ -223,7 +223,7 @@ def _ranked(contends: Tensor, most: int) -> Tensor:
 
 
 def _interpolated(
-    cells: Cells, corners: Tensor, ranked: Tensor, counts: list[int]
+    cells: CellBatch, corners: Tensor, ranked: Tensor, counts: list[int]
 ) -> Iterator[Tensor]:
     """Scores of the first, second, .. contender in all pixels of the cells that have it.
 
@@ -239,13 +239,13 @@ def _interpolated(
         yield _mix(values[:, :, None], across[..., :count])
 
 
-def _fill_mixed(answer: Tensor, cells: Cells, low: Tensor, best: Tensor) -> None:
+def _fill_mixed(answer: Tensor, cells: CellBatch, low: Tensor, best: Tensor) -> None:
     """Write the pixels of cells in which several classes may win.
 
     answer: (H, W) uint8, written to; low: (C, h, w); best: (h, w) uint8, argmax of low
     """
     corners = cells.at_corners(low)
-    contends = _contenders(corners, cells.at_nodes(best))
+    contends = _candidate_classes(corners, cells.at_nodes(best))
     number, order = contends.sum(dim=0).sort(descending=True)
     counts = (number > torch.arange(int(number[0]), device=low.device)[:, None]).sum(1).tolist()
     mixed = counts[1] if len(counts) > 1 else 0
@@ -261,7 +261,7 @@ def _fill_mixed(answer: Tensor, cells: Cells, low: Tensor, best: Tensor) -> None
     answer.view(-1).scatter_(0, cells.places().view(-1), labels.view(-1))
 
 
-def _label_band(answer: Tensor, low: Tensor, rows: Axis, columns: Axis) -> None:
+def _label_band(answer: Tensor, low: Tensor, rows: InterpAxis, columns: InterpAxis) -> None:
     """Write some rows of a label map: low (C, h, w) -> answer (H, W) uint8."""
     low = low.contiguous()
     best = _first_best(low, range(len(low)))
@@ -275,11 +275,11 @@ def _label_band(answer: Tensor, low: Tensor, rows: Axis, columns: Axis) -> None:
     logits = len(rows.nodes) * len(columns.nodes) * len(low)
     for part in differs.nonzero().split(max(1, CHUNK // max(pixels, logits))):
         if len(part):
-            _fill_mixed(answer, Cells(rows, columns, *part.unbind(1)), low, best)
+            _fill_mixed(answer, CellBatch(rows, columns, *part.unbind(1)), low, best)
 
 
 @torch.no_grad()
-def label_map(low: Tensor, network_size: Sequence[int], size: Sequence[int]) -> Tensor:
+def upsample_argmax(low: Tensor, network_size: Sequence[int], size: Sequence[int]) -> Tensor:
     """Label map at `size` from the logits before the network's last upsampling.
 
     What `resize` to the network's size, bilinear interpolation (corners not aligned) to

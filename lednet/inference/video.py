@@ -51,7 +51,7 @@ class VideoError(UserError):
     """A video or camera that gives nothing; others may."""
 
 
-class Clock:
+class FrameClock:
     """Time stamps as ticks from the first frame on, in a unit that holds the frame rate exactly.
 
     A stamp that is as near to the beat as its container can tell lies on the beat; others, of
@@ -140,7 +140,7 @@ class VideoReader:
         self._limit_frames(image_io.max_pixels() if max_pixels is None else max_pixels)
         self._stream.thread_type = "AUTO"
         self.rate = self._stream.average_rate or self._stream.guessed_rate or DEFAULT_RATE
-        self._clock = Clock(self.rate, self._stream.time_base)
+        self._clock = FrameClock(self.rate, self._stream.time_base)
         self.unit = self._clock.unit
         self._end = self._promised_end()
         by_length = None if self._end is None else round(self._end * self.rate)
@@ -228,7 +228,7 @@ class VideoReader:
             yield None
 
 
-class VideoWriter:
+class VideoEncoder:
     """Appends pictures to an open container as H.264; made by `write_video`."""
 
     def __init__(self, container: Any, rate: Fraction, unit: Fraction):
@@ -272,8 +272,8 @@ class VideoWriter:
 
 
 @contextlib.contextmanager
-def write_video(path: str | os.PathLike, rate: Fraction, unit: Fraction) -> Iterator[VideoWriter]:
-    """Yield a `VideoWriter` whose video is at `path` when the block ends well; else nothing is.
+def write_video(path: str | os.PathLike, rate: Fraction, unit: Fraction) -> Iterator[VideoEncoder]:
+    """Yield a `VideoEncoder` whose video is at `path` when the block ends well; else nothing is.
 
     Args:
         path: its suffix names the container, .mp4 for instance.
@@ -289,7 +289,7 @@ def write_video(path: str | os.PathLike, rate: Fraction, unit: Fraction) -> Iter
     with write_atomically(path) as temporary:
         try:
             with av.open(f"file:{temporary}", "w") as container:
-                writer = VideoWriter(container, rate, unit)
+                writer = VideoEncoder(container, rate, unit)
                 yield writer
                 writer.finish()
         except av.error.FFmpegError as error:

@@ -12,22 +12,22 @@ import numpy as np
 from PIL import Image
 
 from lednet.data.dataset import SegmentationDataset
-from lednet.data.image_io import open_image, to_rgb, write_label_ids
+from lednet.data.image_io import open_image, to_rgb, write_label_map
 from lednet.data.labels import LabelScheme
 from lednet.errors import UserError
-from lednet.inference.pipeline import overlap
+from lednet.inference.pipeline import run_pipeline
 from lednet.inference.predictor import Predictor
-from lednet.inference.video import VideoFrame, VideoWriter, write_video
+from lednet.inference.video import VideoEncoder, VideoFrame, write_video
 from lednet.io import write_folder_atomically
 from lednet.plots import contact_sheet
-from lednet.visualization import PICTURES, Painter, write_picture
+from lednet.visualization import VISUALIZATIONS, Visualizer, write_picture
 
-KINDS = ("labels", *PICTURES)
-PHOTO_KINDS = ("overlay", "side")
+OUTPUTS = ("labels", *VISUALIZATIONS)
+PHOTO_OUTPUTS = ("overlay", "side")
 """Pictures with the image in them."""
 
 
-class Task(NamedTuple):
+class PredictionJob(NamedTuple):
     """An image to predict, and the file of each kind that is to be written for it."""
 
     name: str
@@ -35,13 +35,13 @@ class Task(NamedTuple):
     outputs: dict[str, Path]
 
 
-class Output:
+class PredictionWriter:
     """Where results lie, and how they are drawn.
 
     Args:
         folder: of all results.
-        kinds: of `KINDS`.
-        photo: suffix of an image's `PHOTO_KINDS`, ".png" or ".jpg"; the others are PNG.
+        kinds: of `OUTPUTS`.
+        photo: suffix of an image's `PHOTO_OUTPUTS`, ".png" or ".jpg"; the others are PNG.
         values: (256,) uint8, what a label map on disk has for each class index, if not that.
     """
 
@@ -49,7 +49,7 @@ class Output:
         self,
         folder: Path,
         kinds: Sequence[str],
-        painter: Painter,
+        painter: Visualizer,
         photo: str = ".png",
         values: np.ndarray | None = None,
     ):
@@ -58,7 +58,7 @@ class Output:
 
     def image_files(self, name: str) -> dict[str, Path]:
         """Path of each kind."""
-        suffixes = {kind: self.photo if kind in PHOTO_KINDS else ".png" for kind in self.kinds}
+        suffixes = {kind: self.photo if kind in PHOTO_OUTPUTS else ".png" for kind in self.kinds}
         return {kind: self.folder / f"{name}_{kind}{end}" for kind, end in suffixes.items()}
 
     def video_files(self, name: str) -> dict[str, Path]:
@@ -73,16 +73,20 @@ class Output:
             label: (H, W) uint8 class indices.
         """
         if kind == "labels":
-            write_label_ids(path, label if self.values is None else self.values[label])
+            write_label_map(path, label if self.values is None else self.values[label])
         else:
             write_picture(path, self.painter.draw(kind, image, label))
 
 
-class VideoFiles:
+class VideoWriter:
     """The files of one video while they grow; opened by `video_output`."""
 
     def __init__(
-        self, output: Output, unit: Fraction, folder: Path | None, writers: dict[str, VideoWriter]
+        self,
+        output: PredictionWriter,
+        unit: Fraction,
+        folder: Path | None,
+        writers: dict[str, VideoEncoder],
     ):
         self._output, self._folder, self._writers = output, folder, writers
         self.unit = unit
@@ -104,7 +108,9 @@ class VideoFiles:
 
 
 @contextmanager
-def video_output(output: Output, name: str, rate: Fraction, unit: Fraction) -> Iterator[VideoFiles]:
+def video_output(
+    output: PredictionWriter, name: str, rate: Fraction, unit: Fraction
+) -> Iterator[VideoWriter]:
     """Open the files of a video; they are there when the block ends well, and else none is.
 
     Args:
@@ -121,7 +127,7 @@ def video_output(output: Output, name: str, rate: Fraction, unit: Fraction) -> I
         writers = {
             kind: stack.enter_context(write_video(path, rate, unit)) for kind, path in paths.items()
         }
-        yield VideoFiles(output, unit, folder, writers)
+        yield VideoWriter(output, unit, folder, writers)
 
 
 def count_pixels(label: np.ndarray, num_outputs: int) -> list[int]:
@@ -142,8 +148,8 @@ def class_shares(pixels: Iterable[Sequence[int]], scheme: LabelScheme) -> dict[s
 
 def predict_images(
     predictor: Predictor,
-    tasks: Iterable[Task],
-    output: Output,
+    tasks: Iterable[PredictionJob],
+    output: PredictionWriter,
     progress: Callable[[], object],
     *,
     keep: Callable[[dict[str, Any]], object] = lambda entry: None,
@@ -167,13 +173,13 @@ def predict_images(
         UserError: a file cannot be written.
     """
 
-    def read(task: Task) -> tuple[Task, np.ndarray | UserError]:
+    def read(task: PredictionJob) -> tuple[PredictionJob, np.ndarray | UserError]:
         try:
             return task, to_rgb(open_image(task.path))
         except UserError as error:
             return task, error
 
-    def predict(loaded: tuple[Task, np.ndarray | UserError]) -> tuple:
+    def predict(loaded: tuple[PredictionJob, np.ndarray | UserError]) -> tuple:
         task, image = loaded
         return task, image, None if isinstance(image, UserError) else predictor(image)
 
@@ -190,13 +196,13 @@ def predict_images(
         keep(entry)
         return entry
 
-    return overlap(tasks, read, predict, write, progress, readers=workers, writers=workers)
+    return run_pipeline(tasks, read, predict, write, progress, readers=workers, writers=workers)
 
 
 def predict_video(
     predictor: Predictor,
     frames: Iterator[VideoFrame],
-    files: VideoFiles,
+    files: VideoWriter,
     progress: Callable[[], object],
 ) -> list[dict[str, Any]]:
     """Predict the frames of a video; decoding, drawing and encoding run beside.
@@ -222,7 +228,9 @@ def predict_video(
         seconds = float(frame.ticks * files.unit)
         return {"frame": frame.number, "seconds": seconds, "pixels": pixels}
 
-    return overlap(itertools.repeat(None), read, predict, write, progress, readers=1, writers=1)
+    return run_pipeline(
+        itertools.repeat(None), read, predict, write, progress, readers=1, writers=1
+    )
 
 
 def errors_of(entries: Iterable[dict[str, Any]]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lednet.data.labels import LabelScheme
 from lednet.data.loaders import Batches
-from lednet.model import predict_at
+from lednet.model import argmax_at
 from lednet.training.tasks import Task
 from lednet.visualization import colorize
 
@@ -29,7 +29,7 @@ _GAP = 4
 
 
 @dataclass(frozen=True)
-class View:
+class EpochSummary:
     """What there is to see of a stage when an epoch has ended.
 
     Attributes:
@@ -45,7 +45,7 @@ class View:
     pictures: list[np.ndarray]
 
 
-class Display(Protocol):
+class LoggerBackend(Protocol):
     """A place where views are shown. It raises whatever goes wrong.
 
     Attributes:
@@ -57,11 +57,11 @@ class Display(Protocol):
     def open(self) -> None:
         """Get ready, before the first epoch: what is missing is told at once."""
 
-    def show(self, view: View) -> None:
+    def show(self, view: EpochSummary) -> None:
         """Show a view in the place of the stage's last one."""
 
 
-class Dashboard:
+class MetricLogger:
     """Shows a run, epoch by epoch.
 
     A display that fails, at the start or later, costs one warning and is left out from then
@@ -73,7 +73,7 @@ class Dashboard:
     """
 
     def __init__(
-        self, displays: Sequence[Display], scheme: LabelScheme | None = None, images: int = 2
+        self, displays: Sequence[LoggerBackend], scheme: LabelScheme | None = None, images: int = 2
     ):
         self.displays = list(displays)
         self.scheme, self.images = scheme, images
@@ -96,10 +96,10 @@ class Dashboard:
         pictures = []
         if self.scheme is not None:
             pictures = self._pictures(self.scheme, task, model, loader)
-        view = View(stage, epoch, charts, pictures)
+        view = EpochSummary(stage, epoch, charts, pictures)
         self._each(lambda display: display.show(view))
 
-    def _each(self, call: Callable[[Display], None]) -> None:
+    def _each(self, call: Callable[[LoggerBackend], None]) -> None:
         for display in [*self.displays]:
             try:
                 call(display)
@@ -123,7 +123,7 @@ class Dashboard:
         for index in range(min(self.images, len(loader.dataset))):
             image, target = loader.dataset[index]
             x, _ = task.normalize(image[None].to(device), target[None])
-            prediction = predict_at(model(x).float(), target.shape[-2:])
+            prediction = argmax_at(model(x).float(), target.shape[-2:])
             labels = (target.numpy(), prediction[0].cpu().numpy())
             gap = np.full((len(target), _GAP, 3), 255, np.uint8)
             first, second = (colorize(label, scheme) for label in labels)

@@ -15,18 +15,18 @@ import torch
 from torch import nn
 
 from lednet.checkpoint import load_state, save_checkpoint
-from lednet.data.dataset import SkippingDataset
+from lednet.data.dataset import SkipCorruptDataset
 from lednet.data.loaders import Batches, TrainBatches, end_loading
 from lednet.device import peak_memory_mb
 from lednet.errors import UserError
 from lednet.plots import plot_curves
 from lednet.training.checkpointing import Checkpoints
-from lednet.training.loggers import Dashboard
-from lednet.training.run_dir import RunFolder
-from lednet.training.signals import SAVE, Keeper, Stopped
+from lednet.training.loggers import MetricLogger
+from lednet.training.run_dir import RunDir
+from lednet.training.signals import SAVE, CheckpointTimer, TrainingStopped
 from lednet.training.stages import Stage
 from lednet.training.time_budget import TimeBudget
-from lednet.training.trainer import NonFiniteLoss, Tally, Trainer
+from lednet.training.trainer import EpochState, NonFiniteLoss, Trainer
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Progress:
         steps: updates of the weights, of all stages.
         best_score: best validation score of that stage; -1 before the first.
         records: the lines of `log.jsonl` so far, of all stages.
-        tally: of the epoch that was interrupted, as `Tally.state` gave it; or None.
+        tally: of the epoch that was interrupted, as `EpochState.state` gave it; or None.
         seconds: of the whole run so far.
         stage_start: value of `seconds` when the stage began.
     """
@@ -76,7 +76,7 @@ TIME_KEYS = ("seconds", "stage_start")
 
 
 @dataclass
-class Course:
+class TrainingRun:
     """What all stages of a run have in common.
 
     Attributes:
@@ -92,12 +92,12 @@ class Course:
 
     net: nn.Module
     stages: Sequence[Stage]
-    folder: RunFolder
+    folder: RunDir
     checkpoints: Checkpoints
     meta: dict[str, Any]
     seed: int
-    keeper: Keeper
-    dashboard: Dashboard | None = None
+    keeper: CheckpointTimer
+    dashboard: MetricLogger | None = None
     keep_every: int = 0
     validate_every: int = 1
     budget: TimeBudget | None = None
@@ -112,7 +112,7 @@ class Course:
         """
         path, content, complaints = self.checkpoints.load_latest(self.folder.main)
         for complaint in complaints:
-            self.folder.say(f"{complaint}; going on from {path.name}")
+            self.folder.log(f"{complaint}; going on from {path.name}")
         if not {"meta", "trainer", "progress"} <= content.keys():
             raise UserError(f"{path} holds weights alone: start a new run with --state {path}")
         meta, state = content["meta"], content["progress"]
@@ -133,14 +133,14 @@ class Course:
         self.folder.write_records(progress.records)
         step = progress.tally["step"] if progress.tally else 0
         within = f", {step} batches into the next" if step else ""
-        self.folder.say(
+        self.folder.log(
             f"resuming {progress.stage} after epoch {progress.epoch}{within} ({path.name})"
         )
         return progress, content["trainer"]
 
 
 def _is_progress(meta: Any, state: Any) -> bool:
-    """Whether a checkpoint's "meta" and "progress" are what `_Fit` wrote."""
+    """Whether a checkpoint's "meta" and "progress" are what `StageRunner` wrote."""
     for told, kinds in ((meta, META_KINDS), (state, PROGRESS_KINDS)):
         if not isinstance(told, dict) or not kinds.keys() <= told.keys():
             return False
@@ -156,7 +156,7 @@ def _is_progress(meta: Any, state: Any) -> bool:
     return counted and timed and all(isinstance(record, dict) for record in state["records"])
 
 
-class Equipment(NamedTuple):
+class StageComponents(NamedTuple):
     """What a stage is trained with; loaders of training and of validation data."""
 
     trainer: Trainer
@@ -165,8 +165,8 @@ class Equipment(NamedTuple):
 
 
 def train_stages(
-    course: Course,
-    equip: Callable[[Stage], Equipment],
+    course: TrainingRun,
+    equip: Callable[[Stage], StageComponents],
     progress: Progress | None = None,
     trainer_state: dict[str, Any] | None = None,
 ) -> Progress:
@@ -174,7 +174,7 @@ def train_stages(
 
     Args:
         equip: called when a stage begins, or is gone on with.
-        progress, trainer_state: as `Course.resume` returned them; None begins with the first
+        progress, trainer_state: as `TrainingRun.resume` returned them; None begins with the first
             stage.
 
     Returns:
@@ -200,14 +200,14 @@ def train_stages(
                 trainer_state = None
             equipment = equip(stage)
             if trainer_state is not None:
-                with as_saved():
+                with report_mismatch():
                     equipment.trainer.load_state_dict(trainer_state)
-            _Fit(course, stage, equipment, progress, budget).train()
+            StageRunner(course, stage, equipment, progress, budget).train()
     return progress
 
 
 @contextlib.contextmanager
-def as_saved() -> Iterator[None]:
+def report_mismatch() -> Iterator[None]:
     """Take over a part of a checkpoint.
 
     Raises:
@@ -222,14 +222,14 @@ def as_saved() -> Iterator[None]:
         ) from error
 
 
-class _Fit:
+class StageRunner:
     """A stage under way; brings `progress` forward, step by step."""
 
     def __init__(
         self,
-        course: Course,
+        course: TrainingRun,
         stage: Stage,
-        equipment: Equipment,
+        equipment: StageComponents,
         progress: Progress,
         budget: TimeBudget,
     ):
@@ -279,13 +279,13 @@ class _Fit:
     def _epoch(self, epoch: int) -> None:
         trainer, progress, loader = self.trainer, self.progress, self.train_loader
         task, world = trainer.task, trainer.world
-        tally = trainer.new_tally()
+        tally = trainer.new_epoch_state()
         if progress.tally is not None:
-            with as_saved():
+            with report_mismatch():
                 tally.restore(progress.tally, world)
             progress.tally = None
         loader.sampler.epoch = epoch
-        loader.sampler.start = min(tally.images // world.size, loader.sampler.share)
+        loader.sampler.start = min(tally.images // world.size, loader.sampler.num_samples)
         title = f"{self.stage.name} {epoch}"
         if self.clock is None:
             title += f"/{self.stage.epochs}"
@@ -300,13 +300,13 @@ class _Fit:
             if self.clock is not None:  # a validation image takes no longer than a training image
                 seconds_per_image = (time.perf_counter() - begin) / (tally.images - images_before)
                 self.clock.expect_validation(len(self.val_loader.dataset) * seconds_per_image)
-            self._obey(tally, self.keeper.order(progress.steps))
+            self._handle_action(tally, self.keeper.poll(progress.steps))
 
         trained = trainer.train_one_epoch(loader, title, keys, tally, after_update)
 
         def between() -> None:
             if world.size == 1:  # of many, some have fewer batches: they stop at the end
-                self._obey(tally, self.keeper.stop())
+                self._handle_action(tally, self.keeper.stop())
 
         start = time.perf_counter()
         scored: dict[str, Any] = {"loss": None, task.score: None}
@@ -340,13 +340,15 @@ class _Fit:
             self._require_finite()
             self._save_weights(improved)
             self._save(None)
-            self.run.say(self._line(record, improved, end - start))
+            self.run.log(self._line(record, improved, end - start))
             if self.course.dashboard is not None:
-                self.course.dashboard.show(progress.records, task, trainer.scored, self.val_loader)
+                self.course.dashboard.show(
+                    progress.records, task, trainer.eval_model, self.val_loader
+                )
         if number := self.keeper.stop():
-            raise Stopped(number)
+            raise TrainingStopped(number)
 
-    def _obey(self, tally: Tally, order: int) -> None:
+    def _handle_action(self, tally: EpochState, order: int) -> None:
         """Save in the middle of an epoch, and stop if that is the order."""
         if not order:
             return
@@ -355,9 +357,9 @@ class _Fit:
             self._require_finite()
             path = self._save(state)
             if order > SAVE:
-                self.run.say(f"saved {path}; --resume goes on from it")
+                self.run.log(f"saved {path}; --resume goes on from it")
         if order > SAVE:
-            raise Stopped(order)
+            raise TrainingStopped(order)
 
     def _require_finite(self) -> None:
         """Save no weights that a step with a finite loss has made infinite.
@@ -371,18 +373,20 @@ class _Fit:
     def _damaged(self) -> dict[str, int]:
         """How many damaged images were replaced so far, if they may be."""
         data, world = self.train_loader.dataset, self.trainer.world
-        if not isinstance(data, SkippingDataset):
+        if not isinstance(data, SkipCorruptDataset):
             return {}
-        found = world.sum(data.damaged.to(world.device, torch.int32))  # each process met its own
+        found = world.all_reduce_sum(
+            data.damaged.to(world.device, torch.int32)
+        )  # each process met its own
         names = [data.pairs[i].image.name for i in found.nonzero().flatten().tolist()]
         if not names:
             return {}
-        self.run.say(f"damaged and replaced by others: {', '.join(names)}")
+        self.run.log(f"damaged and replaced by others: {', '.join(names)}")
         return {"damaged": len(names)}
 
     def _save_weights(self, improved: bool) -> None:
         stage, epoch, meta, folder = self.stage, self.progress.epoch, self._meta(), self.run.path
-        scored = self.trainer.scored
+        scored = self.trainer.eval_model
         if improved:
             save_checkpoint(folder / stage.best_file, scored, meta)
             if stage.encoder_file:

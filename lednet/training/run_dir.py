@@ -14,7 +14,7 @@ import torchvision
 
 import lednet
 from lednet.device import describe_device
-from lednet.distributed import World
+from lednet.distributed import DistributedContext
 from lednet.errors import UserError
 from lednet.io import read_json, remove_leftovers, write_json, write_text
 
@@ -98,7 +98,7 @@ are those of training and validation since the run was last started; memory is t
 main process, and tensors on its GPU, took since then, in MB (10^6 bytes)."""
 
 
-class RunFolder:
+class RunDir:
     """Files of one training run.
 
     | file | what |
@@ -158,7 +158,7 @@ class RunFolder:
                 "another --savedir"
             ) from error
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print `text` and add it to `log.txt`.
 
         Raises:
@@ -176,7 +176,9 @@ class RunFolder:
                 f"cannot write {path}: {error.strerror}; free some space and go on with --resume"
             ) from error
 
-    def write_options(self, options: dict[str, Any], repository: Path, world: World) -> None:
+    def write_options(
+        self, options: dict[str, Any], repository: Path, world: DistributedContext
+    ) -> None:
         """Record the command, every option, and what the run depends on and runs on."""
         if not self.main:
             return

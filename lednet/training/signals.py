@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from types import FrameType
 
 from lednet.data.loaders import STOP_SIGNALS
-from lednet.distributed import World
+from lednet.distributed import DistributedContext
 
 SAVE = 1
-"""What `Keeper.order` answers when only a checkpoint is due; signals have higher numbers."""
+"""What `CheckpointTimer.order` answers when only a checkpoint is due; signals have higher numbers."""
 
 PATIENCE = 2
 """Seconds within which another signal is the same once more: a scheduler's reaches a process both
@@ -20,7 +20,7 @@ AGREE_EVERY = 20
 """Steps between two questions to the other processes on GPUs, where each one makes them wait."""
 
 
-class Stopped(Exception):
+class TrainingStopped(Exception):
     """The run has been saved, because a signal asked for its end.
 
     Attributes:
@@ -62,7 +62,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-class Keeper:
+class CheckpointTimer:
     """Says between two steps whether a checkpoint is due, or the end.
 
     All processes get the same answer.
@@ -73,13 +73,17 @@ class Keeper:
     """
 
     def __init__(
-        self, world: World, request: StopRequest, every_steps: int = 0, every_minutes: float = 0
+        self,
+        world: DistributedContext,
+        request: StopRequest,
+        every_steps: int = 0,
+        every_minutes: float = 0,
     ):
         self.world, self.request = world, request
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self._saved = time.monotonic()
 
-    def order(self, step: int) -> int:
+    def poll(self, step: int) -> int:
         """0, `SAVE`, or the number of the signal that asks for the end.
 
         Args:
@@ -90,11 +94,11 @@ class Keeper:
         asked = due or self.world.device.type != "cuda" or step % AGREE_EVERY == 0
         if self.world.size > 1 and not asked:
             return 0
-        order = self.world.largest(self.request.number or (SAVE if due or late else 0))
+        order = self.world.all_reduce_max(self.request.number or (SAVE if due or late else 0))
         if order:
             self._saved = time.monotonic()
         return order
 
     def stop(self) -> int:
         """Number of the signal that asks for the end, or 0."""
-        return self.world.largest(self.request.number)
+        return self.world.all_reduce_max(self.request.number)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lednet.data.classification_transforms import ImageAugmentation
 from lednet.data.transforms import Augmentation
 from lednet.metrics import ConfusionMatrix, none_if_nan
-from lednet.model import predict_at
+from lednet.model import argmax_at
 from lednet.training.losses import WeightedCrossEntropy, resize_target
 
 
@@ -21,7 +21,7 @@ class Task(Protocol):
     """A module, on the device of the batches.
 
     Attributes:
-        score: key of what `scores` returns that decides which epoch was best; more is better.
+        score: key of what `compute` returns that decides which epoch was best; more is better.
         score_name: how people call it.
     """
 
@@ -41,17 +41,17 @@ class Task(Protocol):
     def loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the losses, and sum of the weights that it is to be divided by."""
 
-    def new_counts(self) -> Tensor:
+    def new_state(self) -> Tensor:
         """Integers of a shape that the other methods know, all 0."""
 
-    def count(self, counts: Tensor, logits: Tensor, target: Tensor, exact: bool) -> None:
+    def update(self, counts: Tensor, logits: Tensor, target: Tensor, exact: bool) -> None:
         """Add a batch to `counts`.
 
         Args:
             exact: as results are published; otherwise, for training batches, the cheap way.
         """
 
-    def scores(self, counts: Tensor) -> dict[str, Any]:
+    def compute(self, counts: Tensor) -> dict[str, Any]:
         """What the counts come to, ready for JSON, a single number under `score`."""
 
 
@@ -81,18 +81,18 @@ class Segmentation(nn.Module):
         confusion.counts = counts
         return confusion
 
-    def new_counts(self) -> Tensor:
+    def new_state(self) -> Tensor:
         return ConfusionMatrix(len(self.classes), self.loss.weight.device).counts
 
-    def count(self, counts: Tensor, logits: Tensor, target: Tensor, exact: bool) -> None:
+    def update(self, counts: Tensor, logits: Tensor, target: Tensor, exact: bool) -> None:
         """At the targets' size, or for stage 1's training batches at that of its logits."""
         if exact:
-            predicted = predict_at(logits, target.shape[-2:])
+            predicted = argmax_at(logits, target.shape[-2:])
         else:
             predicted, target = logits.argmax(1), resize_target(target, logits.shape[-2:])
         self._confusion(counts).update(predicted, target)
 
-    def scores(self, counts: Tensor) -> dict[str, Any]:
+    def compute(self, counts: Tensor) -> dict[str, Any]:
         """`miou`, and `class_iou` by name; None where absent."""
         confusion = self._confusion(counts)
         ious = [none_if_nan(iou) for iou in confusion.class_iou().tolist()]
@@ -147,11 +147,11 @@ class Classification(nn.Module):
         total = F.cross_entropy(logits.float(), target, reduction="sum")
         return total, total.new_tensor(float(len(logits)))
 
-    def new_counts(self) -> Tensor:
+    def new_state(self) -> Tensor:
         """(3,): images whose class is the first guess, among the first five, and all."""
         return torch.zeros(3, dtype=torch.int64, device=self.augmentation.mean.device)
 
-    def count(self, counts: Tensor, logits: Tensor, target: Tensor, exact: bool) -> None:
+    def update(self, counts: Tensor, logits: Tensor, target: Tensor, exact: bool) -> None:
         """Soft targets count as their greatest."""
         if target.ndim == 2:
             target = target.argmax(1)
@@ -161,7 +161,7 @@ class Classification(nn.Module):
             (hits[:, 0].sum(), hits.sum(), torch.tensor(len(hits), device=hits.device))
         )
 
-    def scores(self, counts: Tensor) -> dict[str, Any]:
+    def compute(self, counts: Tensor) -> dict[str, Any]:
         """`top1` and `top5`, shares of the images in [0, 1]; None of none."""
         first, five, total = counts.tolist()
         return {

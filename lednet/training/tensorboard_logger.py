@@ -12,11 +12,11 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, image, scalar
 
-from lednet.training.loggers import PICTURES_TITLE, View
+from lednet.training.loggers import PICTURES_TITLE, EpochSummary
 
 
-class TensorBoardDisplay:
-    """A `Display` in event files, in a folder for each stage: TensorBoard calls it a run.
+class TensorBoardBackend:
+    """A `LoggerBackend` in event files, in a folder for each stage: TensorBoard calls it a run.
 
     The tag of a curve is "<chart>/<curve>", its steps are epochs; the tab "Custom scalars" has
     charts of all their curves. A file that goes on with a stage takes back what others have of
@@ -38,7 +38,7 @@ class TensorBoardDisplay:
     def open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def show(self, view: View) -> None:
+    def show(self, view: EpochSummary) -> None:
         buffer = io.BytesIO()
         records = RecordWriter(buffer)
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from lednet.distributed import World
+from lednet.distributed import DistributedContext
 from lednet.training.signals import AGREE_EVERY
 
 
@@ -17,7 +17,12 @@ class TimeBudget:
             longer leaves less to the next ones.
     """
 
-    def __init__(self, world: World, minutes: float | None = None, costs: Sequence[float] = (1.0,)):
+    def __init__(
+        self,
+        world: DistributedContext,
+        minutes: float | None = None,
+        costs: Sequence[float] = (1.0,),
+    ):
         self.world = world
         self.limit = None if minutes is None else 60 * minutes
         self.costs = list(costs)
@@ -81,5 +86,7 @@ class StageClock:
         training = max(self.end - self.validation - self.start, 1e-3)
         share = (self.budget.elapsed - self.start) / training
         # In millionths: processes exchange integers.
-        self._share = world.largest(min(1_000_000, max(0, round(share * 1_000_000)))) / 1_000_000
+        self._share = (
+            world.all_reduce_max(min(1_000_000, max(0, round(share * 1_000_000)))) / 1_000_000
+        )
         return self._share

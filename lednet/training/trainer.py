@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lednet.data.loaders import Batches, TrainBatches, batch_names
 from lednet.device import autocast
-from lednet.distributed import World
+from lednet.distributed import DistributedContext
 from lednet.errors import UserError
 from lednet.metrics import none_if_nan
 from lednet.training.cuda_graph import CapturedStep, Recorder, record_cuda_graph
@@ -37,7 +37,7 @@ class NonFiniteLoss(UserError):
 
 
 @dataclass(frozen=True)
-class Optimization:
+class TrainerConfig:
     """How the weights move: the paper's way for segmentation, and what else may be asked for.
 
     Attributes:
@@ -77,7 +77,7 @@ class Optimization:
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class FinetuneConfig:
     """A part of a model that has been trained before.
 
     Attributes:
@@ -92,7 +92,7 @@ class Pretrained:
     frozen_epochs: int = 0
 
 
-def _mix(keys: tuple[int, ...]) -> int:
+def _combine_seeds(keys: tuple[int, ...]) -> int:
     """One seed for several numbers."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
@@ -103,7 +103,7 @@ def seed_everything(*keys: int) -> None:
     Every step does so from (seed, stage, epoch, step, rank): a resumed run needs no stored
     random state to go on as if it had never stopped.
     """
-    torch.manual_seed(_mix(keys))
+    torch.manual_seed(_combine_seeds(keys))
 
 
 def step_generator(*keys: int) -> torch.Generator:
@@ -112,10 +112,10 @@ def step_generator(*keys: int) -> torch.Generator:
     Every step makes its own from (seed, stage, epoch, step, rank), so that it comes out
     the same whether or not the steps before it were run.
     """
-    return torch.Generator().manual_seed(_mix(keys))
+    return torch.Generator().manual_seed(_combine_seeds(keys))
 
 
-class Tally:
+class EpochState:
     """What this process has counted of an epoch so far.
 
     Attributes:
@@ -123,7 +123,7 @@ class Tally:
         images: of all processes behind it: where to go on, even with other batches or as
             many other processes.
         sums: (2,) sums of the loss and of its weights.
-        counts: of the training batches, see `Task.count`.
+        counts: of the training batches, see `PredictionJob.count`.
         skipped: updates left out because of their loss.
     """
 
@@ -132,17 +132,17 @@ class Tally:
         self.sums = torch.zeros(2, device=counts.device)
         self.counts = counts
 
-    def state(self, world: World) -> dict[str, Any]:
+    def state(self, world: DistributedContext) -> dict[str, Any]:
         """For a checkpoint: the sums of all processes."""
         return {
             "step": self.step,
             "images": self.images,
             "skipped": self.skipped,
-            "sums": world.sum(self.sums.clone()).cpu(),
-            "counts": world.sum(self.counts.clone()).cpu(),
+            "sums": world.all_reduce_sum(self.sums.clone()).cpu(),
+            "counts": world.all_reduce_sum(self.counts.clone()).cpu(),
         }
 
-    def restore(self, state: dict[str, Any], world: World) -> None:
+    def restore(self, state: dict[str, Any], world: DistributedContext) -> None:
         """Go on from `state`, which rank 0 takes to itself."""
         self.step, self.images, self.skipped = state["step"], state["images"], state["skipped"]
         if world.is_main:
@@ -232,10 +232,10 @@ class Trainer:
         model: nn.Module,
         task: Task,
         num_epochs: int,
-        world: World,
-        optimization: Optimization,
+        world: DistributedContext,
+        optimization: TrainerConfig,
         count_training: bool = True,
-        pretrained: Pretrained | None = None,
+        pretrained: FinetuneConfig | None = None,
         notify: Callable[[str], None] = print,
     ):
         device = world.device
@@ -246,11 +246,11 @@ class Trainer:
         if optimization.channels_last:
             self.layout = torch.channels_last
             model.to(memory_format=self.layout)
-        self.average: AveragedModel | None = None
+        self.ema: AveragedModel | None = None
         self.updates = 0
         if (decay := optimization.ema_decay) is not None:
-            mix_in = functools.partial(self._mix_in, decay)
-            self.average = AveragedModel(model, multi_avg_fn=mix_in, use_buffers=True)
+            mix_in = functools.partial(self._ema_update, decay)
+            self.ema = AveragedModel(model, multi_avg_fn=mix_in, use_buffers=True)
         self.epoch = 1
         self.frozen = False
         self.notify = notify
@@ -267,7 +267,9 @@ class Trainer:
         fp16 = optimization.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
 
-    def _mix_in(self, decay: float, averaged: Weights, current: Weights, _: Tensor | int) -> None:
+    def _ema_update(
+        self, decay: float, averaged: Weights, current: Weights, _: Tensor | int
+    ) -> None:
         """Add weights to their average. In a short run a steep decay would keep the first ones:
         it begins low, so that a ninth of what has been done counts (as TensorFlow's)."""
         decay = min(decay, (1 + self.updates) / (10 + self.updates))
@@ -331,14 +333,14 @@ class Trainer:
             self.pretrained.part.requires_grad_(not frozen)
         self.frozen = frozen
         self._captured = None
-        self.wrapped = self.world.wrap(self.model)
+        self.wrapped = self.world.wrap_ddp(self.model)
         compiled = self.optimization.compile
         self.parallel = torch.compile(self.wrapped) if compiled else self.wrapped
 
     @property
-    def scored(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The model that is evaluated and kept: the averaged one where there is one."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.ema is None else self.ema.module
 
     def state_dict(self) -> dict[str, Any]:
         """State of optimizer, scaler and average; the model's is kept beside it."""
@@ -346,27 +348,27 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        if self.average is not None:
-            state |= {"average": self.average.state_dict(), "updates": self.updates}
+        if self.ema is not None:
+            state |= {"average": self.ema.state_dict(), "updates": self.updates}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self._make_capturable(self.optimizer)
         self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
+        if self.ema is not None:
             if "average" not in state:
                 raise UserError("the run was begun without --ema-decay: resume it without")
-            self.average.load_state_dict(state["average"])
+            self.ema.load_state_dict(state["average"])
             self.updates = state["updates"]
 
     def keep_average(self) -> None:
         """Go on from the averaged weights, if there are any: those that were scored."""
-        if self.average is not None:
-            self.model.load_state_dict(self.average.module.state_dict())
+        if self.ema is not None:
+            self.model.load_state_dict(self.ema.module.state_dict())
 
-    def new_tally(self) -> Tally:
-        return Tally(self.task.new_counts())
+    def new_epoch_state(self) -> EpochState:
+        return EpochState(self.task.new_state())
 
     def start_epoch(self, epoch: int) -> float:
         """Get ready for `epoch`, counted from 1; returns its first learning rate."""
@@ -422,7 +424,7 @@ class Trainer:
             Whether it was done; not where loss or gradients are not finite and that may be
             skipped.
         """
-        joint = self.world.sum(sums.clone())
+        joint = self.world.all_reduce_sum(sums.clone())
         done = True
         if self.optimization.skip_bad_steps:
             done = self._all_finite(joint[0], self._gradients())
@@ -447,8 +449,8 @@ class Trainer:
         self.scaler.update()
 
     def _average_weights(self) -> None:
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
             self.updates += 1
 
     def _whole_step(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -491,7 +493,7 @@ class Trainer:
         loader: TrainBatches,
         title: str,
         keys: tuple[int, ...],
-        tally: Tally | None = None,
+        tally: EpochState | None = None,
         after_update: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Train on every batch of `loader` once; with a `clock`, until its time is over.
@@ -513,7 +515,7 @@ class Trainer:
             RuntimeError: a loading process died; see `worker_failures`.
         """
         device, rank = self.world.device, self.world.rank
-        tally = tally or self.new_tally()
+        tally = tally or self.new_epoch_state()
         first, last = tally.step, tally.step + len(loader)
         images_seen, start = 0, time.perf_counter()
         group = torch.zeros(2, device=device)
@@ -543,7 +545,7 @@ class Trainer:
                 if not self.optimization.skip_bad_steps:
                     monitor.add(step, sums[0], tally.sums + group)
                 if self.count_training:
-                    self.task.count(tally.counts, logits, target, exact=False)
+                    self.task.update(tally.counts, logits, target, exact=False)
                 tally.step = step + 1
                 tally.images += len(images) * self.world.size
                 images_seen += len(images)
@@ -562,12 +564,12 @@ class Trainer:
                     break
         monitor.finish(tally.sums)
         seconds = time.perf_counter() - start
-        self.world.share_buffers(self.model)
-        if self.average is not None:
-            self.world.share_buffers(self.average)
+        self.world.broadcast_buffers(self.model)
+        if self.ema is not None:
+            self.world.broadcast_buffers(self.ema)
         state = tally.state(self.world)
         score = self.task.score
-        scores = self.task.scores(state["counts"]) if self.count_training else {score: None}
+        scores = self.task.compute(state["counts"]) if self.count_training else {score: None}
         return {
             "loss": _mean(state["sums"]),
             score: scores[score],
@@ -591,7 +593,7 @@ class Trainer:
         """Look at the losses of some steps, `first` being the loader's first; where one process
         stops, all do."""
         bad = [(step, value) for step, value in losses if not math.isfinite(value)]
-        if not self.world.largest(len(bad)):
+        if not self.world.all_reduce_max(len(bad)):
             return
         if not bad:
             raise NonFiniteLoss(f"the loss of another process is not finite in {title}")
@@ -614,10 +616,10 @@ class Trainer:
         Returns:
             `loss` and the task's scores, over all processes.
         """
-        model, task = self.scored, self.task
+        model, task = self.eval_model, self.task
         was_training = model.training
         model.eval()
-        counts, sums = task.new_counts(), torch.zeros(2, device=self.world.device)
+        counts, sums = task.new_state(), torch.zeros(2, device=self.world.device)
         with self._bar(loader, title) as bar:
             for batch in loader:
                 images, target = task.normalize(*self._received(batch))
@@ -625,14 +627,14 @@ class Trainer:
                     logits = model(images.contiguous(memory_format=self.layout))
                 logits = logits.float()
                 sums += torch.stack(task.loss(logits, target))
-                task.count(counts, logits, target, exact=True)
+                task.update(counts, logits, target, exact=True)
                 between()
                 bar.update(len(images) * self.world.size)
         model.train(was_training)
-        sums = self.world.sum(sums)
+        sums = self.world.all_reduce_sum(sums)
         return {
             "loss": none_if_nan((sums[0] / sums[1]).item()),
-            **task.scores(self.world.sum(counts)),
+            **task.compute(self.world.all_reduce_sum(counts)),
         }
 
     def _received(self, batch: Iterable[Tensor]) -> Iterator[Tensor]:

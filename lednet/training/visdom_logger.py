@@ -5,11 +5,11 @@ import logging
 import numpy as np
 import visdom
 
-from lednet.training.loggers import PICTURES_TITLE, View
+from lednet.training.loggers import PICTURES_TITLE, EpochSummary
 
 
-class VisdomDisplay:
-    """A `Display` in the windows of a visdom server, each drawn anew after each epoch: one
+class VisdomBackend:
+    """A `LoggerBackend` in the windows of a visdom server, each drawn anew after each epoch: one
     that was restarted, or shows a resumed run, has all points once.
 
     Args:
@@ -27,7 +27,7 @@ class VisdomDisplay:
             raise_exceptions=True,
         )  # fmt: skip
 
-    def show(self, view: View) -> None:
+    def show(self, view: EpochSummary) -> None:
         for title, curves in view.charts.items():
             numbered = [*enumerate(curves.values(), 1)]
             window = f"{view.stage} {title}"

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 
-def edge_fit(thumbnails: np.ndarray, regions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def edge_alignment(thumbnails: np.ndarray, regions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How well each label fits its image, and whether others would fit better.
 
     The fit is the correlation of the label's borders with the rank of the image's

@@ -12,11 +12,23 @@ import numpy as np
 
 from lednet.data.dataset import pixel_shares
 from lednet.data.labels import IGNORE_INDEX
-from lednet.data.pairs import Pair, list_examples, present
-from lednet.validation.alignment import edge_fit
-from lednet.validation.duplicates import Lookalike, find_copies, find_lookalikes, most_telling
-from lednet.validation.inspection import look_at_all
-from lednet.validation.issues import KINDS, SEVERITIES, Finding, Findings, counted, relative_name
+from lednet.data.pairs import Sample, list_examples, require_file
+from lednet.validation.alignment import edge_alignment
+from lednet.validation.duplicates import (
+    NearDuplicate,
+    find_copies,
+    find_near_duplicates,
+    most_telling,
+)
+from lednet.validation.inspection import inspect_pairs
+from lednet.validation.issues import (
+    ISSUE_TYPES,
+    SEVERITIES,
+    Issue,
+    IssueCollector,
+    counted,
+    relative_name,
+)
 from lednet.validation.splits import BLANK, Split
 
 MIXED_UP = 0.1
@@ -31,7 +43,7 @@ _LIMIT = 12  # classes or values named in a sentence
 
 
 @dataclass
-class Diagnosis:
+class ValidationReport:
     """Of a data set.
 
     Attributes:
@@ -41,8 +53,8 @@ class Diagnosis:
 
     root: Path
     splits: list[Split]
-    findings: list[Finding]
-    lookalikes: dict[tuple[str, str], list[Lookalike]]
+    findings: list[Issue]
+    lookalikes: dict[tuple[str, str], list[NearDuplicate]]
 
     def count(self, severity: str) -> int:
         return sum(finding.severity == severity for finding in self.findings)
@@ -54,9 +66,9 @@ class Diagnosis:
         return pixel_shares(np.concatenate(counts)) if np.any([c.any() for c in counts]) else None
 
 
-def diagnose(
-    root: str | os.PathLike, splits: list[Split], findings: Iterable[Finding] = (), workers: int = 0
-) -> Diagnosis:
+def validate_dataset(
+    root: str | os.PathLike, splits: list[Split], findings: Iterable[Issue] = (), workers: int = 0
+) -> ValidationReport:
     """Look at every pair; shows progress bars.
 
     Args:
@@ -64,36 +76,36 @@ def diagnose(
         workers: decoding processes; 0 decodes in this one.
     """
     root, findings = Path(root), list(findings)
-    looks = look_at_all([pair for split in splits for pair in split.pairs], workers)
+    looks = inspect_pairs([pair for split in splits for pair in split.pairs], workers)
     for split in splits:
         split.looks = [next(looks) for _ in split.pairs]
     next(looks, None)  # the bar's end
     lookalikes = {}
     for i, split in enumerate(splits):
-        found = Findings(root, split.name)
+        found = IssueCollector(root, split.name)
         _check_files(split, found)
         _check_values(split, found)
         _check_classes(split, found)
         _check_fit(split, found)
         _check_copies(split, found)
         for other in splits[:i] if split.held_back else ():
-            alike = _lookalikes(split, other)
+            alike = _near_duplicates(split, other)
             lookalikes[split.name, other.name] = alike
-            _report_lookalikes(split, other, alike, found)
+            _report_near_duplicates(split, other, alike, found)
         findings += found
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    return Diagnosis(root, splits, findings, lookalikes)
+    return ValidationReport(root, splits, findings, lookalikes)
 
 
-def _check_files(split: Split, found: Findings) -> None:
+def _check_files(split: Split, found: IssueCollector) -> None:
     """What is known of files without a class scheme."""
     problems: dict[str, list[tuple[Path, str]]] = {}
     for i, look in enumerate(split.looks):
         for kind, path, remark in look.problems:
             problems.setdefault(kind, []).append((path, remark))
-            if KINDS[kind].severity == "error":
+            if ISSUE_TYPES[kind].severity == "error":
                 split.unsound.add(i)
-    for kind in KINDS:
+    for kind in ISSUE_TYPES:
         found.add(kind, problems.get(kind, ()))
     pairs = list(zip(split.pairs, split.looks, strict=True))
     blank = [
@@ -114,8 +126,8 @@ def _check_files(split: Split, found: Findings) -> None:
         found.say("sizes", f"images of {len(sizes)} sizes, {smallest} to {largest}")
 
 
-def _label(pair: Pair) -> Path:
-    return present(pair.label, "labels")
+def _label(pair: Sample) -> Path:
+    return require_file(pair.label, "labels")
 
 
 def _reading(mode: str) -> str:
@@ -124,7 +136,7 @@ def _reading(mode: str) -> str:
     return "its transparency is dropped" if mode.endswith("A") else "it is read as RGB"
 
 
-def _check_values(split: Split, found: Findings) -> None:
+def _check_values(split: Split, found: IssueCollector) -> None:
     """What the labels' values say about the scheme that they are read with."""
     other, taken = _other_encoding(split)
     inside = "labelIds" if taken == "labelTrainIds" else "labelTrainIds"
@@ -159,7 +171,7 @@ def _other_encoding(split: Split) -> tuple[Set[int], str]:
     return (values.keys() if len(values) > 2 and not high else void - high), taken
 
 
-def _check_classes(split: Split, found: Findings) -> None:
+def _check_classes(split: Split, found: IssueCollector) -> None:
     counts = split.class_counts
     if not counts.any():
         return
@@ -182,7 +194,7 @@ def _check_classes(split: Split, found: Findings) -> None:
         )
 
 
-def _check_fit(split: Split, found: Findings) -> None:
+def _check_fit(split: Split, found: IssueCollector) -> None:
     split.fit = np.full(len(split.pairs), np.nan, np.float32)
     split.misfit = split.fit.copy()
     sound = [
@@ -195,13 +207,13 @@ def _check_fit(split: Split, found: Findings) -> None:
     seen = [i for i, _, _ in sound]
     thumbnails = np.stack([thumbnail for _, thumbnail, _ in sound])
     regions = np.stack([regions for _, _, regions in sound])
-    split.fit[seen], split.misfit[seen] = edge_fit(thumbnails, regions)
+    split.fit[seen], split.misfit[seen] = edge_alignment(thumbnails, regions)
     worse = (split.misfit > 0.5).nonzero()[0]
     if len(seen) >= _ENOUGH and len(worse) > MIXED_UP * len(seen):
         found.add("mixed-up", [(split.pairs[i].image, "") for i in worse])
 
 
-def _check_copies(split: Split, found: Findings) -> None:
+def _check_copies(split: Split, found: IssueCollector) -> None:
     indices, thumbnails = split.thumbnails()
     copies = [
         (split.pairs[indices[j]].image, f"as {split.pairs[indices[i]].image.name}")
@@ -210,20 +222,22 @@ def _check_copies(split: Split, found: Findings) -> None:
     found.add("copy", copies)
 
 
-def _lookalikes(split: Split, other: Split) -> list[Lookalike]:
-    """`find_lookalikes` by the indices of the pairs."""
+def _near_duplicates(split: Split, other: Split) -> list[NearDuplicate]:
+    """`find_near_duplicates` by the indices of the pairs."""
     (mine, images), (theirs, others) = split.thumbnails(), other.thumbnails()
     return [
         one._replace(image=int(mine[one.image]), other=int(theirs[one.other]))
-        for one in find_lookalikes(images, others)
+        for one in find_near_duplicates(images, others)
     ]
 
 
-def _report_lookalikes(split: Split, other: Split, alike: list[Lookalike], found: Findings) -> None:
+def _report_near_duplicates(
+    split: Split, other: Split, alike: list[NearDuplicate], found: IssueCollector
+) -> None:
     if not alike:
         return
 
-    def named(one: Lookalike) -> str:
+    def named(one: NearDuplicate) -> str:
         here, there = split.pairs[one.image].image, other.pairs[one.other].image
         names = (relative_name(path, found.root) for path in (here, there))
         return "{} ~ {}: {:.2f}".format(*names, one.similarity)
@@ -236,5 +250,5 @@ def _report_lookalikes(split: Split, other: Split, alike: list[Lookalike], found
     )
     if len(alike) > direct:
         sentence += ", the others following on these, frame by frame"
-    next_step = KINDS["leak"].next_step.format(split=split.name)
+    next_step = ISSUE_TYPES["leak"].next_step.format(split=split.name)
     found.say("leak", sentence, next_step, [named(one) for one in alike])

@@ -36,7 +36,7 @@ _SHIFTS = (-0.08, 0, 0.08)  # of a crop's middle, in units of the picture
 _BLOCK = 64
 
 
-class Lookalike(NamedTuple):
+class NearDuplicate(NamedTuple):
     """An image of one split that shows what an image of another one shows.
 
     Attributes:
@@ -52,7 +52,7 @@ class Lookalike(NamedTuple):
     direct: bool
 
 
-def find_lookalikes(images: np.ndarray, others: np.ndarray) -> list[Lookalike]:
+def find_near_duplicates(images: np.ndarray, others: np.ndarray) -> list[NearDuplicate]:
     """Those among `images` of one split that also show what `others`, another split, show.
 
     images, others: thumbnails, (N, *THUMBNAIL) uint8. Shows a progress bar.
@@ -69,12 +69,12 @@ def find_lookalikes(images: np.ndarray, others: np.ndarray) -> list[Lookalike]:
         while (more := found | linked[:, found].any(axis=1)).sum() > found.sum():
             found = more
     return [
-        Lookalike(int(i), int(nearest[i]), float(best[i]), bool(direct[i]))
+        NearDuplicate(int(i), int(nearest[i]), float(best[i]), bool(direct[i]))
         for i in found.nonzero()[0]
     ]
 
 
-def most_telling(lookalikes: list[Lookalike], count: int) -> list[Lookalike]:
+def most_telling(lookalikes: list[NearDuplicate], count: int) -> list[NearDuplicate]:
     """The most similar of the direct ones, one for each of the other images."""
     direct = [one for one in lookalikes if one.direct]
     best = {one.other: one for one in sorted(direct, key=lambda one: one.similarity)}

@@ -10,12 +10,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lednet.data.image_io import open_header, to_rgb, turning
-from lednet.data.pairs import Pair, present
+from lednet.data.image_io import exif_transpose_op, open_header, to_rgb
+from lednet.data.pairs import Sample, require_file
 from lednet.errors import UserError
 from lednet.validation.duplicates import THUMBNAIL
 
-Sample = TypeVar("Sample")
+Item = TypeVar("Item")
 
 LABEL_MODES = ("L", "P")
 
@@ -25,11 +25,11 @@ _JPEG_SIZE = (256, 192)
 
 
 @dataclass
-class Look:
+class FileInspection:
     """What was seen of a pair.
 
     Attributes:
-        problems: (kind of `lednet.validation.issues.KINDS`, file, remark).
+        problems: (kind of `lednet.validation.issues.OUTPUTS`, file, remark).
         image_size, label_size: (width, height) in pixels, None where it cannot be read.
         image_mode, label_mode: as PIL names them.
         ids: pixels of each value of the label.
@@ -47,9 +47,9 @@ class Look:
     regions: np.ndarray | None = None
 
 
-def look_at(pair: Pair) -> Look:
+def inspect_pair(pair: Sample) -> FileInspection:
     """Decode image and label once each; whatever their bytes are, this returns."""
-    look = Look()
+    look = FileInspection()
     for file, see in ((pair.image, _see_image), (pair.label, _see_label)):
         if file is None:
             continue
@@ -60,16 +60,16 @@ def look_at(pair: Pair) -> Look:
             look.problems.append(("damaged", file, reason.replace(str(file), "it")))
     if look.label_size and look.image_size and look.label_size != look.image_size:
         remark = "{}x{}, the image {}x{}".format(*look.label_size, *look.image_size)
-        look.problems.append(("size", present(pair.label, "labels"), remark))
+        look.problems.append(("size", require_file(pair.label, "labels"), remark))
     return look
 
 
-def _see_image(look: Look, file: Path) -> None:
+def _see_image(look: FileInspection, file: Path) -> None:
     with open_header(file) as image:
         size, mode = image.size, image.mode
         image.draft(None, _JPEG_SIZE)
         image.load()
-        if turning(image):
+        if exif_transpose_op(image):
             look.problems.append(("turned", file, ""))
         plain: Image.Image = image
         if mode not in ("L", "RGB"):
@@ -82,7 +82,7 @@ def _see_image(look: Look, file: Path) -> None:
     look.image_size, look.image_mode, look.thumbnail = size, mode, np.array(grey)
 
 
-def _see_label(look: Look, file: Path) -> None:
+def _see_label(look: FileInspection, file: Path) -> None:
     with open_header(file) as label:
         label.load()
         look.label_size, look.label_mode = label.size, label.mode
@@ -93,26 +93,28 @@ def _see_label(look: Look, file: Path) -> None:
         look.regions = np.array(label.resize(_SIZE, Image.Resampling.NEAREST))
 
 
-class _Looks(Dataset):
-    def __init__(self, pairs: Sequence[Pair]):
+class _Inspections(Dataset):
+    def __init__(self, pairs: Sequence[Sample]):
         self.pairs = pairs
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> Look:
-        return look_at(self.pairs[index])
+    def __getitem__(self, index: int) -> FileInspection:
+        return inspect_pair(self.pairs[index])
 
 
-def _as_it_is(sample: Sample) -> Sample:
+def _identity(sample: Item) -> Item:
     return sample
 
 
-def look_at_all(pairs: Sequence[Pair], workers: int) -> Iterator[Look]:
+def inspect_pairs(pairs: Sequence[Sample], workers: int) -> Iterator[FileInspection]:
     """A look at each pair, in order; shows a progress bar.
 
     Args:
         workers: decoding processes, each a few pairs ahead; 0 decodes in this one.
     """
-    loader = DataLoader(_Looks(pairs), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    loader = DataLoader(
+        _Inspections(pairs), batch_size=None, num_workers=workers, collate_fn=_identity
+    )
     yield from tqdm(loader, "looking", len(pairs), unit="pair", dynamic_ncols=True)

@@ -15,7 +15,7 @@ from lednet.data.pairs import list_examples
 SEVERITIES = ("error", "warning", "note")
 
 
-class Kind(NamedTuple):
+class IssueType(NamedTuple):
     severity: str
     noun: str
     what: str
@@ -23,52 +23,52 @@ class Kind(NamedTuple):
 
 
 # fmt: off
-KINDS = {
-    "split": Kind("error", "", "", ""),
-    "damaged": Kind("error", "file", "unreadable", "copy it again, or remove the pair"),
-    "no-label": Kind("error", "image", "without a label", "add the label, or remove the image"),
-    "no-image": Kind("error", "label", "without an image", "add the image, or remove the label"),
-    "name": Kind("error", "image", "with a label of another name",
+ISSUE_TYPES = {
+    "split": IssueType("error", "", "", ""),
+    "damaged": IssueType("error", "file", "unreadable", "copy it again, or remove the pair"),
+    "no-label": IssueType("error", "image", "without a label", "add the label, or remove the image"),
+    "no-image": IssueType("error", "label", "without an image", "add the image, or remove the label"),
+    "name": IssueType("error", "image", "with a label of another name",
                  "name each label as its image, with .png behind it"),
-    "double": Kind("error", "file", "beside another of the same name", "keep one of each"),
-    "image-mode": Kind("error", "image", "in a mode that cannot be read", "save it as 8-bit RGB"),
-    "label-mode": Kind("error", "label", "not of 8-bit ids",
+    "double": IssueType("error", "file", "beside another of the same name", "keep one of each"),
+    "image-mode": IssueType("error", "image", "in a mode that cannot be read", "save it as 8-bit RGB"),
+    "label-mode": IssueType("error", "label", "not of 8-bit ids",
                        "save class ids, not colours, as 8-bit grey or palette PNG"),
-    "size": Kind("error", "label", "of another size than the image", "both must have one size"),
-    "id": Kind("error", "label", "with values that {scheme} does not have",
+    "size": IssueType("error", "label", "of another size than the image", "both must have one size"),
+    "id": IssueType("error", "label", "with values that {scheme} does not have",
                "correct the file, or declare what it holds (--labels, or the class file)"),
-    "encoding": Kind("error", "label", "with {inside} inside, taken for {taken}",
+    "encoding": IssueType("error", "label", "with {inside} inside, taken for {taken}",
                      "declare it with --labels, and give all files of the split one kind"),
-    "leak": Kind("warning", "image", "of what {other} shows too",
+    "leak": IssueType("warning", "image", "of what {other} shows too",
                  "a score on {split} flatters; hold out a whole recording instead (--val-names), "
                  "or say so beside the score"),
-    "mixed-up": Kind("warning", "pair", "in which most other labels would fit the image better",
+    "mixed-up": IssueType("warning", "pair", "in which most other labels would fit the image better",
                      "see on the contact sheet whether the labels belong to other images"),
-    "copy": Kind("warning", "image", "twice in the split", "keep one of each"),
-    "turned": Kind("warning", "image", "turned by EXIF",
+    "copy": IssueType("warning", "image", "twice in the split", "keep one of each"),
+    "turned": IssueType("warning", "image", "turned by EXIF",
                    "pixels are taken as they are stored; see whether the label lies that way too"),
-    "blank": Kind("warning", "image", "of one even colour", "look, and remove the pair"),
-    "all-void": Kind("warning", "label", "void everywhere",
+    "blank": IssueType("warning", "image", "of one even colour", "look, and remove the pair"),
+    "all-void": IssueType("warning", "label", "void everywhere",
                      "nothing is learned or scored there; annotate it, or remove the pair"),
-    "void": Kind("warning", "", "",
+    "void": IssueType("warning", "", "",
                  "nothing is learned or scored there; annotate more, or see what is ignored"),
-    "absent": Kind("warning", "class", "without a pixel",
+    "absent": IssueType("warning", "class", "without a pixel",
                    "none can be learned; add images of them, or take them out of the classes"),
-    "not-taken": Kind("warning", "picture", "not taken, for name or format",
+    "not-taken": IssueType("warning", "picture", "not taken, for name or format",
                       "images are png, jpg or webp, labels png; convert, rename or remove it"),
-    "unscored": Kind("note", "class", "without a pixel", "no IoU will be given for these"),
-    "mode": Kind("note", "{noun}", "of mode {mode}", "{reading}"),
-    "sizes": Kind("note", "", "", "each is brought to the working size, whatever its proportions"),
+    "unscored": IssueType("note", "class", "without a pixel", "no IoU will be given for these"),
+    "mode": IssueType("note", "{noun}", "of mode {mode}", "{reading}"),
+    "sizes": IssueType("note", "", "", "each is brought to the working size, whatever its proportions"),
 }
 # fmt: on
 """Everything that is looked for: how grave, what is counted, what of it, and the next step."""
 
 
-class Finding(NamedTuple):
+class Issue(NamedTuple):
     """Something to know about a split.
 
     Attributes:
-        kind: a key of `KINDS`.
+        kind: a key of `OUTPUTS`.
         sentence: what, with the first of `files`.
         files: all of them, relative to the data set's folder, with a remark; or classes.
     """
@@ -84,7 +84,7 @@ class Finding(NamedTuple):
         return f"{self.split}: {self.sentence}: {self.next_step}"
 
 
-class Findings(list[Finding]):
+class IssueCollector(list[Issue]):
     """Those of one split of the data set in `root`."""
 
     def __init__(self, root: Path, split: str):
@@ -100,15 +100,15 @@ class Findings(list[Finding]):
             f"{name}: {remark}" if remark else name
             for name, (_, remark) in zip(names, files, strict=True)
         ]
-        text = Kind(*(part.format(**words, split=self.split) for part in KINDS[kind]))
+        text = IssueType(*(part.format(**words, split=self.split) for part in ISSUE_TYPES[kind]))
         sentence = f"{counted(len(files), text.noun)} {text.what} ({list_examples(marked)})"
         self.say(kind, sentence, text.next_step, marked)
 
     def say(self, kind: str, sentence: str, next_step: str = "", files: Sequence[str] = ()) -> None:
         """In words of one's own."""
-        kind_of = KINDS[kind]
+        kind_of = ISSUE_TYPES[kind]
         step = next_step or kind_of.next_step
-        self.append(Finding(kind, kind_of.severity, self.split, sentence, step, tuple(files)))
+        self.append(Issue(kind, kind_of.severity, self.split, sentence, step, tuple(files)))
 
 
 def relative_name(path: Path, root: Path) -> str:

@@ -13,8 +13,8 @@ from lednet.data.image_io import read_image
 from lednet.data.labels import IGNORE_INDEX
 from lednet.html import Figure, write_page
 from lednet.plots import tile_sheet
-from lednet.validation.checks import Diagnosis
-from lednet.validation.duplicates import Lookalike, most_telling
+from lednet.validation.checks import ValidationReport
+from lednet.validation.duplicates import NearDuplicate, most_telling
 from lednet.validation.issues import SEVERITIES, counted, relative_name
 from lednet.validation.splits import Split
 from lednet.visualization import data_uri, overlay, shrink
@@ -35,7 +35,7 @@ class Aligned(NamedTuple):
     overlaid: np.ndarray
 
 
-def worst_aligned(diagnosis: Diagnosis, count: int) -> list[Aligned]:
+def worst_aligned(diagnosis: ValidationReport, count: int) -> list[Aligned]:
     """The pairs, of all splits, whose labels seem to fit their images the least; small pictures.
 
     First those that most other labels would fit better, then by the fit itself.
@@ -57,7 +57,9 @@ def worst_aligned(diagnosis: Diagnosis, count: int) -> list[Aligned]:
     return rows
 
 
-def write_sheet(path: str | os.PathLike, rows: Sequence[Aligned], diagnosis: Diagnosis) -> None:
+def write_sheet(
+    path: str | os.PathLike, rows: Sequence[Aligned], diagnosis: ValidationReport
+) -> None:
     """Draw image | label overlaid, a row a pair, with a legend below, to a PNG."""
     tile_sheet(
         [(row.image, row.overlaid) for row in rows],
@@ -71,7 +73,7 @@ def write_sheet(path: str | os.PathLike, rows: Sequence[Aligned], diagnosis: Dia
 def write_dataset_page(
     path: str | os.PathLike,
     title: str,
-    diagnosis: Diagnosis,
+    diagnosis: ValidationReport,
     rows: Sequence[Aligned],
     weights: Weights,
 ) -> None:
@@ -96,7 +98,7 @@ def write_dataset_page(
     )
 
 
-def summary(diagnosis: Diagnosis, weights: Weights) -> dict[str, Any]:
+def summary(diagnosis: ValidationReport, weights: Weights) -> dict[str, Any]:
     """Everything that was found, ready for JSON."""
     classes = diagnosis.splits[0].scheme.classes
     return {
@@ -146,7 +148,7 @@ def _split_summary(split: Split) -> dict[str, Any]:
     }
 
 
-def _alike(diagnosis: Diagnosis) -> Iterator[tuple[Split, Split, list[Lookalike]]]:
+def _alike(diagnosis: ValidationReport) -> Iterator[tuple[Split, Split, list[NearDuplicate]]]:
     by_name = {split.name: split for split in diagnosis.splits}
     for (split, other), alike in diagnosis.lookalikes.items():
         if alike:
@@ -164,7 +166,7 @@ def _meaning(split: Split, value: int) -> str:
     return "void" if index == IGNORE_INDEX else split.scheme.classes[index]
 
 
-def _headline(diagnosis: Diagnosis) -> list[Figure]:
+def _headline(diagnosis: ValidationReport) -> list[Figure]:
     pairs = ", ".join(f"{len(split.pairs):,} {split.name}" for split in diagnosis.splits)
     grave = [counted(diagnosis.count(severity), severity) for severity in SEVERITIES]
     figures = [Figure("findings", f"{len(diagnosis.findings)}", ", ".join(grave))]
@@ -179,7 +181,9 @@ def _headline(diagnosis: Diagnosis) -> list[Figure]:
     return figures
 
 
-def _columns(diagnosis: Diagnosis, weights: Weights) -> list[tuple[str, list[float], list[str]]]:
+def _columns(
+    diagnosis: ValidationReport, weights: Weights
+) -> list[tuple[str, list[float], list[str]]]:
     """Heading, values and their text, of the table of classes; the first one has bars."""
     columns = []
     for split in diagnosis.splits:
@@ -196,7 +200,7 @@ def _columns(diagnosis: Diagnosis, weights: Weights) -> list[tuple[str, list[flo
     return columns
 
 
-def _tables(diagnosis: Diagnosis) -> dict[str, list[tuple[str, str]]]:
+def _tables(diagnosis: ValidationReport) -> dict[str, list[tuple[str, str]]]:
     """The files of each split, and the values of their labels."""
     tables = {}
     for split in diagnosis.splits:
@@ -234,7 +238,7 @@ def _picture(pixels: np.ndarray) -> str:
     return data_uri(Image.fromarray(pixels), "WEBP", quality=80)
 
 
-def _twins(diagnosis: Diagnosis) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def _twins(diagnosis: ValidationReport) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Similarity of images of two splits, with caption and picture of both."""
     for split, other, alike in _alike(diagnosis):
         for one in most_telling(alike, _TWINS):

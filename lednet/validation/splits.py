@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
-from lednet.data.pairs import Listing, Pair
+from lednet.data.pairs import FileIndex, Sample
 from lednet.data.registry import DATASETS, hold_out_split, list_split
 from lednet.errors import UserError
-from lednet.validation.inspection import Look
-from lednet.validation.issues import Finding, Findings
+from lednet.validation.inspection import FileInspection
+from lednet.validation.issues import Issue, IssueCollector
 
 HELD_BACK = ("val", "test")
 """Splits that must show nothing of what the others show."""
@@ -36,14 +36,14 @@ class Split:
 
     Attributes:
         unsound: indices of the pairs that training could not read.
-        fit, misfit: of each pair, as `lednet.validation.alignment.edge_fit` gives them; NaN where
+        fit, misfit: of each pair, as `lednet.validation.alignment.edge_alignment` gives them; NaN where
             image or label are unreadable.
     """
 
     name: str
     scheme: LabelScheme
-    pairs: list[Pair]
-    looks: list[Look] = field(default_factory=list)
+    pairs: list[Sample]
+    looks: list[FileInspection] = field(default_factory=list)
     unsound: set[int] = field(default_factory=set)
     fit: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     misfit: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
@@ -110,7 +110,7 @@ def open_splits(
     val_every: int = 0,
     val_names: str | None = None,
     **options: Any,
-) -> tuple[list[Split], list[Finding]]:
+) -> tuple[list[Split], list[Issue]]:
     """Every split of a data set with its pairs, and what is wrong with names and folders.
 
     Args:
@@ -121,10 +121,10 @@ def open_splits(
     """
     root, holds_out = Path(root), bool(val_every or val_names)
     splits: list[Split] = []
-    findings: list[Finding] = []
+    findings: list[Issue] = []
     refusals: list[UserError] = []
     for folder in splits_there(name, root, annotations, holds_out):
-        found = Findings(root, folder or "all")
+        found = IssueCollector(root, folder or "all")
         try:
             scheme, listing = list_split(
                 name, root, folder, annotations=annotations, holds_out=holds_out, **options
@@ -142,7 +142,7 @@ def open_splits(
     return splits, findings
 
 
-def pair_up(listing: Listing, found: Findings) -> list[Pair]:
+def pair_up(listing: FileIndex, found: IssueCollector) -> list[Sample]:
     """The pairs that there are, sorted by name; what is left over is added to `found`."""
     images, labels = listing.images, listing.labels
     for files in (images, labels or {}):
@@ -150,9 +150,9 @@ def pair_up(listing: Listing, found: Findings) -> list[Pair]:
             (first, f"and {other.name}") for first, *more in files.values() for other in more
         ]
         found.add("double", doubles)
-    found.add("not-taken", [(path, "") for path in listing.overlooked()])
+    found.add("not-taken", [(path, "") for path in listing.unmatched_files()])
     if labels is None:
-        return [Pair(images[key][0], None) for key in sorted(images)]
+        return [Sample(images[key][0], None) for key in sorted(images)]
     lone_images = sorted(images.keys() - labels.keys())
     lone_labels = sorted(labels.keys() - images.keys())
     by_core = {_core(key): key for key in lone_labels}
@@ -162,7 +162,7 @@ def pair_up(listing: Listing, found: Findings) -> list[Pair]:
     others = set(lone_labels) - set(renamed.values())
     found.add("no-image", [(labels[key][0], "") for key in sorted(others)])
     both = sorted(images.keys() & labels.keys())
-    return [Pair(images[key][0], labels[key][0]) for key in both]
+    return [Sample(images[key][0], labels[key][0]) for key in both]
 
 
 _WORDS = re.compile("images?|imgs?|rgb|labels?|masks?|gt|seg|annot|annotations?|ids?")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lednet.data.cityscapes import CITYSCAPES_ARCHIVES, archive_of
 from lednet.data.pairs import list_examples
-from lednet.data.prepare.zips import Archive, Limits
+from lednet.data.prepare.zips import Archive, ZipLimits
 from lednet.errors import UserError
 
 FRAMES = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
@@ -23,7 +23,7 @@ SPLITS = {
 BLACK_FRAME = "troisdorf_000000_000073"
 """Of train_extra; published as a black image with an empty label."""
 
-LIMITS = Limits(file=2**24, total=100 * 10**9)
+LIMITS = ZipLimits(file=2**24, total=100 * 10**9)
 """The pixels of a colour label take 8 MB, the largest archive unpacks to 44 GB. Polygons shrink to
 a twentieth when they are packed, the images beside them hardly."""
 

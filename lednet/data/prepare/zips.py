@@ -25,7 +25,7 @@ SMALL = 2**20
 """Bytes up to which a file's ratio says nothing: an empty label shrinks to less than 1 %."""
 
 
-class Limits(NamedTuple):
+class ZipLimits(NamedTuple):
     """What an archive may unpack to.
 
     Attributes:
@@ -68,7 +68,7 @@ class Archive:
             the limits.
     """
 
-    def __init__(self, path: str | os.PathLike, expected: re.Pattern, limits: Limits):
+    def __init__(self, path: str | os.PathLike, expected: re.Pattern, limits: ZipLimits):
         """
         Args:
             expected: matches the whole names of files to unpack, and none that leads elsewhere.
@@ -151,7 +151,7 @@ class Archive:
         )
 
 
-def _problem(member: zipfile.ZipInfo, limits: Limits) -> str | None:
+def _problem(member: zipfile.ZipInfo, limits: ZipLimits) -> str | None:
     """Why a member should not be in an archive."""
     parts = re.split(r"[/\\]", member.orig_filename)
     if ".." in parts or not parts[0] or ":" in parts[0]:

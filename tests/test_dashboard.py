@@ -284,7 +284,7 @@ def test_one_display_outlives_the_other(data, tmp_path, capsys):
 )
 def test_missing_package_is_named(run_inside, toy_cityscapes, tmp_path, monkeypatch, flag, package):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"lednet.training.{package}_display")
+    monkeypatch.delitem(sys.modules, f"lednet.training.{package}_logger")
     for name in [
         name for name in sys.modules if name.startswith(("tensorboard.", "torch.utils.tensorboard"))
     ]:

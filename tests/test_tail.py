@@ -176,7 +176,7 @@ def aligned_twice(low: int, network: int, wanted: int) -> Tensor:
     return resize(torch.eye(low)[None, :, :, None], (wanted, 1))[0, :, :, 0].T
 
 
-def shorter(*lengths, right=sparse_argmax._axis) -> sparse_argmax.Axis:
+def shorter(*lengths, right=sparse_argmax._axis) -> sparse_argmax.InterpAxis:
     axis = right(*lengths)
     return axis._replace(reach=axis.reach * 0.9)
 

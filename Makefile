@@ -10,11 +10,11 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: $(wildcard requirements*.txt) third_party/visdom/pyproject.toml
+$(VENV)/.installed: $(wildcard requirements*.txt) third_party/visdom/pyproject.toml pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than 3.11: name another with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check $(TORCH) -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check $(TORCH) -e . -r requirements.txt -r requirements-dev.txt
 	touch $@
 
 demo: setup

@@ -19,9 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import numpy as np
 import torch
 from PIL import Image
@@ -35,6 +32,8 @@ from lednet.io import write_json
 from lednet.training.run_dir import environment
 from lednet.validation.checks import validate_dataset
 from lednet.validation.splits import open_splits
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Copy(NamedTuple):

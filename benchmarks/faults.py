@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "datasets")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "datasets")]
 
 from fault_injection import (
     BY_INT,

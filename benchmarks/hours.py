@@ -10,15 +10,13 @@ the GPU does.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from lednet.errors import exit_on_user_error
 from lednet.io import read_json, write_between_marks
+
+ROOT = Path(__file__).resolve().parents[1]
 
 LETTER_FPS = 71
 """On a GTX 1080 Ti at 512x1024 (the letter)."""

@@ -23,9 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -54,6 +51,8 @@ from lednet.inference.predictor import Predictor
 from lednet.io import write_json
 from lednet.model import LEDNet, load_model
 from lednet.training.run_dir import environment
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SIZES = ((512, 1024), (1024, 2048))
 CALIBRATION_IMAGES = 32

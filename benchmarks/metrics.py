@@ -13,9 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import numpy as np
 import torch
 
@@ -28,6 +25,8 @@ from lednet.inference.benchmark import time_runs
 from lednet.io import write_json
 from lednet.metrics import ConfusionMatrix
 from lednet.training.run_dir import environment
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SIZE = (1024, 2048)
 NUM_CLASSES = 19

@@ -11,7 +11,6 @@ nothing. The same command finishes a run that was interrupted.
 import contextlib
 import os
 import struct
-import sys
 import zlib
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from bisect import bisect_left
@@ -21,9 +20,6 @@ from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import numpy as np
 from PIL import Image

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
+sys.path.insert(0, str(ROOT / "datasets"))
 
 import numpy as np
 from make_toy_cityscapes import toy_scene

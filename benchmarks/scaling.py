@@ -10,16 +10,14 @@ below. Nothing is measured here, and it takes seconds.
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from lednet.errors import UserError, exit_on_user_error
 from lednet.io import read_json, write_between_marks
 from lednet.model import LEDNet, count_parameters
+
+ROOT = Path(__file__).resolve().parents[1]
 
 FIRST_BUCKET = 2**20
 """Bytes of DDP's first bucket of gradients; the next, of up to 25 MiB, takes all the rest."""

@@ -11,19 +11,17 @@ the other. The results go to benchmarks/results/time_to_accuracy.json and .png.
 import argparse
 import itertools
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from matplotlib.figure import Figure
 
 from lednet.errors import UserError, exit_on_user_error
 from lednet.io import read_json, write_atomically, write_between_marks, write_json
 from lednet.training.run_dir import read_records
+
+ROOT = Path(__file__).resolve().parents[1]
 
 THRESHOLDS = (0.55, 0.60, 0.65)
 

@@ -27,9 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -55,6 +52,8 @@ from lednet.training.losses import WeightedCrossEntropy
 from lednet.training.run_dir import environment
 from lednet.training.tasks import Segmentation
 from lednet.training.trainer import Trainer, TrainerConfig, seed_everything
+
+ROOT = Path(__file__).resolve().parents[1]
 
 PLAIN, FAST = "plain", "fast"
 LOADER_BATCHES = 8

@@ -24,9 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -34,6 +31,8 @@ from lednet.device import choose_device, describe_device
 from lednet.errors import UserError, exit_on_user_error
 from lednet.io import write_atomically, write_between_marks, write_json
 from lednet.training.run_dir import environment, read_records
+
+ROOT = Path(__file__).resolve().parents[1]
 
 COLORS = ("#4c78a8", "#f58518")
 

@@ -15,12 +15,8 @@ import json
 import multiprocessing
 import os
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
 
 import numpy as np
 from PIL import Image
@@ -30,6 +26,8 @@ from tqdm import tqdm
 from lednet.data.labels import CITYSCAPES_LABELS
 from lednet.errors import UserError, exit_on_user_error
 from lednet.io import read_json, write_atomically, write_json, write_text
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 DRAWING = 1
 """Raised when the same seed gives other pictures, so that an old tree is not taken for new."""

@@ -12,15 +12,13 @@ every byte.
 
 import argparse
 import os
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from lednet.data.cache import CachedDataset, build_cache, command_line
 from lednet.data.registry import DATASETS, TRAINING_PARTS, cache_split, open_training_data
 from lednet.errors import UserError, exit_on_user_error
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:

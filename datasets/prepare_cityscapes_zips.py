@@ -11,17 +11,15 @@ with the right checksum is left alone. Exit status 2 and a sentence if something
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from lednet.data.pairs import list_examples
 from lednet.data.prepare.cityscapes_tree import check_tree, find_archives, open_archive
 from lednet.data.prepare.polygons import write_missing_labels
 from lednet.data.prepare.zips import unpack_all
 from lednet.errors import UserError, exit_on_user_error, raise_if_problems
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:

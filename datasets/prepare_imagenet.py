@@ -12,15 +12,13 @@ changes nothing and reads every byte.
 
 import argparse
 import os
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from lednet.data.cache import CLASSIFICATION_FLAGS, CachedDataset, build_cache, command_line
 from lednet.data.imagefolder import ImageFolderDataset
 from lednet.errors import UserError, exit_on_user_error
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,13 +5,8 @@ places here and where the files are read as they are.
 """
 
 import re
-import sys
-from pathlib import Path
 
 from sphinx.application import Sphinx
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import lednet
 

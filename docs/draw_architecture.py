@@ -8,13 +8,9 @@ Kernels, channels, dilations, sizes and parameters are read off the modules, whi
 
 import argparse
 import itertools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-
-DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS.parent))
 
 import matplotlib
 import torch
@@ -25,6 +21,8 @@ from torch import Tensor, nn
 from lednet import LEDNet
 from lednet.io import write_atomically, write_between_marks
 from lednet.model import VARIANTS, Downsampler, SSnbt, count_parameters
+
+DOCS = Path(__file__).resolve().parent
 
 SIZE = (512, 1024)
 INK, PAPER = "#1f2933", "white"

@@ -23,9 +23,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from lednet.checkpoint import load_checkpoint, load_state
 from lednet.cli.train_args import (
     add_loading_flags,
@@ -58,6 +55,8 @@ from lednet.training.stages import Stage
 from lednet.training.tasks import Classification
 from lednet.training.time_budget import TimeBudget
 from lednet.training.trainer import Trainer, seed_everything
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ENCODER_FILE = "encoder.pth"
 

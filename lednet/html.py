@@ -32,7 +32,8 @@ def write_page(path: str | os.PathLike, template: str, **values: Any) -> None:
     """Write a page, atomically and as it is rendered: of iterables one item is in memory.
 
     Args:
-        template: name of a file in lednet/templates; what extends `layout.html` needs `title` and `headline`.
+        template: name of a file in lednet/templates; one that extends `layout.html` needs
+            `title` and `headline`.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),

@@ -1,6 +1,6 @@
 """Names and folders of weights, and networks that are built from them.
 
-Released weights lie in a folder with config.json and model.safetensors, in the layout of Hugging Face.
+Released weights: folders with config.json and model.safetensors in the layout of Hugging Face.
 config.json says what network the tensors belong to, what they were trained on, and the
 checksum of the file that holds them. Nothing in either file can run code.
 """

@@ -158,8 +158,9 @@ class Visualizer:
         self._legends: dict[tuple[int, bool], np.ndarray] = {}
 
     def draw(self, kind: str, image: np.ndarray, label: np.ndarray) -> np.ndarray:
-        """The picture of one of `VISUALIZATIONS`, RGB uint8; with a legend, one that is narrower than a
-        name becomes wider, white on the right.
+        """Draw one of `VISUALIZATIONS`, RGB uint8.
+
+        With a legend, an image that is narrower than a class name is padded with white.
 
         Args:
             image: (H, W, 3) uint8 RGB.

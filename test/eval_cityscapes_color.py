@@ -11,11 +11,7 @@ utils/predict.py does more: label maps, videos, the classes' shares.
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 

@@ -19,9 +19,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from tqdm import tqdm
 
 from lednet.data.image_io import read_image
@@ -58,6 +55,8 @@ from lednet.inference.benchmark import benchmark, benchmark_rows
 from lednet.inference.predictor import Predictor
 from lednet.inference.progress_log import ProgressLog
 from lednet.io import plain_values, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -322,7 +321,8 @@ def evaluate(args: argparse.Namespace, world: DistributedContext) -> None:
         path = args.out / "report.html" if args.report is True else args.report
         write_benchmark_report(
             path, f"Cityscapes {args.subset}", results, frames, files, scheme,
-            network=network, card=card, speed=benchmark_rows(card) if card else (), options=plain_values(vars(args)), images=args.report_images,
+            network=network, card=card, speed=benchmark_rows(card) if card else (),
+            options=plain_values(vars(args)), images=args.report_images,
         )  # fmt: skip
         print(f"report: {path}")
 

@@ -8,11 +8,7 @@ change the answers, not the time, so none are needed. On a CPU half a minute.
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.device import AMP_DTYPES, choose_device

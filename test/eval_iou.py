@@ -15,9 +15,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
@@ -33,6 +30,8 @@ from lednet.inference.writers import sample_sheet
 from lednet.io import write_json
 from lednet.metrics import ConfusionMatrix
 from lednet.plots import plot_class_iou
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:

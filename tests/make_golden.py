@@ -6,14 +6,11 @@ To be run only on a network that has passed the conformance test against the rel
 one (tests/test_conformance.py): the files then keep it there for everybody.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lednet import LEDNet
 from lednet.checkpoint import load_state

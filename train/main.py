@@ -17,11 +17,7 @@ Everything a run writes lies in its folder below save/.
 import argparse
 import functools
 import math
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import numpy as np
 from torch import nn
@@ -62,6 +58,8 @@ from lednet.training.stages import Stage, parse_curriculum, parse_sizes, plan_st
 from lednet.training.tasks import Segmentation
 from lednet.training.time_budget import TimeBudget
 from lednet.training.trainer import FinetuneConfig, Trainer, seed_everything
+
+ROOT = Path(__file__).resolve().parents[1]
 
 NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """The paper trains on raw [0, 1] images."""

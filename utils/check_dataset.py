@@ -19,9 +19,6 @@ import shlex
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from lednet.data.registry import DATASETS
 from lednet.errors import UserError, exit_on_user_error
 from lednet.io import write_json
@@ -30,6 +27,8 @@ from lednet.validation.checks import ValidationReport, validate_dataset
 from lednet.validation.issues import SEVERITIES, counted
 from lednet.validation.report import summary, worst_aligned, write_dataset_page, write_sheet
 from lednet.validation.splits import CHECKED, open_splits
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:

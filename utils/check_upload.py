@@ -12,9 +12,6 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from lednet.errors import EXIT_STATUS, exit_on_user_error
 from lednet.evaluation.cityscapes_submission import NUM_FILES, check_submission, image_frames
 

@@ -12,11 +12,7 @@ labels are read.
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import yaml
 
@@ -24,6 +20,8 @@ from lednet.data.dataset import pixel_shares
 from lednet.data.registry import DATASETS, TRAINING_PARTS, open_training_data
 from lednet.errors import UserError, exit_on_user_error
 from lednet.training.losses import WEIGHT_OFFSETS, class_weights
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:

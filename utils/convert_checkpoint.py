@@ -10,12 +10,8 @@ state no more. Takes a second.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from lednet.checkpoint import compare_keys, load_checkpoint, save_checkpoint, save_pretrained
 from lednet.data.registry import DEFAULT_SIZES

@@ -8,11 +8,7 @@ Then open http://127.0.0.1:8080. Needs NiceGUI (pip install nicegui), and for vi
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from lednet.demo.labeller import Labeller, Limits
 from lednet.device import choose_device
@@ -20,6 +16,8 @@ from lednet.errors import UserError, exit_on_user_error
 from lednet.export.formats import installed
 from lednet.hub import list_pretrained
 from lednet.inference.backends import BACKENDS, choose_backend
+
+ROOT = Path(__file__).resolve().parents[1]
 
 EXAMPLE = ROOT / "docs" / "toy_street.png"
 

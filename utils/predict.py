@@ -31,9 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from tqdm import tqdm
 
 from lednet.data.imagefolder import SUFFIXES
@@ -61,6 +58,8 @@ from lednet.inference.writers import (
 from lednet.io import write_json
 from lednet.training.signals import StopRequest
 from lednet.visualization import Visualizer, output_scheme
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CAMERA = "camera:"
 IMAGE_KINDS, VIDEO_KINDS = ("labels", "overlay"), ("overlay",)

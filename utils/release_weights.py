@@ -11,13 +11,9 @@ runs' folders and the score files. All cards together make the page docs/results
 
 import argparse
 import shlex
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from lednet.checkpoint import CONFIG, TENSORS, save_pretrained
 from lednet.data.labels import camvid_scheme, cityscapes_scheme, require_classes
@@ -26,6 +22,8 @@ from lednet.hub import RELEASED, list_pretrained
 from lednet.io import read_json, write_between_marks, write_text
 from lednet.model import count_parameters, load_model
 from lednet.training.run_dir import read_options, read_records
+
+ROOT = Path(__file__).resolve().parents[1]
 
 DATA = {
     "CamVid": (

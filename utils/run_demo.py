@@ -14,15 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from lednet.device import choose_device
 from lednet.errors import UserError, exit_on_user_error
 from lednet.inference.benchmark import benchmark
 from lednet.inference.predictor import Predictor
 from lednet.io import read_json, write_json
 from lednet.training.run_dir import holds_run
+
+ROOT = Path(__file__).resolve().parents[1]
 
 DATA = ROOT / "datasets" / "toy_cityscapes"
 RUN = ROOT / "save" / "demo"

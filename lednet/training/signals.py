@@ -10,7 +10,7 @@ from lednet.data.loaders import STOP_SIGNALS
 from lednet.distributed import DistributedContext
 
 SAVE = 1
-"""What `CheckpointTimer.order` answers when only a checkpoint is due; signals have higher numbers."""
+"""`CheckpointTimer.poll` returns it when only a checkpoint is due; signals have higher numbers."""
 
 PATIENCE = 2
 """Seconds within which another signal is the same once more: a scheduler's reaches a process both

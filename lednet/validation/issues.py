@@ -7,6 +7,7 @@ note     good to know
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,43 +23,45 @@ class IssueType(NamedTuple):
     next_step: str
 
 
+_error, _warning, _note = (partial(IssueType, severity) for severity in SEVERITIES)
+
 # fmt: off
 ISSUE_TYPES = {
-    "split": IssueType("error", "", "", ""),
-    "damaged": IssueType("error", "file", "unreadable", "copy it again, or remove the pair"),
-    "no-label": IssueType("error", "image", "without a label", "add the label, or remove the image"),
-    "no-image": IssueType("error", "label", "without an image", "add the image, or remove the label"),
-    "name": IssueType("error", "image", "with a label of another name",
+    "split": _error("", "", ""),
+    "damaged": _error("file", "unreadable", "copy it again, or remove the pair"),
+    "no-label": _error("image", "without a label", "add the label, or remove the image"),
+    "no-image": _error("label", "without an image", "add the image, or remove the label"),
+    "name": _error("image", "with a label of another name",
                  "name each label as its image, with .png behind it"),
-    "double": IssueType("error", "file", "beside another of the same name", "keep one of each"),
-    "image-mode": IssueType("error", "image", "in a mode that cannot be read", "save it as 8-bit RGB"),
-    "label-mode": IssueType("error", "label", "not of 8-bit ids",
+    "double": _error("file", "beside another of the same name", "keep one of each"),
+    "image-mode": _error("image", "in a mode that cannot be read", "save it as 8-bit RGB"),
+    "label-mode": _error("label", "not of 8-bit ids",
                        "save class ids, not colours, as 8-bit grey or palette PNG"),
-    "size": IssueType("error", "label", "of another size than the image", "both must have one size"),
-    "id": IssueType("error", "label", "with values that {scheme} does not have",
+    "size": _error("label", "of another size than the image", "both must have one size"),
+    "id": _error("label", "with values that {scheme} does not have",
                "correct the file, or declare what it holds (--labels, or the class file)"),
-    "encoding": IssueType("error", "label", "with {inside} inside, taken for {taken}",
+    "encoding": _error("label", "with {inside} inside, taken for {taken}",
                      "declare it with --labels, and give all files of the split one kind"),
-    "leak": IssueType("warning", "image", "of what {other} shows too",
+    "leak": _warning("image", "of what {other} shows too",
                  "a score on {split} flatters; hold out a whole recording instead (--val-names), "
                  "or say so beside the score"),
-    "mixed-up": IssueType("warning", "pair", "in which most other labels would fit the image better",
+    "mixed-up": _warning("pair", "in which most other labels would fit the image better",
                      "see on the contact sheet whether the labels belong to other images"),
-    "copy": IssueType("warning", "image", "twice in the split", "keep one of each"),
-    "turned": IssueType("warning", "image", "turned by EXIF",
+    "copy": _warning("image", "twice in the split", "keep one of each"),
+    "turned": _warning("image", "turned by EXIF",
                    "pixels are taken as they are stored; see whether the label lies that way too"),
-    "blank": IssueType("warning", "image", "of one even colour", "look, and remove the pair"),
-    "all-void": IssueType("warning", "label", "void everywhere",
+    "blank": _warning("image", "of one even colour", "look, and remove the pair"),
+    "all-void": _warning("label", "void everywhere",
                      "nothing is learned or scored there; annotate it, or remove the pair"),
-    "void": IssueType("warning", "", "",
+    "void": _warning("", "",
                  "nothing is learned or scored there; annotate more, or see what is ignored"),
-    "absent": IssueType("warning", "class", "without a pixel",
+    "absent": _warning("class", "without a pixel",
                    "none can be learned; add images of them, or take them out of the classes"),
-    "not-taken": IssueType("warning", "picture", "not taken, for name or format",
+    "not-taken": _warning("picture", "not taken, for name or format",
                       "images are png, jpg or webp, labels png; convert, rename or remove it"),
-    "unscored": IssueType("note", "class", "without a pixel", "no IoU will be given for these"),
-    "mode": IssueType("note", "{noun}", "of mode {mode}", "{reading}"),
-    "sizes": IssueType("note", "", "", "each is brought to the working size, whatever its proportions"),
+    "unscored": _note("class", "without a pixel", "no IoU will be given for these"),
+    "mode": _note("{noun}", "of mode {mode}", "{reading}"),
+    "sizes": _note("", "", "each is brought to the working size, whatever its proportions"),
 }
 # fmt: on
 """Everything that is looked for: how grave, what is counted, what of it, and the next step."""

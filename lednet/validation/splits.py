@@ -36,8 +36,8 @@ class Split:
 
     Attributes:
         unsound: indices of the pairs that training could not read.
-        fit, misfit: of each pair, as `lednet.validation.alignment.edge_alignment` gives them; NaN where
-            image or label are unreadable.
+        fit, misfit: of each pair, as `lednet.validation.alignment.edge_alignment` returns
+            them; NaN where image or label are unreadable.
     """
 
     name: str

@@ -18,37 +18,91 @@ Hours to expect on ImageNet: docs/training.md. 2,000 small images take minutes o
 """
 
 import argparse
-import shlex
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from lednet.checkpoint import load_checkpoint, load_state
+from lednet.cli.common import AUGMENTATIONS, POSITIVE, at_least, make_parser, print_help_early
 from lednet.cli.train_args import (
     add_loading_flags,
     add_recipe_flags,
     add_run_flags,
-    config_from_args,
-    launch,
-    open_dashboard,
-    open_run,
     parse_flags,
-    require_range,
     require_schedule,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--datadir",
+        type=Path,
+        default=ROOT / "datasets/imagenet",
+        help="folder with train/ and val/ (default: datasets/imagenet)",
+    )
+    data.add_argument(
+        "--stored-size",
+        type=POSITIVE,
+        default=256,
+        metavar="S",
+        help="images are resized to SxS pixels, from which the crops are taken",
+    )
+    data.add_argument(
+        "--crop-size", type=POSITIVE, default=224, metavar="S", help="side of the network's input"
+    )
+    data.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="read the decoded images that datasets/prepare_imagenet.py has written to DIR",
+    )
+    add_loading_flags(data)
+
+    recipe = parser.add_argument_group("recipe", "the defaults come from --recipe")
+    add_recipe_flags(recipe, "SGD with momentum 0.9")
+    recipe.add_argument(
+        "--augment", choices=AUGMENTATIONS, help="paper: crop and flip; modern: colour too"
+    )
+    recipe.add_argument(
+        "--label-smoothing", type=at_least(0, float), metavar="X", help="0 to below 1"
+    )
+    recipe.add_argument(
+        "--mixup", type=at_least(0, float), metavar="A", help="alpha of Beta(A, A); 0: none"
+    )
+
+    net = parser.add_argument_group("network")
+    net.add_argument("--state", type=Path, help="start from the weights of a classifier")
+    net.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="FILE",
+        help="evaluate these weights on val instead of training",
+    )
+    add_run_flags(parser, "imagenet")
+    return parser
+
+
+if __name__ == "__main__":
+    print_help_early(build_parser)
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from lednet.checkpoint import load_checkpoint, load_state
 from lednet.data.cache import CLASSIFICATION_FLAGS, CachedDataset, command_line
 from lednet.data.classification_transforms import IMAGENET_MEAN, IMAGENET_STD, ImageAugmentation
 from lednet.data.dataset import SkipCorruptDataset
 from lednet.data.imagefolder import ImageFolderDataset
 from lednet.data.loaders import end_loading, make_loaders
-from lednet.data.transforms import PRESETS
 from lednet.distributed import DistributedContext, convert_sync_batch_norm
 from lednet.errors import UserError, exit_on_user_error
 from lednet.hub import load_weights
 from lednet.io import plain_values, write_text
 from lednet.model import EncoderClassifier, count_parameters
+from lednet.training.launch import config_from_args, launch, open_dashboard, open_run
 from lednet.training.loop import StageComponents, TrainingRun, train_stages
-from lednet.training.lr_schedule import SCHEDULES
 from lednet.training.run_dir import environment
 from lednet.training.signals import CheckpointTimer
 from lednet.training.stages import Stage
@@ -56,73 +110,7 @@ from lednet.training.tasks import Classification
 from lednet.training.time_budget import TimeBudget
 from lednet.training.trainer import Trainer, seed_everything
 
-ROOT = Path(__file__).resolve().parents[1]
-
 ENCODER_FILE = "encoder.pth"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--datadir",
-        type=Path,
-        default=ROOT / "datasets/imagenet",
-        help="folder with train/ and val/ (datasets/imagenet)",
-    )
-    data.add_argument(
-        "--stored-size",
-        type=int,
-        default=256,
-        metavar="S",
-        help="pictures are brought to SxS pixels, of which the crops are then cut (256)",
-    )
-    data.add_argument(
-        "--crop-size", type=int, default=224, metavar="S", help="of the network's input (224)"
-    )
-    data.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="read the pictures that datasets/prepare_imagenet.py has decoded there",
-    )
-    add_loading_flags(data)
-
-    recipe = parser.add_argument_group(
-        "recipe", "what is not given comes from --recipe; in brackets, the paper's"
-    )
-    add_recipe_flags(recipe)
-    recipe.add_argument("--num-epochs", type=int, help="(%(default)s)")
-    recipe.add_argument("--batch-size", type=int, help="images a step, per process (%(default)s)")
-    recipe.add_argument("--lr", type=float, help="of SGD with momentum 0.9 (%(default)s)")
-    recipe.add_argument("--weight-decay", type=float, help="(%(default)s)")
-    recipe.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate (%(default)s)")
-    recipe.add_argument("--warmup-epochs", type=int, help="before it (%(default)s)")
-    recipe.add_argument(
-        "--augment", choices=PRESETS, help="paper: crop, flip; modern: colour too (%(default)s)"
-    )
-    recipe.add_argument(
-        "--label-smoothing", type=float, metavar="X", help="0 to below 1 (%(default)s)"
-    )
-    recipe.add_argument(
-        "--mixup", type=float, metavar="A", help="of Beta(A, A); 0: none (%(default)s)"
-    )
-    recipe.add_argument(
-        "--ema-decay",
-        type=float,
-        metavar="D",
-        help="moving average of the weights; 0: none (%(default)s)",
-    )
-
-    net = parser.add_argument_group("network")
-    net.add_argument("--state", type=Path, help="weights of a classifier to start from")
-    net.add_argument(
-        "--evaluate", type=Path, metavar="FILE", help="score these weights on val, train nothing"
-    )
-    add_run_flags(parser, "imagenet")
-    return parser
 
 
 def run_path(args: argparse.Namespace) -> Path:
@@ -133,8 +121,6 @@ def run_path(args: argparse.Namespace) -> Path:
 
 def parse_options() -> argparse.Namespace:
     args = parse_flags(build_parser(), run_path, ROOT / "imagenet/recipes")
-    require_range(args, ("stored_size", "crop_size"), 1)
-    require_range(args, ("mixup", "lr", "weight_decay"), 0)
     if not 0 <= args.label_smoothing < 1:
         raise UserError(f"--label-smoothing is {args.label_smoothing}: give 0 to below 1")
     require_schedule(args, args.num_epochs)
@@ -225,7 +211,7 @@ def train(args: argparse.Namespace, world: DistributedContext, keeper: Checkpoin
     task = Classification(augmentation, classes, args.label_smoothing)
 
     def equip(stage: Stage) -> StageComponents:
-        data = SkipCorruptDataset(train_data) if args.skip_damaged else train_data
+        data = SkipCorruptDataset(train_data) if args.skip_corrupt else train_data
         optimization = config_from_args(args, optimizer="sgd")
         loaders = make_loaders(
             data, val_data, world, args.batch_size, args.num_workers, args.seed,

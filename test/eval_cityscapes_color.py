@@ -13,44 +13,49 @@ utils/predict.py does more: label maps, videos, the classes' shares.
 import argparse
 from pathlib import Path
 
-from tqdm import tqdm
-
-from lednet.data.registry import DEFAULT_SIZES
-from lednet.device import AMP_DTYPES, choose_device
-from lednet.errors import UserError, exit_on_user_error, raise_if_problems
-from lednet.inference.backends import BACKENDS
-from lednet.inference.inputs import find_inputs
-from lednet.inference.predictor import Predictor
-from lednet.inference.writers import PredictionJob, PredictionWriter, errors_of, predict_images
-from lednet.visualization import Visualizer, output_scheme
+from lednet.cli.common import (
+    add_alias,
+    add_backend_flags,
+    add_input_size_flags,
+    add_overlay_flags,
+    make_parser,
+    print_help_early,
+)
 
 KINDS = ("color", "overlay")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     # fmt: off
     parser.add_argument("--weights", type=Path, required=True,
-                        help="weights file, run folder (its best.pth) or exported file")
+                        help="weights file, run folder (its best.pth), released name or exported "
+                             "file")
     parser.add_argument("--input", type=Path, required=True,
-                        help="an image, or a folder searched with its sub-folders")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--what", choices=KINDS, nargs="+", default=KINDS)
-    parser.add_argument("--alpha", type=float, default=0.5,
-                        help="share of the class's colour in the overlay, 0 to 1 (0.5)")
-    parser.add_argument("--legend", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--overwrite", action="store_true",
-                        help="draw again what is already there")
-    parser.add_argument("--height", type=int, help="network input in pixels (as trained)")
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument("--backend", choices=("auto", *BACKENDS),
-                        help="what runs the network (eager); auto: the fastest that is installed")
-    parser.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
+                        help="an image, or a folder that is searched with its subfolders")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the output images")
+    parser.add_argument("--outputs", choices=KINDS, nargs="+", default=KINDS, help="what to draw")
+    add_alias(parser, "--what", "--outputs")
+    add_overlay_flags(parser)
+    parser.add_argument("--overwrite", action="store_true", help="draw existing outputs again")
+    add_input_size_flags(parser)
+    add_backend_flags(parser)
     # fmt: on
     return parser
+
+
+if __name__ == "__main__":
+    print_help_early(build_parser)
+
+from tqdm import tqdm
+
+from lednet.data.registry import DEFAULT_SIZES
+from lednet.device import choose_device
+from lednet.errors import UserError, exit_on_user_error, raise_if_problems
+from lednet.inference.inputs import find_inputs
+from lednet.inference.predictor import Predictor
+from lednet.inference.writers import PredictionJob, PredictionWriter, errors_of, predict_images
+from lednet.visualization import Visualizer, output_scheme
 
 
 def main() -> None:
@@ -63,7 +68,7 @@ def main() -> None:
         device=choose_device(args.device), backend=args.backend, precision=args.precision,
     )  # fmt: skip
     scheme = output_scheme(predictor.meta, predictor.net.num_classes, args.weights)
-    output = PredictionWriter(args.out, args.what, Visualizer(scheme, args.alpha, args.legend))
+    output = PredictionWriter(args.out, args.outputs, Visualizer(scheme, args.alpha, args.legend))
     tasks = []
     for name, path in images.items():
         files = output.image_files(name)

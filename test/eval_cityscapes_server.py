@@ -13,10 +13,76 @@ upload.zip. A run that was interrupted goes on with the same command.
 """
 
 import argparse
+from pathlib import Path
+
+from lednet.cli.common import (
+    COUNT,
+    LABEL_ENCODINGS,
+    POSITIVE,
+    add_backend_flags,
+    add_input_size_flags,
+    add_num_workers_flag,
+    add_test_time_flags,
+    make_parser,
+    print_help_early,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    # fmt: off
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--weights", type=Path,
+                        help="weights file, run folder (its best.pth), released name or exported "
+                             "file")
+    source.add_argument("--predictions", type=Path, metavar="DIR",
+                        help="evaluate the label-id PNGs below DIR, from any network")
+    data = parser.add_argument_group("data")
+    data.add_argument("--datadir", type=Path, default=ROOT / "datasets" / "cityscapes",
+                      help="Cityscapes in the official layout (default: datasets/cityscapes)")
+    data.add_argument("--subset", choices=("train", "val", "test"), default="val",
+                      help="split to evaluate")
+    data.add_argument("--labels", choices=LABEL_ENCODINGS, default="auto",
+                      help="encoding of the label files; auto: by their names")
+    data.add_argument("--max-images", type=POSITIVE, metavar="N", help="only the first N images")
+    add_num_workers_flag(data, 2, "decoding processes")
+
+    net = parser.add_argument_group("network")
+    add_input_size_flags(net)
+    net.add_argument("--batch-size", type=POSITIVE, default=1, help="images per batch")
+    add_test_time_flags(net)
+    net.add_argument("--tile", type=int, nargs=2, metavar=("H", "W"),
+                     help="run the network on overlapping tiles of this size in pixels, for an "
+                          "input too large for the memory")
+    net.add_argument("--overlap", type=int, default=128, metavar="PIXELS",
+                     help="overlap of neighbouring tiles")
+    add_backend_flags(net, fold=True)
+
+    out = parser.add_argument_group("results")
+    out.add_argument("--out", type=Path,
+                     help="folder for all results (default: <weights>-eval-<subset>)")
+    out.add_argument("--overwrite", action="store_true", help="discard existing results in --out")
+    out.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
+    out.add_argument("--report", nargs="?", const=True, type=Path, metavar="FILE",
+                     help="write an HTML report (default file: report.html in --out)")
+    out.add_argument("--report-images", type=COUNT, default=500, metavar="N",
+                     help="show the N images with the lowest scores in the report")
+    out.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True,
+                     help="measure the speed")
+    out.add_argument("--warmup", type=COUNT, default=3, metavar="N", help="passes before timing")
+    out.add_argument("--runs", type=POSITIVE, default=20, metavar="N", help="timed passes")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    print_help_early(build_parser)
+
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -25,7 +91,6 @@ from lednet.data.image_io import read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
 from lednet.data.pairs import require_file
 from lednet.data.registry import DEFAULT_SIZES
-from lednet.device import AMP_DTYPES
 from lednet.distributed import DistributedContext, destroy_distributed, init_distributed
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.benchmark_report import write_benchmark_report
@@ -50,77 +115,14 @@ from lednet.evaluation.cityscapes_submission import (
     write_submission,
 )
 from lednet.hub import RELEASED, resolve_weights, weights_checksum
-from lednet.inference.backends import BACKENDS
 from lednet.inference.benchmark import benchmark, benchmark_rows
 from lednet.inference.predictor import Predictor
 from lednet.inference.progress_log import ProgressLog
 from lednet.io import plain_values, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    switch = argparse.BooleanOptionalAction
-    # fmt: off
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--weights", type=Path,
-                        help="weights file, run folder (its best.pth) or exported file")
-    source.add_argument("--predictions", type=Path, metavar="DIR",
-                        help="score the label-id PNGs below this folder, from any network")
-    data = parser.add_argument_group("data")
-    data.add_argument("--datadir", type=Path, default=ROOT / "datasets" / "cityscapes",
-                      help="Cityscapes in the official layout (datasets/cityscapes)")
-    data.add_argument("--subset", choices=("train", "val", "test"), default="val")
-    data.add_argument("--labels", choices=("auto", "labelIds", "labelTrainIds"), default="auto",
-                      help="what the label files hold (told by their names)")
-    data.add_argument("--max-images", type=int, metavar="N", help="only the first N images")
-    data.add_argument("--num-workers", type=int, default=2, help="decoding processes")
-
-    net = parser.add_argument_group("network")
-    net.add_argument("--height", type=int, help="network input in pixels (as trained)")
-    net.add_argument("--width", type=int)
-    net.add_argument("--batch-size", type=int, default=1)
-    net.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="S",
-                     help="average the answers at these sizes, 0.75 1 1.25 for instance")
-    net.add_argument("--flip", action="store_true", help="average with the mirrored image's answer")
-    net.add_argument("--tile", type=int, nargs=2, metavar=("H", "W"),
-                     help="slide a window of this size in pixels over the network's input: for "
-                          "a --height and --width too large for the memory")
-    net.add_argument("--overlap", type=int, default=128, help="of neighbouring tiles, in pixels")
-    net.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
-    net.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    net.add_argument("--backend", choices=("auto", *BACKENDS),
-                     help="what runs the network (eager); auto: the fastest that is installed")
-    net.add_argument("--fold", action=switch, default=True,
-                     help="fold batch norm into the convolutions: the same answers, faster")
-
-    out = parser.add_argument_group("results")
-    out.add_argument("--out", type=Path, help="folder for everything (<weights>-eval-<subset>)")
-    out.add_argument("--overwrite", action="store_true", help="begin anew in --out")
-    out.add_argument("--json", type=Path, metavar="FILE", help="the figures also here")
-    out.add_argument("--report", nargs="?", const=True, type=Path, metavar="FILE",
-                     help="write an HTML page (report.html in --out)")
-    out.add_argument("--report-images", type=int, default=500, metavar="N",
-                     help="the worst N images are shown in it")
-    out.add_argument("--speed", action=switch, default=True, help="measure the speed")
-    out.add_argument("--warmup", type=int, default=3, help="passes before the clock starts")
-    out.add_argument("--runs", type=int, default=20, help="timed passes")
-    # fmt: on
-    return parser
-
 
 def parse_options() -> argparse.Namespace:
     args = build_parser().parse_args()
-    for name in ("max_images", "height", "width", "batch_size", "runs"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
-    for name in ("num_workers", "warmup", "report_images"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} is negative: give 0 or more")
     if args.subset == "test" and (args.predictions or args.report):
         raise UserError(
             "the labels of --subset test are withheld, so there is nothing to score: check an "

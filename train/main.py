@@ -15,115 +15,54 @@ Everything a run writes lies in its folder below save/.
 """
 
 import argparse
-import functools
-import math
 from pathlib import Path
 
-import numpy as np
-from torch import nn
-
-from lednet.checkpoint import load_checkpoint, load_state
+from lednet.cli.common import (
+    AUGMENTATIONS,
+    COUNT,
+    POSITIVE,
+    VARIANTS,
+    add_dataset_flags,
+    add_input_size_flags,
+    at_least,
+    make_parser,
+    print_help_early,
+)
 from lednet.cli.train_args import (
     add_loading_flags,
     add_recipe_flags,
     add_run_flags,
-    config_from_args,
-    launch,
-    open_dashboard,
-    open_run,
     parse_flags,
-    require_range,
     require_schedule,
 )
-from lednet.data.cache import CachedDataset, command_line
-from lednet.data.dataset import SegmentationDataset, SkipCorruptDataset, pixel_shares
-from lednet.data.loaders import make_loaders
-from lednet.data.registry import DATASETS, TRAINING_PARTS, cache_split, open_training_data
-from lednet.data.transforms import PRESETS, Augmentation
-from lednet.distributed import DistributedContext, convert_sync_batch_norm
-from lednet.errors import UserError, exit_on_user_error
-from lednet.hub import resolve_weights
-from lednet.io import plain_values, write_text
-from lednet.model import VARIANTS, LEDNet, count_parameters
-from lednet.training.loop import StageComponents, TrainingRun, train_stages
-from lednet.training.losses import (
-    RELEASED_WEIGHTS,
-    WEIGHT_OFFSETS,
-    WeightedCrossEntropy,
-    class_weights,
-)
-from lednet.training.lr_schedule import SCHEDULES
-from lednet.training.signals import CheckpointTimer
-from lednet.training.stages import Stage, parse_curriculum, parse_sizes, plan_stages
-from lednet.training.tasks import Segmentation
-from lednet.training.time_budget import TimeBudget
-from lednet.training.trainer import FinetuneConfig, Trainer, seed_everything
 
 ROOT = Path(__file__).resolve().parents[1]
 
-NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-"""The paper trains on raw [0, 1] images."""
-
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    switch = argparse.BooleanOptionalAction
-
+    parser = make_parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=DATASETS, default="cityscapes")
-    data.add_argument("--datadir", type=Path, help="data set's folder (datasets/<dataset>)")
-    data.add_argument(
-        "--annotations",
-        choices=TRAINING_PARTS,
-        default="fine",
-        help="Cityscapes: coarse trains on train_extra and train, coarsely annotated; both on "
-        "train, finely, and train_extra, coarsely; fine val validates all. VOC: aug trains on "
-        "trainaug",
-    )
-    data.add_argument(
-        "--labels",
-        choices=("auto", "labelIds", "labelTrainIds"),
-        default="auto",
-        help="what Cityscapes label files hold (told by their names)",
-    )
-    data.add_argument("--classes", type=Path, help="class file of own data (classes.yaml)")
-    data.add_argument(
-        "--val-every",
-        type=int,
-        default=0,
-        metavar="N",
-        help="no val split: hold out every N-th training image instead",
-    )
-    data.add_argument(
-        "--val-names",
-        metavar="PREFIX",
-        help="or those whose names begin so: a whole recording, a city",
-    )
+    add_dataset_flags(data)
     data.add_argument(
         "--with-val",
         action="store_true",
-        help="train on val too, for a final model: its score there means little then",
+        help="train on the validation images too, for a final model; their score is then no "
+        "estimate of anything",
     )
-    data.add_argument("--height", type=int, help="training height in pixels (Cityscapes: 512)")
-    data.add_argument("--width", type=int, help="training width in pixels (Cityscapes: 1024)")
-    data.add_argument(
-        "--augment",
-        choices=PRESETS,
-        help="paper: flip and shift; modern: scale, crop, flip, colour (%(default)s)",
-    )
+    add_input_size_flags(data, "that of the data set, 512x1024 for Cityscapes")
+    data.add_argument("--augment", choices=AUGMENTATIONS, help="paper: flip and shift; modern: "
+                      "scale, crop, flip and colour")  # fmt: skip
     data.add_argument(
         "--cache",
         type=Path,
         metavar="DIR",
-        help="read the pairs that datasets/prepare_cityscapes.py has decoded there",
+        help="read the decoded data set that datasets/prepare_cityscapes.py has written to DIR",
     )
     data.add_argument(
         "--class-uniform",
         type=float,
         metavar="SHARE",
-        help="draw this share of the images (0 to 1) by class, each as often as another",
+        help="draw this share of the images (0 to 1) by class, each class as often as another",
     )
     add_loading_flags(data)
 
@@ -135,42 +74,42 @@ def build_parser() -> argparse.ArgumentParser:
         help="d20: lighter, 0.93 M parameters; d128: heavier, 2.29 M",
     )
     net.add_argument(
-        "--pyramid-channels", type=int, metavar="D", help="another width for d128's pyramid"
+        "--pyramid-channels", type=POSITIVE, metavar="D", help="another width of d128's pyramid"
     )
     net.add_argument(
         "--state",
         type=Path,
-        help="weights of a full network to start from: a file, a run's folder, a released name",
+        help="start from the weights of a full network: a file, a run folder or a released name",
     )
     net.add_argument(
         "--pretrainedEncoder",
         type=Path,
         dest="pretrained_encoder",
-        help="weights to take the encoder from, with its normalisation; skips stage 1",
+        help="weights to take the encoder and its normalization from; skips stage 1",
     )
-    net.add_argument("--decoder", action="store_true", help="start at stage 2")
+    net.add_argument("--decoder", action="store_true", help="start with stage 2")
     net.add_argument(
         "--encoder-lr-factor",
-        type=float,
+        type=at_least(0, float),
         default=1.0,
         metavar="X",
-        help="in stage 2 the encoder's learning rate is X times --lr (1)",
+        help="factor of the encoder's learning rate in stage 2",
     )
     net.add_argument(
         "--freeze-encoder",
-        type=int,
+        type=COUNT,
         default=0,
         metavar="N",
-        help="in the first N epochs of stage 2 the encoder stays as it is (0)",
+        help="freeze the encoder in the first N epochs of stage 2",
     )
 
-    recipe = parser.add_argument_group(
-        "recipe", "what is not given comes from --recipe; in brackets, the paper's"
-    )
-    add_recipe_flags(recipe)
-    recipe.add_argument("--num-epochs", type=int, help="of each stage (%(default)s)")
+    recipe = parser.add_argument_group("recipe", "the defaults come from --recipe")
+    add_recipe_flags(recipe, "Adam")
     recipe.add_argument(
-        "--encoder-epochs", type=int, help="of stage 1 (as many as the stage after it)"
+        "--encoder-epochs",
+        type=POSITIVE,
+        metavar="N",
+        help="epochs of stage 1 (default: as many as of the stage after it)",
     )
     recipe.add_argument(
         "--curriculum",
@@ -181,36 +120,61 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument(
         "--progressive",
         metavar="HxW:N,...",
-        help="stage 2 at smaller sizes first, for N epochs each, with a schedule each",
+        help="train stage 2 at smaller sizes first, N epochs each, with a schedule for each size",
     )
-    recipe.add_argument("--batch-size", type=int, help="images a step, per process (%(default)s)")
-    recipe.add_argument("--lr", type=float, help="of Adam, before the schedule (%(default)s)")
-    recipe.add_argument(
-        "--schedule", choices=SCHEDULES, help="of the learning rate, in each stage (%(default)s)"
-    )
-    recipe.add_argument("--warmup-epochs", type=int, help="before it (%(default)s)")
-    recipe.add_argument("--weight-decay", type=float, help="(%(default)s)")
     recipe.add_argument(
         "--class-weights",
         choices=("auto", "released", "computed", "none"),
-        help="auto: the released list for Cityscapes fine, else 1/ln(c+share) "
-        "of the training labels (%(default)s)",
-    )
-    recipe.add_argument(
-        "--ema-decay",
-        type=float,
-        metavar="D",
-        help="score and keep a moving average of the weights, 0.999 for instance",
+        help="weights of the loss; computed: 1/ln(c+share) of the training labels; auto: the "
+        "released list for Cityscapes fine, otherwise computed",
     )
     recipe.add_argument(
         "--iouTrain",
-        action=switch,
+        action=argparse.BooleanOptionalAction,
         default=True,
         dest="iou_train",
-        help="measure the mIoU of the training batches too",
+        help="compute the mIoU of the training batches too",
     )
     add_run_flags(parser, "<dataset>-<variant>")
-    return parser  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    print_help_early(build_parser)
+
+import functools
+import math
+
+import numpy as np
+from torch import nn
+
+from lednet.checkpoint import load_checkpoint, load_state
+from lednet.data.cache import CachedDataset, command_line
+from lednet.data.dataset import SegmentationDataset, SkipCorruptDataset, pixel_shares
+from lednet.data.loaders import make_loaders
+from lednet.data.registry import cache_split, open_training_data
+from lednet.data.transforms import Augmentation
+from lednet.distributed import DistributedContext, convert_sync_batch_norm
+from lednet.errors import UserError, exit_on_user_error
+from lednet.hub import resolve_weights
+from lednet.io import plain_values, write_text
+from lednet.model import LEDNet, count_parameters
+from lednet.training.launch import config_from_args, launch, open_dashboard, open_run
+from lednet.training.loop import StageComponents, TrainingRun, train_stages
+from lednet.training.losses import (
+    RELEASED_WEIGHTS,
+    WEIGHT_OFFSETS,
+    WeightedCrossEntropy,
+    class_weights,
+)
+from lednet.training.signals import CheckpointTimer
+from lednet.training.stages import Stage, parse_curriculum, parse_sizes, plan_stages
+from lednet.training.tasks import Segmentation
+from lednet.training.time_budget import TimeBudget
+from lednet.training.trainer import FinetuneConfig, Trainer, seed_everything
+
+NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+"""The paper trains on raw [0, 1] images."""
 
 
 def run_path(args: argparse.Namespace) -> Path:
@@ -221,12 +185,10 @@ def run_path(args: argparse.Namespace) -> Path:
 
 def parse_options() -> argparse.Namespace:
     args = parse_flags(build_parser(), run_path, ROOT / "train/recipes")
-    require_range(args, ("encoder_epochs", "height", "width", "pyramid_channels"), 1)
-    require_range(args, ("val_every", "freeze_encoder", "encoder_lr_factor"), 0)
     if args.pyramid_channels and args.variant != "d128":
         raise UserError("--pyramid-channels goes with --variant d128: give both or neither")
-    if args.val_every == 1:
-        raise UserError("--val-every 1 leaves nothing to train on: give 2 or more")
+    if args.val_stride == 1:
+        raise UserError("--val-stride 1 leaves nothing to train on: give 2 or more")
     if args.class_uniform is not None and not 0 < args.class_uniform <= 1:
         raise UserError(f"--class-uniform is {args.class_uniform}: give more than 0, at most 1")
     if args.curriculum and args.annotations != "fine":
@@ -265,8 +227,8 @@ class Data:
             annotations=annotations,
             labels=args.labels,
             class_file=args.classes,
-            val_every=args.val_every,
-            val_names=args.val_names,
+            val_every=args.val_stride,
+            val_names=args.val_prefix,
             with_val=args.with_val,
         )
         _, args.height, args.width = train.encoded_shape
@@ -277,7 +239,7 @@ class Data:
             command = command_line(ROOT / "datasets/prepare_cityscapes.py", options, defaults)
             train = CachedDataset(args.cache / cache_split(annotations), train, command)
             val = CachedDataset(args.cache / "val", val, command)
-        self.train = SkipCorruptDataset(train) if args.skip_damaged else train
+        self.train = SkipCorruptDataset(train) if args.skip_corrupt else train
         self.val = val
 
     @functools.cached_property

@@ -10,43 +10,44 @@ labels are read.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
-import yaml
-
-from lednet.data.dataset import pixel_shares
-from lednet.data.registry import DATASETS, TRAINING_PARTS, open_training_data
-from lednet.errors import UserError, exit_on_user_error
-from lednet.training.losses import WEIGHT_OFFSETS, class_weights
+from lednet.cli.common import (
+    add_dataset_flags,
+    add_num_workers_flag,
+    make_parser,
+    print_help_early,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     # fmt: off
-    parser.add_argument("--dataset", choices=DATASETS, default="cityscapes")
-    parser.add_argument("--datadir", type=Path, help="data set's folder (datasets/<dataset>)")
-    parser.add_argument("--annotations", choices=TRAINING_PARTS, default="fine")
-    parser.add_argument("--labels", choices=("auto", "labelIds", "labelTrainIds"), default="auto",
-                        help="what Cityscapes label files hold (told by their names)")
-    parser.add_argument("--classes", type=Path, help="class file of own data (classes.yaml)")
-    parser.add_argument("--val-every", type=int, default=0, metavar="N",
-                        help="the hold-out that the training is to use")
-    parser.add_argument("--val-names", metavar="PREFIX", help="the same")
-    parser.add_argument("--offsets", type=float, nargs="+", metavar="C",
-                        default=sorted(WEIGHT_OFFSETS.values()),
-                        help="c: the smaller, the heavier are rare classes (1.1 1.2, those of the "
-                        "paper's full network and encoder stage)")
-    parser.add_argument("--format", choices=("table", "yaml", "json"), default="table")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
-                        help="decoding threads (one a core)")
+    add_dataset_flags(parser, hold_out="the hold-out that the training is to use")
+    parser.add_argument("--offsets", type=float, nargs="+", metavar="C", default=[1.1, 1.2],
+                        help="c of the formula; smaller values give more weight to rare classes. "
+                             "1.1 and 1.2 are those of the paper's full network and encoder stage")
+    parser.add_argument("--format", choices=("table", "yaml", "json"), default="table",
+                        help="output format")
+    add_num_workers_flag(parser, os.cpu_count() or 1, "decoding threads")
     # fmt: on
     return parser
+
+
+if __name__ == "__main__":
+    print_help_early(build_parser)
+
+import json
+
+import yaml
+
+from lednet.data.dataset import pixel_shares
+from lednet.data.registry import open_training_data
+from lednet.errors import UserError, exit_on_user_error
+from lednet.training.losses import class_weights
 
 
 def print_table(result: dict) -> None:
@@ -66,8 +67,6 @@ def main() -> None:
     if min(args.offsets) <= 1:
         raise UserError(f"--offsets {min(args.offsets):g}: give more than 1, so that no class gets "
                         "an infinite weight")  # fmt: skip
-    if args.workers < 1:
-        raise UserError("--workers is too small: give 1 or more")
     root = args.datadir or ROOT / "datasets" / args.dataset
     train, _ = open_training_data(
         args.dataset,
@@ -75,10 +74,10 @@ def main() -> None:
         annotations=args.annotations,
         labels=args.labels,
         class_file=args.classes,
-        val_every=args.val_every,
-        val_names=args.val_names,
+        val_every=args.val_stride,
+        val_names=args.val_prefix,
     )
-    shares = pixel_shares(train.class_counts(args.workers)).tolist()
+    shares = pixel_shares(train.class_counts(max(1, args.num_workers))).tolist()
     classes = train.scheme.classes
     result = {
         "datadir": str(root),

@@ -11,6 +11,25 @@ state no more. Takes a second.
 
 import argparse
 from pathlib import Path
+
+from lednet.cli.common import add_input_size_flags, make_parser, print_help_early
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    # fmt: off
+    parser.add_argument("--weights", type=Path, required=True,
+                        help="weights file, run folder (its best.pth) or released name")
+    parser.add_argument("--out", type=Path, required=True, help="file (.pth) or folder to write")
+    add_input_size_flags(parser, "that of the weights, otherwise the usual one of the data set")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    print_help_early(build_parser)
+
 from typing import Any
 
 from lednet.checkpoint import compare_keys, load_checkpoint, save_checkpoint, save_pretrained
@@ -22,23 +41,6 @@ from lednet.visualization import output_scheme
 
 NO_NORMALIZATION = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 """What weights that say nothing of it were trained with: the release's raw [0, 1] images."""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    # fmt: off
-    parser.add_argument("--weights", type=Path, required=True,
-                        help="weights file, run folder (its best.pth) or released name")
-    parser.add_argument("--out", type=Path, required=True, help="file (.pth) or folder to write")
-    parser.add_argument("--height", type=int,
-                        help="of the images it was trained on, in pixels (what the weights say, or "
-                             "the data set's usual)")
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    # fmt: on
-    return parser
 
 
 def complete_meta(net: LEDNet, meta: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:

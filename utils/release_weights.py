@@ -10,20 +10,48 @@ runs' folders and the score files. All cards together make the page docs/results
 """
 
 import argparse
+from pathlib import Path
+
+from lednet.cli.common import make_parser, print_help_early
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    # fmt: off
+    parser.add_argument("--name", required=True, help="name of the weights, as in camvid-d20")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True,
+                        help="run folders, each started from the weights of the one before")
+    parser.add_argument("--scores", type=Path, nargs="+", required=True, metavar="FILE",
+                        help="JSON files of test/eval_iou.py for the weights of the last run")
+    parser.add_argument("--out", type=Path, default=ROOT / "save/released",
+                        help="folder of all released weights (default: save/released)")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md",
+                        help="page whose table of released weights is updated (default: "
+                             "docs/results.md)")
+    parser.add_argument("--images", help="images it was trained on (default: the splits, from the "
+                                         "options of the runs)")
+    parser.add_argument("--limits", default="", metavar="SENTENCE",
+                        help="a sentence about what to expect of these weights")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    print_help_early(build_parser)
+
 import shlex
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from lednet.checkpoint import CONFIG, TENSORS, save_pretrained
 from lednet.data.labels import camvid_scheme, cityscapes_scheme, require_classes
 from lednet.errors import UserError, exit_on_user_error
-from lednet.hub import RELEASED, list_pretrained
+from lednet.hub import list_pretrained
 from lednet.io import read_json, write_between_marks, write_text
 from lednet.model import count_parameters, load_model
 from lednet.training.run_dir import read_options, read_records
-
-ROOT = Path(__file__).resolve().parents[1]
 
 DATA = {
     "CamVid": (
@@ -79,25 +107,6 @@ reliably.{limits}
 
 SHA-256 of `{file}`: `{sha256}`
 """
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    # fmt: off
-    parser.add_argument("--name", required=True, help="of the weights, as in camvid-d20")
-    parser.add_argument("--runs", type=Path, nargs="+", required=True,
-                        help="run folders, each begun from the weights of the one before")
-    parser.add_argument("--scores", type=Path, nargs="+", required=True, metavar="FILE",
-                        help="JSON files of test/eval_iou.py on the last run's weights")
-    parser.add_argument("--out", type=Path, default=RELEASED, help="(save/released)")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md",
-                        help="gets the table of all that lies in --out (docs/results.md)")
-    parser.add_argument("--images", help="what it was trained on (the splits, by the options)")
-    parser.add_argument("--limits", default="", help="a sentence more about what to expect")
-    # fmt: on
-    return parser
 
 
 def training_of(runs: list[Path]) -> list[dict[str, Any]]:

@@ -1,97 +1,116 @@
-"""What both training scripts do around the training itself: flags, processes, signals."""
+"""Flags of the training scripts, recipes, and the options of a run that is resumed.
+
+This module is quick to import: it does not import PyTorch.
+"""
 
 import argparse
-import dataclasses
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from lednet.data.labels import LabelScheme
-from lednet.data.loaders import worker_failures
-from lednet.device import AMP_DTYPES, allow_tf32, autocast
-from lednet.distributed import (
-    DistributedContext,
-    destroy_distributed,
-    init_distributed,
-    report_lost_process,
+from lednet.cli.common import (
+    COUNT,
+    DEVICES,
+    POSITIVE,
+    PRECISIONS,
+    SCHEDULES,
+    Flags,
+    add_alias,
+    add_num_workers_flag,
+    at_least,
 )
 from lednet.errors import UserError
-from lednet.training.checkpointing import Checkpoints
 from lednet.training.config import recipe_path, set_options, set_recipe
-from lednet.training.loggers import LoggerBackend, MetricLogger
-from lednet.training.run_dir import RunDir, holds_run, read_options
-from lednet.training.signals import CheckpointTimer, StopRequest, TrainingStopped
-from lednet.training.trainer import TrainerConfig
 
 BASE_RECIPE = "paper"
-POSITIVE = ("num_epochs", "batch_size", "accumulate", "keep_checkpoints", "validate_every")
-NOT_NEGATIVE = ("num_workers", "epochs_save", "save_minutes", "save_steps", "warmup_epochs")
 
 
-def add_loading_flags(data: argparse._ArgumentGroup) -> None:
+def add_loading_flags(data: Flags) -> None:
+    add_num_workers_flag(data, min(4, os.cpu_count() or 1))
     data.add_argument(
-        "--num-workers", type=int, default=min(4, os.cpu_count() or 1), help="loading processes"
-    )
-    data.add_argument(
-        "--skip-damaged",
+        "--skip-corrupt",
         action="store_true",
-        help="replace training images that cannot be read by others, count and name them",
+        help="replace training images that cannot be read by others, and report them",
+    )
+    add_alias(data, "--skip-damaged", "--skip-corrupt")
+    data.add_argument(
+        "--cache-device",
+        action="store_true",
+        help="keep the decoded data set in the memory of the training device",
     )
 
 
-def add_recipe_flags(recipe: argparse._ArgumentGroup) -> None:
-    """The recipe, and flags of `TrainerConfig` that have the same meaning in each."""
+def add_recipe_flags(recipe: Flags, optimizer: str) -> None:
+    """Flags whose defaults come from a recipe, and others of the optimization.
+
+    Args:
+        optimizer: its name, for the help.
+    """
     recipe.add_argument(
         "--recipe",
         default=BASE_RECIPE,
         metavar="NAME|FILE",
-        help=f"of the script's folder recipes/ ({BASE_RECIPE}); it sets what is not given, and "
-        f"{BASE_RECIPE} what it does not set",
+        help="file of options, or the name of one in the script's folder recipes/; flags that are "
+        "given override it",
     )
-    recipe.add_argument("--seed", type=int, default=1, help="of everything random (1)")
+    recipe.add_argument("--num-epochs", type=POSITIVE, metavar="N", help="epochs of each stage")
     recipe.add_argument(
-        "--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make a step"
+        "--batch-size", type=POSITIVE, metavar="N", help="images per step and process"
     )
     recipe.add_argument(
-        "--clip-norm", type=float, metavar="X", help="largest norm of the gradients (no limit)"
+        "--lr", type=at_least(0, float), help=f"initial learning rate of {optimizer}"
+    )
+    recipe.add_argument("--schedule", choices=SCHEDULES, help="learning rate schedule")
+    recipe.add_argument("--warmup-epochs", type=COUNT, metavar="N", help="epochs of linear warm-up")
+    recipe.add_argument("--weight-decay", type=at_least(0, float), help="L2 penalty")
+    recipe.add_argument(
+        "--ema-decay",
+        type=at_least(0, float),
+        metavar="D",
+        help="decay of an exponential moving average of the weights, which is then evaluated and "
+        "saved; 0: none",
+    )
+    recipe.add_argument("--seed", type=int, default=1, help="random seed")
+    recipe.add_argument(
+        "--accumulate",
+        type=POSITIVE,
+        default=1,
+        metavar="N",
+        help="batches whose gradients are accumulated for one step",
+    )
+    recipe.add_argument(
+        "--clip-norm", type=at_least(0, float), metavar="X", help="largest norm of the gradients"
     )
     recipe.add_argument(
         "--sync-batch-norm",
         action="store_true",
-        help="batch norm over the images of all GPUs (untested)",
+        help="synchronize batch norm statistics between GPUs (untested)",
     )
     recipe.add_argument(
         "--skip-bad-steps",
         action="store_true",
-        help="leave out a step whose loss is not finite, instead of stopping",
+        help="skip steps whose loss is not finite, instead of stopping",
     )
 
 
 def add_run_flags(parser: argparse.ArgumentParser, savedir: str) -> None:
-    """How fast, where, and what is kept.
+    """Flags about speed, the run folder, checkpoints and loggers.
 
     Args:
-        savedir: the folder's default name, for the help.
+        savedir: default name of the run folder, for the help.
     """
     speed = parser.add_argument_group("speed")
-    speed.add_argument("--precision", choices=tuple(AMP_DTYPES), default="fp32")
+    speed.add_argument("--precision", choices=PRECISIONS, default="fp32", help="number format")
     speed.add_argument(
-        "--channels-last", action="store_true", help="memory layout that suits bf16 and fp16"
+        "--channels-last",
+        action="store_true",
+        help="channels-last memory format, which suits bf16 and fp16",
     )
-    speed.add_argument("--compile", action="store_true", help="torch.compile the network")
+    speed.add_argument("--compile", action="store_true", help="compile the network (torch.compile)")
     speed.add_argument(
         "--cuda-graph",
         action="store_true",
         help="record the training step as a CUDA graph (one GPU)",
-    )
-    speed.add_argument(
-        "--cache-device",
-        action="store_true",
-        help="keep the decoded data set in the memory of the training device",
     )
     speed.add_argument(
         "--deterministic",
@@ -100,80 +119,92 @@ def add_run_flags(parser: argparse.ArgumentParser, savedir: str) -> None:
     )
 
     run = parser.add_argument_group("run")
-    run.add_argument("--savedir", help=f"run folder; a bare name lies below save/ ({savedir})")
+    run.add_argument(
+        "--savedir",
+        metavar="NAME|DIR",
+        help=f"run folder; a name without a slash is created in save/ (default: {savedir})",
+    )
     run.add_argument(
         "--resume",
         nargs="?",
         choices=("always", "auto"),
         const="always",
-        help="continue the run in --savedir with its options; flags given override. auto: "
-        "where there is none yet, start it (for torchrun --max-restarts and job queues)",
+        help="resume the run in --savedir with its options; flags that are given override them. "
+        "auto: start the run if there is none (for torchrun --max-restarts and job queues)",
     )
-    run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    run.add_argument("--device", choices=DEVICES, default="auto", help="device to train on")
     run.add_argument(
-        "--cuda", action="store_const", const="cuda", dest="device", help="same as --device cuda"
-    )
-    run.add_argument(
-        "--save-minutes",
-        type=float,
-        default=10,
-        metavar="X",
-        help="a checkpoint every X minutes, besides the one after each epoch; 0: none (10)",
-    )
-    run.add_argument(
-        "--save-steps", type=int, default=0, metavar="N", help="and every N steps; 0: none"
-    )
-    run.add_argument(
-        "--keep-checkpoints", type=int, default=2, metavar="N", help="to resume from (2)"
-    )
-    run.add_argument(
-        "--epochs-save",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also keep the weights of every N-th epoch",
-    )
-    run.add_argument(
-        "--validate-every",
-        type=int,
-        default=1,
-        metavar="N",
-        help="score every N-th epoch, and the last of a stage (1)",
+        "--cuda",
+        action="store_const",
+        const="cuda",
+        dest="device",
+        default=argparse.SUPPRESS,
+        help="same as --device cuda",
     )
     run.add_argument(
         "--max-minutes",
-        type=float,
+        type=at_least(0, float),
         metavar="X",
-        help="end after X minutes, validation included: the schedule follows the time, and numbers "
-        "of epochs say how stages share it (no limit)",
+        help="end after X minutes, validation included; the schedule follows the time, which "
+        "stages divide in proportion to their epochs",
     )
-    run.add_argument("--visualize", action="store_true", help="show the run on a visdom server")
-    run.add_argument("--port", type=int, default=8097, help="of the visdom server")
     run.add_argument(
-        "--tensorboard",
-        action="store_true",
-        help="show it in TensorBoard: writes tensorboard/ in the run's folder",
+        "--save-minutes",
+        type=at_least(0, float),
+        default=10,
+        metavar="X",
+        help="minutes between checkpoints, besides the one after each epoch; 0: none",
+    )
+    run.add_argument(
+        "--save-steps",
+        type=COUNT,
+        default=0,
+        metavar="N",
+        help="steps between checkpoints; 0: none",
+    )
+    run.add_argument(
+        "--keep-checkpoints", type=POSITIVE, default=2, metavar="N", help="checkpoints to keep"
+    )
+    run.add_argument(
+        "--epochs-save",
+        type=COUNT,
+        default=0,
+        metavar="N",
+        help="also keep the weights of every N-th epoch; 0: none",
+    )
+    run.add_argument(
+        "--validate-every",
+        type=POSITIVE,
+        default=1,
+        metavar="N",
+        help="validate after every N-th epoch and after the last of a stage",
+    )
+    run.add_argument("--visualize", action="store_true", help="log to a visdom server")
+    run.add_argument("--port", type=int, default=8097, help="port of the visdom server")
+    run.add_argument(
+        "--tensorboard", action="store_true", help="log to TensorBoard, in the run folder"
     )
 
 
 def parse_flags(
     parser: argparse.ArgumentParser, run_path: Callable[[argparse.Namespace], Path], recipes: Path
 ) -> argparse.Namespace:
-    """Arguments; the defaults are the recipe's or, with --resume, the run's own options.
+    """Arguments, with defaults from the recipe or, with --resume, the options of the run.
 
     Args:
-        run_path: the run's folder.
-        recipes: folder of the recipes that have names.
+        run_path: returns the run folder.
+        recipes: folder of the recipes that are known by name.
 
     Raises:
-        UserError: a number is out of its range, there is nothing to resume, or its options
-            are damaged.
+        UserError: a value is invalid, there is no run to resume, or its options are damaged.
     """
     set_recipe(parser, recipe_path(BASE_RECIPE, recipes))  # first: --help shows its values
     args = parser.parse_args()
     if args.recipe != BASE_RECIPE:
         set_recipe(parser, recipe_path(args.recipe, recipes))
         args = parser.parse_args()
+    from lednet.training.run_dir import holds_run, read_options  # imports PyTorch
+
     resume = args.resume
     if resume == "auto" and not holds_run(run_path(args)):
         resume = None
@@ -187,29 +218,15 @@ def parse_flags(
     args.resume = resume
     if resume and args.recipe != saved["recipe"]:
         raise UserError(
-            f"the run has the recipe {saved['recipe']}, not {args.recipe}: resume it "
+            f"the run was started with the recipe {saved['recipe']}, not {args.recipe}: resume it "
             "without --recipe, and give the flags that shall change"
         )
-    require_range(args, POSITIVE, 1)
-    require_range(args, NOT_NEGATIVE, 0)
     for name in ("clip_norm", "max_minutes"):
-        value = getattr(args, name, None)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: give more than 0")
-    if args.ema_decay is not None and not 0 <= args.ema_decay < 1:
-        raise UserError(f"--ema-decay is {args.ema_decay}: give 0 to below 1")
+        if getattr(args, name, None) == 0:
+            raise UserError(f"--{name.replace('_', '-')} is 0: give more, or leave it out")
+    if args.ema_decay is not None and args.ema_decay >= 1:
+        raise UserError(f"--ema-decay is {args.ema_decay}: give less than 1")
     return args
-
-
-def require_range(args: argparse.Namespace, names: Sequence[str], least: int) -> None:
-    """
-    Raises:
-        UserError: one of the values called `names` is given and below `least`.
-    """
-    for name in names:
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: give {least} or more")
 
 
 def require_schedule(args: argparse.Namespace, epochs: int) -> None:
@@ -222,91 +239,3 @@ def require_schedule(args: argparse.Namespace, epochs: int) -> None:
             f"--warmup-epochs {args.warmup_epochs} leaves nothing of a stage's {epochs} epochs: "
             "give fewer"
         )
-
-
-def config_from_args(args: argparse.Namespace, **options: Any) -> TrainerConfig:
-    """`TrainerConfig` from the flags of the same names; `options` are those without flags."""
-    names = {field.name for field in dataclasses.fields(TrainerConfig)}
-    values = {name: value for name, value in vars(args).items() if name in names}
-    return TrainerConfig(**values | {"ema_decay": args.ema_decay or None} | options)
-
-
-def open_run(
-    args: argparse.Namespace, path: Path, world: DistributedContext
-) -> tuple[RunDir, Checkpoints]:
-    return (
-        RunDir(path, bool(args.resume), world.is_main),
-        Checkpoints(path, args.keep_checkpoints),
-    )
-
-
-def open_dashboard(
-    args: argparse.Namespace, folder: RunDir, scheme: LabelScheme | None = None
-) -> MetricLogger | None:
-    """What --visualize and --tensorboard ask for, in the main process.
-
-    Args:
-        scheme: see `MetricLogger`.
-
-    Raises:
-        UserError: what one of them needs is not installed.
-    """
-    displays: list[LoggerBackend] = []
-    if folder.main and args.visualize:
-        try:
-            from lednet.training.visdom_logger import VisdomBackend
-        except ImportError as error:
-            raise UserError(
-                "--visualize needs visdom: docs/install.md says how, or leave the flag out"
-            ) from error
-        displays.append(VisdomBackend(folder.path.name, port=args.port))
-    if folder.main and args.tensorboard:
-        try:
-            from lednet.training.tensorboard_logger import TensorBoardBackend
-        except ImportError as error:
-            raise UserError(
-                "--tensorboard needs TensorBoard: pip install tensorboard, or leave the flag out"
-            ) from error
-        displays.append(TensorBoardBackend(folder.path / "tensorboard"))
-    return MetricLogger(displays, scheme) if displays else None
-
-
-def set_backends(device: torch.device, precision: str, deterministic: bool = False) -> None:
-    """Settings of the whole process for training on `device`."""
-    if device.type != "cuda":
-        return
-    allow_tf32(precision != "fp32")
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        # Read when cuBLAS is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # PyTorch warns of max pooling, whose windows do not overlap here: it is deterministic.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def launch(
-    args: argparse.Namespace, train: Callable[[DistributedContext, CheckpointTimer], None]
-) -> None:
-    """Take this process's place, and train so that signals find a moment to stop at.
-
-    Exits with 143 or 130 after SIGTERM or SIGINT.
-
-    Raises:
-        UserError: the device or its precision is not there, another process of the run, or
-            one that loads, has gone; and whatever `train` raises.
-    """
-    with report_lost_process():
-        world = init_distributed(args.device)
-    try:
-        with autocast(world.device, args.precision):
-            pass  # refuses a precision that the device lacks, before anything is written
-        set_backends(world.device, args.precision, args.deterministic)
-        keeper = CheckpointTimer(world, StopRequest(), args.save_steps, args.save_minutes)
-        with report_lost_process(), worker_failures():
-            train(world, keeper)
-    except TrainingStopped as stopped:
-        if world.is_main:
-            print(f"{stopped}; go on with --resume", file=sys.stderr)
-        sys.exit(stopped.exit_status)
-    finally:
-        destroy_distributed()

@@ -61,6 +61,14 @@ def require_run(path: Path) -> None:
         raise UserError(f"nothing to resume in {path}: start without --resume")
 
 
+RENAMED_OPTIONS: dict[str, str] = {
+    "val_every": "val_stride",
+    "val_names": "val_prefix",
+    "skip_damaged": "skip_corrupt",
+}
+"""Options of version 0.1 under their present names."""
+
+
 def read_options(path: Path) -> dict[str, Any]:
     """Options of the run in the folder `path`.
 
@@ -72,7 +80,7 @@ def read_options(path: Path) -> dict[str, Any]:
     options = content.get("options") if isinstance(content, dict) else None
     if not isinstance(options, dict):
         raise UserError(f"{path / 'options.json'} holds no options: start a new run")
-    return options
+    return {str(RENAMED_OPTIONS.get(name, name)): value for name, value in options.items()}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

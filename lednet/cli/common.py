@@ -1,0 +1,187 @@
+"""Command-line flags that several scripts share.
+
+This module is quick to import: it does not import PyTorch.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DATASETS = ("cityscapes", "camvid", "voc", "ade20k", "folders")
+ANNOTATIONS = ("fine", "coarse", "both", "aug")
+LABEL_ENCODINGS = ("auto", "labelIds", "labelTrainIds")
+VARIANTS = ("d20", "d128")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+BACKENDS = ("eager", "compiled", "onnxruntime", "openvino")
+SCHEDULES = ("poly", "exponential", "cosine")
+AUGMENTATIONS = ("paper", "modern")
+
+Flags = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines, and ends each help text with its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        shown = action.option_strings and action.default not in (None, False, argparse.SUPPRESS)
+        if shown and "(default:" not in text and text != argparse.SUPPRESS:
+            text = f"{text} (default: {format_default(action.default)})".lstrip()
+        return text
+
+
+def format_default(value: Any) -> str:
+    """A default as it would be typed. A percent sign is doubled for argparse."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return str(value).replace("%", "%%")
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser for a script whose docstring is `description`."""
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+
+
+def print_help_early(build_parser: Callable[[], argparse.ArgumentParser]) -> None:
+    """Print the help and exit, if the command line asks for it.
+
+    Scripts call this before they import PyTorch, which takes seconds.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        build_parser().parse_args()
+
+
+def add_alias(flags: Flags, alias: str, flag: str) -> None:
+    """Accept `alias`, an earlier spelling of `flag`, without showing it in the help."""
+    action = next(a for a in flags._actions if flag in a.option_strings)
+    flags._option_string_actions[alias] = action
+
+
+def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
+    """A type for `argparse`: a number that is not below `least`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not value >= least:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} of at least {least}")
+        return value
+
+    return parse
+
+
+POSITIVE = at_least(1)
+COUNT = at_least(0)
+
+
+def add_dataset_flags(
+    flags: Flags,
+    annotations: tuple[str, ...] = ANNOTATIONS,
+    hold_out: str = "hold out every N-th training image for validation",
+) -> None:
+    """Flags that say which data set is read, and which part of it is held out.
+
+    Args:
+        annotations: choices of --annotations.
+        hold_out: help text of --val-stride.
+    """
+    flags.add_argument("--dataset", choices=DATASETS, default="cityscapes", help="data set")
+    flags.add_argument(
+        "--datadir", type=Path, help="folder of the data set (default: datasets/<dataset>)"
+    )
+    flags.add_argument(
+        "--annotations",
+        choices=annotations,
+        default="fine",
+        help="Cityscapes: fine, coarse (train_extra and train, coarsely annotated) or both; "
+        "Pascal VOC: fine or aug (trainaug)",
+    )
+    flags.add_argument(
+        "--labels",
+        choices=LABEL_ENCODINGS,
+        default="auto",
+        help="encoding of Cityscapes label files; auto: by their names",
+    )
+    flags.add_argument(
+        "--classes", type=Path, help="class file of own data (default: classes.yaml in --datadir)"
+    )
+    flags.add_argument("--val-stride", type=COUNT, default=0, metavar="N", help=hold_out)
+    flags.add_argument(
+        "--val-prefix",
+        metavar="PREFIX",
+        help="or hold out the images whose names begin with PREFIX: a recording, a city",
+    )
+    add_alias(flags, "--val-every", "--val-stride")
+    add_alias(flags, "--val-names", "--val-prefix")
+
+
+def add_input_size_flags(flags: Flags, default: str = "as trained") -> None:
+    """--height and --width of the network's input."""
+    for name in ("height", "width"):
+        flags.add_argument(
+            f"--{name}",
+            type=POSITIVE,
+            metavar="PIXELS",
+            help=f"{name} of the network's input (default: {default})",
+        )
+
+
+def add_num_workers_flag(flags: Flags, default: int, what: str = "data loading processes") -> None:
+    flags.add_argument("--num-workers", type=COUNT, default=default, metavar="N", help=what)
+    add_alias(flags, "--workers", "--num-workers")
+
+
+def add_backend_flags(flags: Flags, fold: bool = False) -> None:
+    """--device, --precision, --backend and, with `fold`, --fold."""
+    flags.add_argument("--device", choices=DEVICES, default="auto", help="device to run on")
+    flags.add_argument("--precision", choices=PRECISIONS, default="fp32", help="number format")
+    flags.add_argument(
+        "--backend",
+        choices=("auto", *BACKENDS),
+        help="inference engine; auto: the fastest that is installed (default: eager, or that of an "
+        "exported file)",
+    )
+    if fold:
+        flags.add_argument(
+            "--fold",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="fold batch norm into the convolutions, which changes no output",
+        )
+
+
+def add_test_time_flags(flags: Flags) -> None:
+    """--scales and --flip, whose predictions are averaged."""
+    flags.add_argument(
+        "--scales",
+        type=at_least(0, float),
+        nargs="+",
+        default=[1.0],
+        metavar="S",
+        help="average the predictions at these sizes, relative to the network's input",
+    )
+    flags.add_argument(
+        "--flip", action="store_true", help="average with the predictions of the mirrored image"
+    )
+
+
+def add_overlay_flags(flags: Flags) -> None:
+    flags.add_argument(
+        "--alpha",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="opacity of the class colours in overlays, 0 to 1",
+    )
+    flags.add_argument(
+        "--legend",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw a legend below each output",
+    )

@@ -129,8 +129,8 @@ MORE = (
     Fault("SIGINT in validation", stop(signal.SIGINT, False, LAST), 130, BY_INT,
           struck=in_validation),
     Fault("an image is cut in half", cut_image, 2, r"error: \S+\.png is damaged .*copy it again"),
-    Fault("a NaN loss and a cut image, with --skip-bad-steps --skip-damaged", cut_image, 0, "",
-          script=(SABOTAGE, "nan", 2), flags=("--skip-bad-steps", "--skip-damaged")),
+    Fault("a NaN loss and a cut image, with --skip-bad-steps --skip-corrupt", cut_image, 0, "",
+          script=(SABOTAGE, "nan", 2), flags=("--skip-bad-steps", "--skip-corrupt")),
     Fault("the run's folder cannot be made", block_folder, 2, r"error: cannot write to .*"),
     Fault("torchrun: a process is killed (--max-restarts=1)", kill_process, 0, LOST,
           launcher=TORCHRUN),
@@ -159,7 +159,7 @@ def try_fault(folder: Path, data: Path, references: dict, fault: Fault) -> dict:
         outcome = suffer(site, fault, *flags, anew=True)
         row |= {"status": outcome.ended.status, "said": outcome.ended.sentence}
         row["problems"] += outcome.problems
-        if "--skip-damaged" not in fault.flags:  # what is left out is missed in the weights
+        if "--skip-corrupt" not in fault.flags:  # what is left out is missed in the weights
             complete(site, *flags, launcher=fault.launcher)
             tolerance = 1e-6 if fault.launcher else 0.0
             row["problems"] += differences(site, references[fault.launcher], tolerance)

@@ -25,8 +25,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
-if "benchmarks" not in sys.modules:  # some installed package may have this name, too
+# lednet may not be installed on a machine that is lent for minutes. Scripts that are started from
+# here find it by PYTHONPATH.
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+if "benchmarks" not in sys.modules:  # an installed package may have this name too
     sys.modules["benchmarks"] = types.ModuleType("benchmarks")
     sys.modules["benchmarks"].__path__ = [str(ROOT / "benchmarks")]
 
@@ -43,7 +48,7 @@ RESERVE = 8.0
 LEAST_SECONDS = 15.0
 """A leg that would get less is left out."""
 ATTEMPTS = 4
-"""How often a leg is started whose process ends in the middle; it goes on behind that point."""
+"""How often a leg is started whose process ends in the middle; it continues after that point."""
 LOG_BYTES = 8_000_000
 PAGE = ROOT / "docs/gpu.md"
 MARK = "LEDNET_GPU_LEG"
@@ -199,9 +204,8 @@ def summary(results: Mapping[str, Any]) -> str:
     if results.get("dry_run"):
         parts.append("A dry run on a CPU: no figure says anything about a GPU.")
     legs = results["legs"]
-    parts.append(
-        table(("leg", "", "seconds", "limit", "rows", "failed"), map(leg_line, legs.items()))
-    )
+    head = ("leg", "", "seconds", "limit", "rows", "failed")
+    parts.append(table(head, map(leg_line, legs.items())))
     for name, leg in legs.items():
         if leg.get("rows") or leg.get("info"):
             parts.append(f"### {TITLES[name]}")

@@ -38,12 +38,13 @@ from benchmarks.gpu_legs import (
 from benchmarks.gpu_speed import make_trainer, without_dropout
 from benchmarks.inference import load_images
 from benchmarks.training import KEYS
-from lednet.deploy.backends import available
-from lednet.deploy.predictor import Predictor
+from lednet.checkpoint import load_checkpoint
+from lednet.device import allow_tf32, autocast
+from lednet.hub import load_weights
+from lednet.inference.backends import is_available
+from lednet.inference.predictor import Predictor
 from lednet.model import LEDNet
-from lednet.precision import allow_tf32, autocast
-from lednet.training.checkpoints import Checkpoints
-from lednet.weights import load_weights, read_checkpoint
+from lednet.training.checkpointing import Checkpoints
 
 TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 5e-2}
 """Of the network's outputs, relative to the largest value. For the last three, about four times
@@ -217,7 +218,7 @@ class LabelComparison:
 
     def __call__(self, backend: str, precision: str) -> Row:
         if backend == "onnxruntime":
-            if not available(backend, self.leg.device):
+            if not is_available(backend, self.leg.device):
                 return {"note": "not installed"}
             providers = importlib.import_module("onnxruntime").get_available_providers()
             if "CUDAExecutionProvider" not in providers:
@@ -255,13 +256,13 @@ def captured_error(leg: Leg, steps: int = 20) -> Row:
             cuda_graph=cuda_graph,
         )  # fmt: skip
         trainer.model.load_state_dict(net.state_dict())
-        tally, sums = trainer.new_tally(), [torch.zeros(2, device=leg.device)]
+        tally, sums = trainer.new_epoch_state(), [torch.zeros(2, device=leg.device)]
         trainer.train_one_epoch(
             batches,  # type: ignore[arg-type]  # has what is needed of a loader
-            "steps", KEYS, tally, after_update=lambda: sums.append(tally.sums.clone()),
+            "steps", KEYS, tally, after_step=lambda: sums.append(tally.sums.clone()),
         )  # fmt: skip
         steps = torch.stack(sums).diff(dim=0).cpu()
-        weights = [p.detach().flatten() for p in trainer.scored.parameters()]
+        weights = [p.detach().flatten() for p in trainer.eval_model.parameters()]
         return steps[:, 0] / steps[:, 1], torch.cat(weights).cpu()
 
     before = torch.cat([p.detach().flatten() for p in net.parameters()])
@@ -342,7 +343,7 @@ def resumed_difference(leg: Leg, deterministic: bool) -> Row:
         finish(leg, start(leg, [*toy_command(leg, killed, *flags), "--resume"]))
         finish(leg, alone)
         states = [
-            read_checkpoint(Checkpoints(folder).paths()[0])["state_dict"]
+            load_checkpoint(Checkpoints(folder).paths()[0])["state_dict"]
             for folder in (whole, killed)
         ]
     differences = [(states[0][key].double() - states[1][key].double()).abs() for key in states[0]]

@@ -36,20 +36,20 @@ from benchmarks.gpu_legs import (
 from benchmarks.inference import load_images
 from benchmarks.training import Repeated, busy_share, time_steps
 from lednet.data.cache import CachedDataset, build_cache
-from lednet.data.datasets import SegmentationDataset, open_dataset
+from lednet.data.dataset import SegmentationDataset
 from lednet.data.device_cache import DeviceLoader, load_to_device
+from lednet.data.loaders import make_loaders
+from lednet.data.registry import open_dataset
 from lednet.data.transforms import Augmentation
-from lednet.deploy.fold import fold_batch_norm
-from lednet.deploy.predictor import Predictor
-from lednet.deploy.speed import count_macs, peak_memory_mb, synchronize
-from lednet.deploy.unshuffle import remove_shuffles
+from lednet.device import allow_tf32, peak_memory_mb, synchronize
+from lednet.distributed import DistributedContext
+from lednet.export.fuse import fuse_channel_shuffles, fuse_conv_bn
+from lednet.inference.benchmark import count_macs
+from lednet.inference.predictor import Predictor
 from lednet.model import LEDNet, resize
-from lednet.precision import allow_tf32
-from lednet.training.distributed import World
-from lednet.training.engine import Optimization, Trainer, seed_everything
-from lednet.training.loading import make_loaders
-from lednet.training.loss import WeightedCrossEntropy
+from lednet.training.losses import WeightedCrossEntropy
 from lednet.training.tasks import Segmentation
+from lednet.training.trainer import Trainer, TrainerConfig, seed_everything
 
 # Inference
 
@@ -152,9 +152,9 @@ def make_core(how: Variant, net: LEDNet) -> nn.Module:
         return Peer(how.network).eval()
     if not how.fold:
         return copy.deepcopy(nn.Sequential(net.encoder, net.decoder)).eval()
-    folded = fold_batch_norm(net)
+    folded = fuse_conv_bn(net)
     if not how.shuffles:
-        return remove_shuffles(folded)
+        return fuse_channel_shuffles(folded)
     return nn.Sequential(folded.encoder, folded.decoder)
 
 
@@ -390,8 +390,8 @@ def make_trainer(
     criterion = WeightedCrossEntropy([1.0] * num_classes, num_classes + 1)
     classes = [str(number) for number in range(num_classes)]
     task = Segmentation(criterion, Augmentation("modern"), classes)
-    world = World(0, 1, device)
-    return Trainer(net, task, 1, world, Optimization(**options), False, notify=_refuse)
+    world = DistributedContext(0, 1, device)
+    return Trainer(net, task, 1, world, TrainerConfig(**options), False, notify=_refuse)
 
 
 def _refuse(message: str) -> None:
@@ -418,7 +418,7 @@ class Training:
     def __init__(self, leg: Leg, folder: Path):
         self.leg, self.folder = leg, folder
         self.steps, self.workers = (2, 0) if leg.dry else (16, min(12, os.cpu_count() or 1))
-        self.world = World(0, 1, leg.device)
+        self.world = DistributedContext(0, 1, leg.device)
         name, root = data_of(leg.args)
         self.whole = open_dataset(name, root, "train")
         self.most = 8 if leg.dry else 256

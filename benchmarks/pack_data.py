@@ -21,6 +21,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parents[1]
+
 import numpy as np
 from PIL import Image
 from tqdm import tqdm

@@ -33,7 +33,7 @@ from lednet.device import AMP_DTYPES, choose_device, describe_device
 from lednet.errors import exit_on_user_error
 from lednet.inference.backends import BACKENDS
 from lednet.inference.predictor import Predictor
-from lednet.inference.video import DEFAULT_RATE, FrameClock, VideoReader, write_video
+from lednet.inference.video import DEFAULT_RATE, VideoReader, write_video
 from lednet.inference.writers import (
     PredictionJob,
     PredictionWriter,
@@ -99,7 +99,7 @@ def image_case(
                 output.write(kind, path, image, label)
 
     def overlapped() -> None:
-        predict_images(predictor, tasks, output, lambda: None, workers=workers)
+        predict_images(predictor, tasks, output, lambda: None, num_workers=workers)
 
     network = partial(network_alone, predictor, pictures)
     return Case(f"{suffix} to {' and '.join(output.kinds)}", network, overlapped, one_by_one)
@@ -108,18 +108,24 @@ def image_case(
 def video_case(
     predictor: Predictor, pictures: list[np.ndarray], output: PredictionWriter, folder: Path
 ) -> Case:
-    path, clock = folder / "toy.mp4", FrameClock(DEFAULT_RATE, None)
-    with write_video(path, DEFAULT_RATE, clock.unit) as writer:
+    path = folder / "toy.mp4"
+    with write_video(path, DEFAULT_RATE, 1 / DEFAULT_RATE) as writer:
         for i, picture in enumerate(pictures):
-            writer.append(picture, i * clock.step)
+            writer.append(picture, i)
 
     def one_by_one() -> None:
-        with VideoReader(path) as video, video_output(output, "toy", video.rate, video.unit) as out:
+        with (
+            VideoReader(path) as video,
+            video_output(output, "toy", video.rate, video.time_base) as out,
+        ):
             for frame in video:
                 out.add(frame, predictor(frame.image))
 
     def overlapped() -> None:
-        with VideoReader(path) as video, video_output(output, "toy", video.rate, video.unit) as out:
+        with (
+            VideoReader(path) as video,
+            video_output(output, "toy", video.rate, video.time_base) as out,
+        ):
             predict_video(predictor, iter(video), out, lambda: None)
 
     network = partial(network_alone, predictor, pictures)

@@ -1,7 +1,7 @@
 """How long a recipe takes to reach an accuracy: hours of training and validation, from its logs.
 
     torchrun --nproc-per-node=2 train/main.py --recipe camvid --datadir /data/camvid \\
-        --val-names 0006R0 --savedir held-out
+        --val-prefix 0006R0 --savedir held-out
     python benchmarks/time_to_accuracy.py --runs save/held-out --page docs/results.md
 
 Measures nothing itself: the runs' folders tell what was reached when. Several runs are one after

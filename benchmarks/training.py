@@ -144,7 +144,7 @@ def time_steps(trainer: Trainer, loader: TrainBatches | SameBatch) -> list[float
         loader,  # type: ignore[arg-type]  # of a loader, SameBatch has what is needed
         "steps",
         KEYS,
-        after_update=watch.tick,
+        after_step=watch.tick,
     )
     return watch.times()
 

@@ -66,7 +66,7 @@ class Experiment(NamedTuple):
 
 
 FAST = "--precision bf16 --channels-last --num-workers 1 --device cpu"
-SMALL_CAMVID = "--recipe camvid --datadir {datadir} --val-names 0006R0 --height 180 --width 240 "
+SMALL_CAMVID = "--recipe camvid --datadir {datadir} --val-prefix 0006R0 --height 180 --width 240 "
 SMALL_CAMVID += "--precision bf16 --channels-last --num-workers 0 --device cpu --no-iouTrain"
 EXPERIMENTS = {
     "finetuning": Experiment(

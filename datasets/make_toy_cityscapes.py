@@ -3,19 +3,19 @@
     python datasets/make_toy_cityscapes.py --out datasets/toy_cityscapes
 
 150 street scenes, 512x256, in about 15 seconds on two cores. All 19 evaluated
-classes occur in train and in val. Every tool that reads Cityscapes reads the toy:
+classes occur in train and in val. Every tool that reads Cityscapes reads this set:
 file names, ids, colours, 16-bit instances and polygons follow
-https://github.com/mcordts/cityscapesScripts. As in the real thing, the ground
-truth of test is a dummy (all "out of roi"), and train_extra has coarse labels only.
+https://github.com/mcordts/cityscapesScripts. As in Cityscapes, the annotation of
+test is a dummy (all "out of roi"), and train_extra has coarse annotations only.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from lednet.io import read_json, write_atomically, write_json, write_text
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 DRAWING = 1
-"""Raised when the same seed gives other pictures, so that an old tree is not taken for new."""
+"""Version of the drawing; increased when the same seed gives other images."""
 
 MIN_SIZE, MAX_SIZE = 64, 8192
 
@@ -40,7 +40,7 @@ CITIES = {
     "test": ("atlantis", "eldorado"),
     "train_extra": ("wonderland", "schilda"),
 }
-ANNOTATED = {  # split -> ground truths on disk
+ANNOTATED = {  # split -> annotations on disk
     "train": ("gtFine", "gtCoarse"),
     "val": ("gtFine", "gtCoarse"),
     "test": ("gtFine",),
@@ -55,12 +55,12 @@ def frame_name(split: str, index: int) -> str:
 
 
 def toy_scene(seed: int, split: str, index: int, width: int, height: int) -> Scene:
-    """Scene number `index` of a split; it depends on nothing else."""
+    """Scene number `index` of a split; it depends on the arguments alone."""
     return draw_scene(random.Random(f"{seed}/{split}/{index}"), width, height)
 
 
 def out_of_roi(width: int, height: int) -> Annotation:
-    """The ground truth of the test split: nothing that counts."""
+    """The annotation of the test split: everything is ignored."""
     corners = [[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]]
     return annotate([{"label": "out of roi", "polygon": corners}], width, height)
 
@@ -91,7 +91,7 @@ def write_annotation(folder: Path, stem: str, truth: Annotation) -> None:
 
 
 def write_scene(root: Path, seed: int, width: int, height: int, item: tuple[str, int]) -> None:
-    """Draw scene `item` = (split, index) and write its picture and its ground truths."""
+    """Draw scene `item` = (split, index) and write its image and its annotations."""
     split, index = item
     scene, name = toy_scene(seed, split, index, width, height), frame_name(split, index)
     within = Path(split) / name.split("_")[0]
@@ -104,10 +104,10 @@ def write_scene(root: Path, seed: int, width: int, height: int, item: tuple[str,
 
 
 def claim(root: Path, options: dict) -> bool:
-    """Make `root` ours by a toy.json; False when the finished set is there already.
+    """Mark `root` as a toy set by toy.json; False if the finished set already exists.
 
     Raises:
-        UserError: `root` holds something else.
+        UserError: `root` contains something else.
     """
     marker = root / "toy.json"
     if marker.exists():
@@ -120,26 +120,17 @@ def claim(root: Path, options: dict) -> bool:
         return not found.get("complete", False)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(
-            f"{root} is there and no toy set, so it may be real data; choose another --out"
+            f"{root} exists and is not a toy set, so it may be real data; choose another --out"
         )
     write_json(marker, {"options": options, "complete": False})
     return True
 
 
 def remove_leftovers(root: Path) -> None:
-    """Temporary files of an interrupted run; they are named as `write_atomically` does."""
+    """Remove temporary files of an interrupted run, named as by `write_atomically`."""
     for pattern in (".*_leftImg8bit.*", ".*_gtFine_*", ".*_gtCoarse_*"):
         for path in root.rglob(pattern):
             path.unlink()
-
-
-def scenes(work: functools.partial, items: list, workers: int) -> Iterator[None]:
-    """Run `work` on each item, in this process or in a pool."""
-    if workers == 1:
-        yield from map(work, items)
-        return
-    with multiprocessing.Pool(workers) as pool:
-        yield from pool.imap_unordered(work, items, chunksize=2)
 
 
 def write_toy_cityscapes(
@@ -155,17 +146,17 @@ def write_toy_cityscapes(
 ) -> bool:
     """Write the toy data set to `root`; the files do not depend on `workers`.
 
-    An interrupted set with the same options is completed.
+    A set that was interrupted is completed if the options are the same.
 
     Args:
         train, val, test, train_extra: scenes in each split.
         width, height: pixels.
 
     Returns:
-        False when the same set was already there and nothing was done.
+        False if the same set already exists; nothing is written then.
 
     Raises:
-        UserError: sizes or counts out of range, or `root` holds something else.
+        UserError: sizes or counts out of range, or `root` contains something else.
     """
     root = Path(root)
     counts = {"train": train, "val": val, "test": test, "train_extra": train_extra}
@@ -181,8 +172,10 @@ def write_toy_cityscapes(
     remove_leftovers(root)
     items = [(split, index) for split, count in counts.items() for index in range(count)]
     work = functools.partial(write_scene, root, seed, width, height)
-    for _ in tqdm(scenes(work, items, workers), total=len(items), unit="scene"):
-        pass
+    with multiprocessing.Pool(workers) if workers > 1 else contextlib.nullcontext() as pool:
+        done = pool.imap_unordered(work, items, chunksize=2) if pool else map(work, items)
+        for _ in tqdm(done, total=len(items), unit="scene"):
+            pass
     write_json(root / "toy.json", {"options": options, "complete": True})
     return True
 
@@ -203,7 +196,9 @@ def parse_arguments() -> argparse.Namespace:
         )
     parser.add_argument("--width", type=int, default=512, help="pixels; default: 512")
     parser.add_argument("--height", type=int, default=256, help="pixels; default: 256")
-    parser.add_argument("--seed", type=int, default=1, help="another seed, other streets")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="random seed of all streets; default: 1"
+    )
     parser.add_argument(
         "--workers",
         type=int,

@@ -1,65 +1,50 @@
-"""Decode a data set once, to be read by training at the speed of memory.
+"""Decode a data set once into a cache, from which training reads as fast as from memory.
 
     python datasets/prepare_cityscapes.py --datadir /data/cityscapes
     python train/main.py --datadir /data/cityscapes --cache datasets/cache/cityscapes-512x1024
 
-Takes every data set that train/main.py takes, with the same flags, and prints the command
-that trains on it. Cityscapes fine is 7.3 GB and some minutes, coarse or both 48 GB more in the
-same folder. An interrupted build goes on when the command is given again; a finished one is
-brought up to date, by the shards whose files have changed. --verify changes nothing and reads
-every byte.
+Accepts every data set of train/main.py with the same flags, and prints the training command.
+Cityscapes fine takes 7.3 GB and some minutes; coarse or both take another 48 GB in the same
+folder. An interrupted build is resumed by the same command, which also updates a finished cache
+by decoding the shards whose files have changed. --verify reads everything and changes nothing.
 """
 
 import argparse
-import os
 from pathlib import Path
 
-from lednet.data.cache import CachedDataset, build_cache, command_line
-from lednet.data.registry import DATASETS, TRAINING_PARTS, cache_split, open_training_data
-from lednet.errors import UserError, exit_on_user_error
+from lednet.cli.common import (
+    add_dataset_flags,
+    add_input_size_flags,
+    make_parser,
+    print_help_early,
+)
+from lednet.cli.prepare_cache import add_cache_flags, build_or_verify
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = make_parser(__doc__)
+    add_dataset_flags(parser)
+    parser.add_argument(
+        "--with-val", action="store_true", help="train on the validation images too"
     )
-    # fmt: off
-    parser.add_argument("--dataset", choices=DATASETS, default="cityscapes")
-    parser.add_argument("--datadir", type=Path, help="data set's folder (datasets/<dataset>)")
-    parser.add_argument("--annotations", choices=TRAINING_PARTS, default="fine",
-                        help="Cityscapes: coarse is train_extra and train, both is train, finely "
-                        "annotated, and train_extra, coarsely; each with fine val. VOC: aug is "
-                        "trainaug")
-    parser.add_argument("--labels", choices=("auto", "labelIds", "labelTrainIds"), default="auto",
-                        help="what Cityscapes label files hold (told by their names)")
-    parser.add_argument("--classes", type=Path, help="class file of own data (classes.yaml)")
-    parser.add_argument("--val-every", type=int, default=0, metavar="N",
-                        help="no val split: hold out every N-th training image instead")
-    parser.add_argument("--val-names", metavar="PREFIX",
-                        help="or those whose names begin so, a whole recording for instance")
-    parser.add_argument("--with-val", action="store_true", help="as the training")
-    parser.add_argument("--height", type=int, help="training height in pixels (Cityscapes: 512)")
-    parser.add_argument("--width", type=int, help="training width in pixels (Cityscapes: 1024)")
-    parser.add_argument("--cache", type=Path, metavar="DIR",
-                        help="folder to write (datasets/cache/<dataset>-<height>x<width>)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
-                        help="decoding processes; 0 decodes in this one (one a core)")
-    parser.add_argument("--rebuild", action="store_true",
-                        help="replace a cache of other options, or of other library versions")
-    parser.add_argument("--verify", action="store_true",
-                        help="write nothing: compare a finished cache with its checksums")
-    # fmt: on
+    add_input_size_flags(parser, "that of the data set, 512x1024 for Cityscapes")
+    add_cache_flags(parser, "datasets/cache/<dataset>-<height>x<width>")
     return parser
 
 
+if __name__ == "__main__":
+    print_help_early(build_parser)
+
+from lednet.data.cache import SEGMENTATION_FLAGS, command_line
+from lednet.data.registry import cache_split, open_training_data
+from lednet.errors import exit_on_user_error
+
+
 def main() -> None:
-    args = build_parser().parse_args()
-    for name, least in (("height", 1), ("width", 1), ("val_every", 0), ("workers", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is too small: give {least} or more")
+    parser = build_parser()
+    args = parser.parse_args()
     train, val = open_training_data(
         args.dataset,
         args.datadir or ROOT / "datasets" / args.dataset,
@@ -68,24 +53,17 @@ def main() -> None:
         annotations=args.annotations,
         labels=args.labels,
         class_file=args.classes,
-        val_every=args.val_every,
-        val_names=args.val_names,
+        val_stride=args.val_stride,
+        val_prefix=args.val_prefix,
         with_val=args.with_val,
     )
     _, height, width = train.encoded_shape
     if args.cache is None:
         args.cache = ROOT / "datasets" / "cache" / f"{args.dataset}-{height}x{width}"
     splits = {cache_split(args.annotations): train, "val": val}
-    if not args.verify:
-        build_cache(args.cache, splits, args.workers, args.rebuild)
-    options, defaults = vars(args), vars(build_parser().parse_args([]))
-    command = command_line(Path(__file__).resolve(), options, defaults)
-    for name, source in splits.items():
-        cached = CachedDataset(args.cache / name, source, command)
-        if args.verify:
-            cached.verify()
+    build_or_verify(args, splits, Path(__file__).resolve(), parser, SEGMENTATION_FLAGS)
     print(f"{args.cache}: {len(train)} and {len(val)} pairs, {height}x{width}; train with")
-    print(command_line(ROOT / "train/main.py", options, defaults))
+    print(command_line(ROOT / "train/main.py", vars(args), vars(parser.parse_args([]))))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ from lednet.errors import UserError, exit_on_user_error
 from lednet.hub import load_weights
 from lednet.io import plain_values, write_text
 from lednet.model import EncoderClassifier, count_parameters
-from lednet.training.launch import config_from_args, launch, open_dashboard, open_run
+from lednet.training.launch import config_from_args, launch, open_logger, open_run
 from lednet.training.loop import StageComponents, TrainingRun, train_stages
 from lednet.training.run_dir import environment
 from lednet.training.signals import CheckpointTimer
@@ -169,7 +169,7 @@ def evaluate(args: argparse.Namespace, world: DistributedContext) -> None:
         )
 
 
-def train(args: argparse.Namespace, world: DistributedContext, keeper: CheckpointTimer) -> None:
+def train(args: argparse.Namespace, world: DistributedContext, timer: CheckpointTimer) -> None:
     train_data = open_data(args, "train")
     classes = train_data.classes
     val_data = open_data(args, "val", classes)
@@ -177,7 +177,7 @@ def train(args: argparse.Namespace, world: DistributedContext, keeper: Checkpoin
         "classifier", f"Classifier: {len(classes)} classes", args.num_epochs,
         encoder_file=ENCODER_FILE,
     )  # fmt: skip
-    folder, checkpoints = open_run(args, run_path(args), world)
+    run_dir, checkpoints = open_run(args, run_path(args), world)
     seed_everything(args.seed)
     net = EncoderClassifier(len(classes))
     size = args.crop_size
@@ -194,52 +194,52 @@ def train(args: argparse.Namespace, world: DistributedContext, keeper: Checkpoin
             **{key: str(value) for key, value in environment(ROOT).items()},
         },
     }
-    course = TrainingRun(net, [stage], folder, checkpoints, meta, args.seed, keeper)
-    course.keep_every, course.validate_every = args.epochs_save, args.validate_every
-    course.budget = TimeBudget(world, args.max_minutes)
-    course.dashboard = open_dashboard(args, folder)
-    state = course.resume() if args.resume else ()
+    run = TrainingRun(net, [stage], run_dir, checkpoints, meta, args.seed, timer)
+    run.keep_every, run.validate_every = args.epochs_save, args.validate_every
+    run.budget = TimeBudget(world, args.max_minutes)
+    run.logger = open_logger(args, run_dir)
+    state = run.resume() if args.resume else ()
     if not args.resume and args.state:
-        folder.log(f"--state: {load_weights(net, args.state)}")
+        run_dir.log(f"--state: {load_weights(net, args.state)}")
     net.to(world.device)
     if args.sync_batch_norm:
-        net = course.net = convert_sync_batch_norm(net, world)
-    folder.write_options(plain_values(vars(args)), ROOT, world)
+        net = run.net = convert_sync_batch_norm(net, world)
+    run_dir.write_options(plain_values(vars(args)), ROOT, world)
     if world.is_main:
-        write_text(folder.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
+        write_text(run_dir.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
     augmentation = ImageAugmentation(size, args.augment, len(classes), mixup=args.mixup)
     task = Classification(augmentation, classes, args.label_smoothing)
 
-    def equip(stage: Stage) -> StageComponents:
+    def build_stage(stage: Stage) -> StageComponents:
         data = SkipCorruptDataset(train_data) if args.skip_corrupt else train_data
         optimization = config_from_args(args, optimizer="sgd")
         loaders = make_loaders(
             data, val_data, world, args.batch_size, args.num_workers, args.seed,
             on_device=args.cache_device,
         )  # fmt: skip
-        trainer = Trainer(net, task, stage.epochs, world, optimization, notify=folder.log)
+        trainer = Trainer(net, task, stage.epochs, world, optimization, notify=run_dir.log)
         return StageComponents(trainer, *loaders)
 
-    folder.log(
+    run_dir.log(
         f"{len(classes)} classes, {len(train_data)} training and {len(val_data)} validation "
         f"images at {size}x{size}; {count_parameters(net):,} parameters, on {world.size} x "
-        f"{world.device}; {folder.path}"
+        f"{world.device}; {run_dir.path}"
     )
-    progress = train_stages(course, equip, *state)
-    folder.log(
-        f"done: best val top-1 {progress.best_score:.3f}; encoder {folder.path / ENCODER_FILE}, "
-        f"curves {folder.path / 'curves.png'}"
+    progress = train_stages(run, build_stage, *state)
+    run_dir.log(
+        f"done: best val top-1 {progress.best_score:.3f}; encoder {run_dir.path / ENCODER_FILE}, "
+        f"curves {run_dir.path / 'curves.png'}"
     )
 
 
 def main() -> None:
     args = parse_options()
 
-    def run(world: DistributedContext, keeper: CheckpointTimer) -> None:
+    def run(world: DistributedContext, timer: CheckpointTimer) -> None:
         if args.evaluate:
             evaluate(args, world)
         else:
-            train(args, world, keeper)
+            train(args, world, timer)
 
     launch(args, run)
 

@@ -1,4 +1,4 @@
-"""One process or many: the few calls that know about `torchrun`."""
+"""Training and inference in several processes, started by `torchrun`."""
 
 import contextlib
 import os
@@ -20,12 +20,12 @@ Net = TypeVar("Net", bound=nn.Module)
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process's place among all that train together.
+    """Rank and device of this process, and the collective operations that are used.
 
     Attributes:
-        rank: 0 .. size - 1; only rank 0 writes files.
+        rank: 0 to size - 1. Only rank 0 writes files.
         size: number of processes.
-        device: this process's device.
+        device: device of this process.
     """
 
     rank: int
@@ -37,13 +37,13 @@ class DistributedContext:
         return self.rank == 0
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
-        """`value` summed over all processes, in place."""
+        """Sum `value` over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest `value` of all processes."""
+        """The maximum of `value` over all processes."""
         if self.size == 1:
             return value
         shared = torch.tensor(value, device=self.device)
@@ -51,7 +51,7 @@ class DistributedContext:
         return int(shared)
 
     def all_gather(self, values: list) -> list:
-        """The values of all processes, in the order of their ranks; every process gets them."""
+        """The values of all processes, in the order of their ranks."""
         if self.size == 1:
             return values
         lists: list = [None] * self.size
@@ -59,21 +59,21 @@ class DistributedContext:
         return [value for part in lists for value in part]
 
     def barrier(self) -> None:
-        """Wait until every process has come here."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Give every process the running statistics of rank 0.
+        """Copy the running statistics of rank 0 to all processes.
 
-        DDP does so before each training step; after the last one they differ.
+        DDP does so before each training step, but not after the last one.
         """
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def wrap_ddp(self, model: nn.Module) -> nn.Module:
-        """`model` with gradients averaged over all processes."""
+        """Wrap `model` in `DistributedDataParallel` if there are several processes."""
         if self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -81,12 +81,15 @@ class DistributedContext:
 
 
 def init_distributed(device_name: str = "auto") -> DistributedContext:
-    """Take this process's place: alone, or as `torchrun` says in the environment.
+    """Join the process group that `torchrun` describes in the environment, if there is one.
 
-    Many processes talk over NCCL on CUDA and over gloo elsewhere.
+    Several processes use NCCL on CUDA and gloo elsewhere.
+
+    Args:
+        device_name: see `choose_device`.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device is not available.
     """
     device = choose_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -97,8 +100,8 @@ def init_distributed(device_name: str = "auto") -> DistributedContext:
         torch.cuda.set_device(device)
     store, rank, _ = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-        # torchrun --max-restarts keeps its store, and in it the addresses of the processes that
-        # are gone. The count tells the starts apart; of many machines, each has its own.
+        # torchrun --max-restarts keeps its store with the addresses of the previous processes.
+        # The prefix separates restarts. With several machines, each has a count of its own.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -106,10 +109,10 @@ def init_distributed(device_name: str = "auto") -> DistributedContext:
 
 
 def convert_sync_batch_norm(net: Net, world: DistributedContext) -> Net:
-    """`net` with batch norms that take their statistics over all processes' images.
+    """Convert batch norm layers to synchronized batch norm.
 
     Raises:
-        UserError: not on CUDA, where PyTorch has no such norm.
+        UserError: the device is not CUDA, for which alone PyTorch implements it.
     """
     if world.device.type != "cuda":
         raise UserError("--sync-batch-norm needs CUDA GPUs: leave it out")
@@ -118,26 +121,22 @@ def convert_sync_batch_norm(net: Net, world: DistributedContext) -> Net:
 
 @contextlib.contextmanager
 def report_lost_process() -> Iterator[None]:
-    """One sentence for another process of the world that has gone.
-
-    Raises:
-        UserError: one has.
-    """
+    """Turn the error of a collective operation into a `UserError`."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
             raise
         raise UserError(
-            "another process of this run ended or cannot be reached: see what it says, and go on "
-            "with --resume"
+            "another process of this run has ended or cannot be reached: see its output, and "
+            "continue with --resume"
         ) from error
 
 
 def destroy_distributed() -> None:
-    """Close the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
-        # Before 2.8 PyTorch waits for gloo's threads with the interpreter locked, and they may need
-        # it to let go of their last tensors (pytorch/pytorch#154976): they do so now.
+        # PyTorch before 2.8 waits for gloo's threads while holding the GIL, which they may need to
+        # release their last tensors (pytorch/pytorch#154976). The pause lets them do so first.
         time.sleep(0.1)
         dist.destroy_process_group()

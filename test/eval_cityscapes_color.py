@@ -4,8 +4,8 @@
 
 For each image below --input, <name>_color.png and <name>_overlay.png in the same
 sub-folder of --out, at the image's size and with a legend below. Takes the weights of any
-data set; classes and colours are those they were trained with. Pictures that are already
-there are kept, so a run that was cut short goes on where it stopped. On two CPU cores a
+data set; classes and colours are those they were trained with. Existing
+outputs are kept, so that an interrupted run can be resumed. On two CPU cores a
 2048x1024 image takes one to two seconds at a network size of 256x512.
 utils/predict.py does more: label maps, videos, the classes' shares.
 """

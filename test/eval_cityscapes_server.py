@@ -9,7 +9,7 @@
 One to two seconds an image on two CPU cores, at 512x1024. Figures are those of the
 official tool (cityscapesscripts), in its result file's format. The folder --out receives
 label-id PNGs under the benchmark's names, results.json and, for the test split,
-upload.zip. A run that was interrupted goes on with the same command.
+upload.zip. The same command resumes an interrupted run.
 """
 
 import argparse
@@ -93,7 +93,6 @@ from lednet.data.pairs import require_file
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.distributed import DistributedContext, destroy_distributed, init_distributed
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.benchmark_report import write_benchmark_report
 from lednet.evaluation.cityscapes_evaluator import (
     Frame,
     FrameResult,
@@ -114,6 +113,7 @@ from lednet.evaluation.cityscapes_submission import (
     prediction_name,
     write_submission,
 )
+from lednet.evaluation.report import write_benchmark_report
 from lednet.hub import RELEASED, resolve_weights, weights_checksum
 from lednet.inference.benchmark import benchmark, benchmark_rows
 from lednet.inference.predictor import Predictor
@@ -139,7 +139,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace, predictor: Predictor) -> dict:
-    """What an image's result depends on: an interrupted run goes on with the same alone."""
+    """Settings on which the results depend; a run is resumed with the same settings only."""
     return {
         "weights": weights_checksum(args.weights),
         "datadir": str(args.datadir.resolve()),

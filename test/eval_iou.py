@@ -120,8 +120,8 @@ def main() -> None:
         annotations=args.annotations,
         labels=args.labels,
         class_file=args.classes,
-        val_every=args.val_stride,
-        val_names=args.val_prefix,
+        val_stride=args.val_stride,
+        val_prefix=args.val_prefix,
     )
     predictor = Predictor.from_weights(
         args.weights, data.scheme, DEFAULT_SIZES.get(args.dataset), args.height, args.width,

@@ -297,7 +297,7 @@ def cut_checkpoint(run: Run) -> None:
     kill(run, 4)  # by then there is one more
     newest = Checkpoints(run.site.folder).paths()[0]
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    run.site.next_says = f"{newest.name} is damaged.*going on from checkpoint_"
+    run.site.next_says = f"{newest.name} is damaged.*resuming from checkpoint_"
 
 
 # What must be so afterwards
@@ -486,13 +486,15 @@ TEMPORARY = r"\..+"
 """Names of files that a process had no time or no right to remove; the next one does."""
 
 TERM, INT, KILLED = signal.SIGTERM, signal.SIGINT, -signal.SIGKILL
-BY_TERM, BY_INT = (f"stopped by {name}; go on with --resume" for name in ("SIGTERM", "SIGINT"))
+BY_TERM, BY_INT = (f"stopped by {name}; continue with --resume" for name in ("SIGTERM", "SIGINT"))
 NO_CHECKPOINT = r"error: cannot write \S+/checkpoint_\d+\.pth: .*; free some space or choose .*"
-NO_WORKER = "error: a loading process died .*: go on with --resume, perhaps with fewer .*"
+NO_WORKER = "error: a loading process died .*: continue with --resume, perhaps with fewer .*"
 IN_LOSS = r"error: the loss is nan in step \d of \w+ \d/\d, of \w+\.png, \w+\.png; "
 IN_WEIGHTS = r"error: the weights are not finite after \d+ steps; "
-GO_ON = r"(\S+\.pth is sound|there is no checkpoint yet): go on with --resume and a lower --lr, .*"
-LOST = r"(error: another process of this run ended .* --resume)?"
+GO_ON = (
+    r"(\S+\.pth is valid|there is no checkpoint yet): continue with --resume and a lower --lr, .*"
+)
+LOST = r"(error: another process of this run has ended .* --resume)?"
 """What the other process says, if it comes to it."""
 
 SABOTAGE = "tests/sabotage.py"

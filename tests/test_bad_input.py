@@ -97,7 +97,8 @@ def test_label_id_outside_the_table(train, own_camvid):
 
 
 @pytest.mark.parametrize(
-    ("net", "words"), [(LEDNet(12, "d128"), "d20 with 12 outputs"), (LEDNet(20), "20")]
+    ("net", "words"),
+    [(LEDNet(12, "d128"), "LEDNet(num_classes=12, variant='d20'"), (LEDNet(20), "20")],
 )
 def test_weights_of_another_variant_or_class_count(train, tmp_path, net, words):
     save_checkpoint(tmp_path / "w.pth", net, {})
@@ -166,7 +167,7 @@ def test_damaged_checkpoint_to_resume(train, tmp_path):
 def test_weights_alone_are_nothing_to_resume(train, tmp_path):
     save_checkpoint(tmp_path / "run" / CHECKPOINT, LEDNet(12), {})
     (tmp_path / "run/options.json").write_text('{"options": {}}')
-    assert_refused(train("--resume"), f"{CHECKPOINT} holds weights alone", "--state")
+    assert_refused(train("--resume"), f"{CHECKPOINT} holds weights only", "--state")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -194,14 +195,14 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--num-epochs", 0), "--num-epochs is 0"),
-        (("--val-every", 1), "--val-every 1"),
+        (("--num-epochs", 0), "--num-epochs: '0' is not a whole number"),
+        (("--val-stride", 1), "--val-stride 1"),
         (("--precision", "fp16"), "fp16 needs a GPU"),
         (("--class-weights", "released"), "for Cityscapes"),
         (("--pyramid-channels", 20), "d128"),
         (("--clip-norm", 0), "--clip-norm is 0"),
         (("--ema-decay", 1), "--ema-decay is 1"),
-        (("--accumulate", 0), "--accumulate is 0"),
+        (("--accumulate", 0), "--accumulate: '0' is not a whole number"),
         (("--warmup-epochs", 3, "--num-epochs", 3), "leaves nothing of a stage's 3 epochs"),
         (("--sync-batch-norm",), "needs CUDA GPUs"),
     ],

@@ -168,8 +168,8 @@ def test_train_ids_are_told_by_their_names(toy_cityscapes, tmp_path):
 
 
 def test_hold_out_parts_the_images(own_camvid):
-    train = open_dataset("camvid", own_camvid, "train", val_every=2)
-    val = open_dataset("camvid", own_camvid, "val", val_every=2)
+    train = open_dataset("camvid", own_camvid, "train", val_stride=2)
+    val = open_dataset("camvid", own_camvid, "val", val_stride=2)
     names = [[pair.image.stem[-1] for pair in data.pairs] for data in (train, val)]
     assert names == [["0", "2", "4"], ["1", "3"]]
 
@@ -177,14 +177,14 @@ def test_hold_out_parts_the_images(own_camvid):
 def test_hold_out_of_a_recording(own_camvid):
     whole = open_dataset("camvid", own_camvid, "train").pairs
     last = whole[-1].image.name
-    train = open_dataset("camvid", own_camvid, "train", val_names=last[:-4])
-    val = open_dataset("camvid", own_camvid, "val", val_names=last[:-4])
+    train = open_dataset("camvid", own_camvid, "train", val_prefix=last[:-4])
+    val = open_dataset("camvid", own_camvid, "val", val_prefix=last[:-4])
     assert [pair.image.name for pair in val.pairs] == [last]
     assert train.pairs == whole[:-1]
-    with pytest.raises(UserError, match="val is empty after --val-names 0099: hold out others"):
-        open_dataset("camvid", own_camvid, "val", val_names="0099")
+    with pytest.raises(UserError, match="val is empty after --val-prefix 0099: hold out others"):
+        open_dataset("camvid", own_camvid, "val", val_prefix="0099")
     with pytest.raises(UserError, match="give one of them"):
-        open_dataset("camvid", own_camvid, "val", val_names="0", val_every=2)
+        open_dataset("camvid", own_camvid, "val", val_prefix="0", val_stride=2)
 
 
 # annotations
@@ -235,7 +235,7 @@ def test_coarse_annotations_of_one_split_are_of_that_split_alone(toy_cityscapes,
 def test_frames_held_out_are_trained_on_in_no_annotation(own_cityscapes, annotations):
     for kind in ("leftImg8bit", "gtFine", "gtCoarse"):
         shutil.rmtree(own_cityscapes / kind / "val")
-    options = {"annotations": annotations, "val_every": 3}
+    options = {"annotations": annotations, "val_stride": 3}
     train, val = open_training_data("cityscapes", own_cityscapes, **options)
     assert folders(val) == {(TRAIN, "gtFine/train"): 2}
     assert len(train) == (4 if annotations == "fine" else 6)
@@ -283,10 +283,10 @@ def test_other_data_sets_have_no_coarse_annotations(camvid, own_data, name):
     root = {"camvid": camvid, "folders": own_data}[name]
     for annotations in ("coarse", "both"):
         with pytest.raises(UserError, match=f"^{name} has no coarse annotations: choose fine$"):
-            open_training_data(name, root, val_every=3, annotations=annotations)
+            open_training_data(name, root, val_stride=3, annotations=annotations)
     with pytest.raises(UserError, match=f"^{name} has no coarse annotations"):
-        open_dataset(name, root, "train", val_every=3, annotations="coarse")
-    assert open_dataset(name, root, "train", val_every=3, annotations="fine")
+        open_dataset(name, root, "train", val_stride=3, annotations="coarse")
+    assert open_dataset(name, root, "train", val_stride=3, annotations="fine")
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_damaged_label_stops_no_run_that_skips_and_computes_its_weights(
              "--class-weights", "computed", "--decoder", "--savedir", tmp_path / "run")  # fmt: skip
     refused = run_inside("train/main.py", *flags)
     assert refused.returncode == 2 and "train_001.png is damaged" in refused.stderr
-    result = run_inside("train/main.py", *flags, "--skip-damaged")
+    result = run_inside("train/main.py", *flags, "--skip-corrupt")
     assert result.returncode == 0, result.stderr
     assert "damaged and replaced by others: train_001.png" in result.stdout
 
@@ -440,8 +440,8 @@ def test_damaged_label_stops_no_run_that_skips_and_computes_its_weights(
 
 
 def test_own_data_needs_two_folders_and_a_class_file(own_data):
-    train = open_dataset("folders", own_data, "train", val_every=3)
-    val = open_dataset("folders", own_data, "val", val_every=3)
+    train = open_dataset("folders", own_data, "train", val_stride=3)
+    val = open_dataset("folders", own_data, "val", val_stride=3)
     assert (len(train), len(val)) == (4, 2)
     assert train.scheme.classes == ("field", "path") and train.scheme.colors[0] == (0, 200, 0)
     assert train.scheme.num_outputs == 3

@@ -29,7 +29,7 @@ from lednet.training.checkpointing import Checkpoints
 from lednet.training.loop import Progress, StageComponents, TrainingRun, train_stages
 from lednet.training.losses import WeightedCrossEntropy, resize_target
 from lednet.training.run_dir import RunDir
-from lednet.training.signals import SAVE, CheckpointTimer, StopRequest, TrainingStopped
+from lednet.training.signals import Action, CheckpointTimer, StopRequest, TrainingStopped
 from lednet.training.stages import Stage
 from lednet.training.tasks import Segmentation
 from lednet.training.trainer import EpochState, Trainer, TrainerConfig
@@ -115,7 +115,7 @@ def work(rank: int, size: int, folder: Path) -> None:
         "updates": {accumulate: updates(world, accumulate) for accumulate in (1, 2)},
         "uneven": uneven_data(world),
         "tally": restored_tally(world),
-        "orders": orders(world),
+        "actions": actions(world),
         "buffers": buffers(world),
         "stopped": stopped_fit(world, folder),
     }
@@ -145,15 +145,15 @@ def uneven_data(world: DistributedContext) -> dict[str, Any]:
     loaders = make_loaders(train, val, world, BATCH, workers=0, seed=1)
     trainer = make_trainer(world, small_model(), lr=0.0)
     kept = []
-    scores = trainer.task.scores
+    compute = trainer.task.compute
 
     def keeping(counts: Tensor) -> dict[str, Any]:
         kept.append(counts.clone())
-        return scores(counts)
+        return compute(counts)
 
-    trainer.task.scores = keeping
+    trainer.task.compute = keeping
     scored = trainer.evaluate(loaders[1], "val")
-    trainer.task.scores = scores
+    trainer.task.compute = compute
     _, single = make_loaders(train, Noise(1), world, BATCH, workers=0, seed=1)
     tally = trainer.new_epoch_state()
     trainer.train_one_epoch(loaders[0], "title", (1, 0, 1), tally)
@@ -182,21 +182,21 @@ def restored_tally(world: DistributedContext) -> dict[str, Any]:
     return {"saved": saved, "restored": restored, "later": again.state(world)}
 
 
-def orders(world: DistributedContext) -> dict[str, int]:
-    """What the keeper answers when only the last process has a reason to ask."""
+def actions(world: DistributedContext) -> dict[str, int]:
+    """Decisions of the timer when only the last process has a reason."""
     last = world.rank == world.size - 1
     request = StopRequest()
-    keeper = CheckpointTimer(world, request, every_minutes=1)
-    answers = {"nothing": keeper.poll(1)}
+    timer = CheckpointTimer(world, request, every_minutes=1)
+    found = {"nothing": timer.poll(1)}
     if last:
-        keeper._saved = -math.inf  # its clock alone says that a checkpoint is due
-    answers["clock"] = keeper.poll(2)
-    answers["after"] = keeper.poll(3)
+        timer._saved = -math.inf  # its clock alone says that a checkpoint is due
+    found["clock"] = timer.poll(2)
+    found["after"] = timer.poll(3)
     request.number = signal.SIGTERM if last else 0
-    answers["signal"], answers["stop"] = keeper.poll(4), keeper.stop()
+    found["signal"], found["stop"] = timer.poll(4), timer.signal
     request.number = signal.SIGTERM if last else signal.SIGINT
-    answers["two signals"] = keeper.poll(5)
-    return answers
+    found["two signals"] = timer.poll(5)
+    return {name: int(action) for name, action in found.items()}
 
 
 def buffers(world: DistributedContext) -> dict[str, Tensor]:
@@ -210,17 +210,17 @@ def buffers(world: DistributedContext) -> dict[str, Tensor]:
     def note() -> None:
         seen["before"] = flat(model.buffers())
 
-    trainer.train_one_epoch(loader, "title", (1, 0, 1), after_update=note)
+    trainer.train_one_epoch(loader, "title", (1, 0, 1), after_step=note)
     return seen | {"after": flat(model.buffers()), "average": flat(trainer.ema.buffers())}
 
 
 class StoppedBySignal(CheckpointTimer):
     """The last process gets a signal in the run's fifth step."""
 
-    def order(self, step: int) -> int:
+    def poll(self, step: int) -> Action:
         if step == 5 and self.world.rank == self.world.size - 1:
             self.request.number = signal.SIGTERM
-        return super().order(step)
+        return super().poll(step)
 
 
 def stopped_fit(world: DistributedContext, folder: Path) -> dict[str, Any]:
@@ -352,7 +352,7 @@ def test_uneven_validation_counts_every_image_once(together):
 
 def test_uneven_training_repeats_the_first_few(together):
     size, seen, _ = together
-    order = ResumableDistributedSampler(COUNT, ALONE, seed=1).order()
+    order = ResumableDistributedSampler(COUNT, ALONE, seed=1).indices()
     share = math.ceil(COUNT / size)
     padded = order + order[: share * size - COUNT]
     assert len(padded) > COUNT
@@ -379,16 +379,16 @@ def test_restored_tally_has_the_same_joint_sums(together):
         assert later["sums"].tolist() == [0.25 * total + others, 3.0 * total + others]
 
 
-def test_all_get_the_same_order(together):
+def test_all_processes_get_the_same_action(together):
     _, seen, _ = together
     for process in seen:
-        assert process["orders"] == {
-            "nothing": 0,
-            "clock": SAVE,
-            "after": 0,
-            "signal": signal.SIGTERM,
+        assert process["actions"] == {
+            "nothing": Action.CONTINUE,
+            "clock": Action.SAVE,
+            "after": Action.CONTINUE,
+            "signal": Action.STOP,
             "stop": signal.SIGTERM,
-            "two signals": signal.SIGTERM,
+            "two signals": Action.STOP,
         }
 
 

@@ -21,7 +21,9 @@ PAGES = sorted(
     if path.relative_to(ROOT).parts[0] not in ("build", "dist")
 )
 API = (
+    "lednet.cli",
     "lednet.data",
+    "lednet.data.prepare",
     "lednet.training",
     "lednet.evaluation",
     "lednet.export",
@@ -52,7 +54,7 @@ def test_the_site_needs_no_network(site):
 
 def test_the_first_page_leads_to_the_site(site):
     target = re.search(r"url=([^\"]+)", (site / "index.html").read_text())[1]
-    assert "Own data in ten minutes" in (site / target).read_text(encoding="utf-8")
+    assert "Training on your own data" in (site / target).read_text(encoding="utf-8")
 
 
 def test_readme_links_lead_somewhere(site):

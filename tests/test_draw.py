@@ -174,7 +174,7 @@ def test_folder_with_sub_folder(run_script, flags, weights, photos, tmp_path):
 
 
 def test_one_image_and_one_kind_with_legend(draw, photos, tmp_path):
-    result = draw("--input", photos / "a.png", "--what", "overlay", "--alpha", 0)
+    result = draw("--input", photos / "a.png", "--outputs", "overlay", "--alpha", 0)
     assert result.returncode == 0, result.stderr
     assert pictures(tmp_path / "out") == ["a_overlay.png"]
     picture = read(tmp_path / "out/a_overlay.png")
@@ -203,13 +203,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(draw, tmp_path):
 
 def test_results_inside_the_input_are_no_inputs(draw, photos):
     for _ in range(2):
-        result = draw("--out", photos / "out", "--what", "color")
+        result = draw("--out", photos / "out", "--outputs", "color")
         assert "of 2 images" in result.stdout, result.stderr
     assert pictures(photos / "out") == ["a_color.png", "sub/a_color.png"]
 
 
 def test_results_in_the_folder_above_the_input(draw, tmp_path):
-    assert "2 of 2 images" in draw("--out", tmp_path, "--what", "color").stdout
+    assert "2 of 2 images" in draw("--out", tmp_path, "--outputs", "color").stdout
     assert (tmp_path / "sub/a_color.png").is_file()
 
 

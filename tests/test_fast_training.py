@@ -21,10 +21,10 @@ from lednet.training.checkpointing import Checkpoints
 from lednet.training.cuda_graph import CapturedStep
 from lednet.training.loop import StageComponents, TrainingRun, train_stages
 from lednet.training.run_dir import RunDir, read_records
-from lednet.training.signals import CheckpointTimer, StopRequest
+from lednet.training.signals import CheckpointTimer, StopRequest, TrainingStopped
 from lednet.training.stages import Stage
 from lednet.training.time_budget import TimeBudget
-from lednet.training.trainer import LossMonitor
+from lednet.training.trainer import LossMonitor, TrainerConfig
 
 
 @pytest.fixture(params=["files", "cache", "skip damaged"])
@@ -209,7 +209,7 @@ def test_steps_that_cannot_be_recorded_are_eager_and_announced():
 def test_obstacles_to_recording_are_named(device, size, options, reason):
     trainer = small_trainer(**(options if device == "cpu" else {}))
     trainer.world = DistributedContext(0, size, torch.device(device))
-    trainer.optimization = trainer.Optimization(**options)
+    trainer.config = TrainerConfig(**options)
     obstacle = trainer._graph_obstacle()
     assert (obstacle is None) if reason is None else (reason in obstacle)
 
@@ -329,7 +329,7 @@ def test_time_limit_anneals_the_rate_to_zero_and_scores_the_last_epoch(monkeypat
 def test_resumed_run_counts_the_time_it_has_used(monkeypatch, tmp_path):
     clock = Clock(monkeypatch)
     stopped, first = timed_run(tmp_path / "run", minutes=1, stop_after=6)
-    assert type(stopped).__name__ == "Stopped"
+    assert isinstance(stopped, TrainingStopped)
     used = load_checkpoint(Checkpoints(tmp_path / "run").paths()[0])["progress"]["seconds"]
     assert used > 6
     clock.now += 1e6  # between the two processes
@@ -389,7 +389,7 @@ def test_max_minutes_ends_a_run_with_every_stage_scored(toy_cityscapes, run_scri
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(("--max-minutes", 0), "--max-minutes is 0.0: give more than 0"),
+    [(("--max-minutes", 0), "--max-minutes is 0: give more"),
      (("--precision", "tf32", "--device", "cpu"), "tf32 needs an NVIDIA GPU")],
 )  # fmt: skip
 def test_bad_values_are_refused(flags, words, toy_cityscapes, run_inside, tmp_path):

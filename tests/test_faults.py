@@ -71,7 +71,7 @@ def test_only_dead_loading_processes_are_called_dead():
 
 def test_what_may_be_skipped_is_skipped_and_counted(data, tmp_path):
     site = Site(data, tmp_path / "run", 2)
-    flags = ("--decoder", "--save-steps", 1, "--skip-bad-steps", "--skip-damaged")
+    flags = ("--decoder", "--save-steps", 1, "--skip-bad-steps", "--skip-corrupt")
     fault = Fault("", cut_image, 0, script=(SABOTAGE, "nan", 2))
     outcome = suffer(site, fault, *flags)
     assert not outcome.problems, outcome.ended.text

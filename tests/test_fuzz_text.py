@@ -281,7 +281,7 @@ def test_caches(cached, data):
 
     found = ends_well(read_all, folder, *(pair.image.name for pair in source.pairs))
     if found is not None:
-        assert found[0].facts.shape[0] == len(source)
+        assert found[0].metadata.shape[0] == len(source)
         for ours, theirs in zip(found[1], map(source.__getitem__, range(len(source))), strict=True):
             assert ours[0].shape == theirs[0].shape and ours[0].dtype == torch.uint8
 
@@ -313,7 +313,7 @@ def test_a_damaged_manifest_names_the_way_out(cached):
     folder.mkdir()
     for name, content in {**files, MANIFEST: b"{"}.items():
         write(folder / name, content)
-    with pytest.raises(UserError, match=r"bring the cache up to date with `build --rebuild`"):
+    with pytest.raises(UserError, match=r"replace it with `build --rebuild`"):
         CachedDataset(folder, source, "build")
     build_cache(folder.parent, {"train": source}, rebuild=True)
-    assert np.all(CachedDataset(folder, source, "build").facts >= 0)
+    assert np.all(CachedDataset(folder, source, "build").metadata >= 0)

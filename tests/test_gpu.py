@@ -19,8 +19,8 @@ from benchmarks import gpu_proof
 from benchmarks.gpu_legs import Leg
 from lednet import LEDNet
 from lednet.data.transforms import PRESETS, Augmentation
-from lednet.deploy.graph import BytesToLabels, BytesToLogits
-from lednet.training.loss import WeightedCrossEntropy
+from lednet.export.wrappers import BytesToLabels, BytesToLogits
+from lednet.training.losses import WeightedCrossEntropy
 from lednet.training.tasks import Segmentation
 
 VARIANTS = ("d20", "d128")

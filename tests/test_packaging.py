@@ -15,7 +15,7 @@ import lednet, torch
 assert "site" in lednet.__file__, lednet.__file__
 net, meta = lednet.load_model("camvid-d20")
 print(net(torch.rand(1, 3, 32, 48)).shape[1], meta["dataset"])
-import lednet.export.exporter, lednet.evaluation.page, lednet.training.loop
+import lednet.evaluation.report, lednet.export.exporter, lednet.training.loop
 from lednet.data.registry import CLASS_FILES, read_class_file
 assert read_class_file(CLASS_FILES / "ADE20K.yaml").num_classes == 150
 """
@@ -57,7 +57,7 @@ def test_wheel_holds_what_the_library_needs(built):
         "lednet/data/classes/ADE20K.yaml",
         "lednet/demo/page.css",
         "lednet/demo/page.js",
-        "lednet/templates/page.html",
+        "lednet/templates/evaluation.html",
         "lednet/templates/dataset.html",
         "lednet/released/camvid-d20/model.safetensors",
     } <= names

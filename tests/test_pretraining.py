@@ -23,7 +23,7 @@ from lednet.distributed import DistributedContext
 from lednet.model import load_model
 from lednet.training.loop import Progress
 from lednet.training.run_dir import MEASURED_KEYS, read_records
-from lednet.training.signals import CheckpointTimer
+from lednet.training.signals import Action, CheckpointTimer
 from lednet.training.stages import parse_curriculum, parse_sizes, plan_stages
 from lednet.training.tasks import Classification
 from lednet.training.trainer import FinetuneConfig, Trainer, TrainerConfig
@@ -170,7 +170,7 @@ def test_learning_rate_moves_within_an_epoch():
     assert trainer.start_epoch(2) == pytest.approx(0.1 * (1 + math.cos(math.pi / 4)) / 2)
     trainer.train_one_epoch(
         batches(2), "title", KEYS,
-        after_update=lambda: rates.append([g["lr"] for g in trainer.optimizer.param_groups]),
+        after_step=lambda: rates.append([g["lr"] for g in trainer.optimizer.param_groups]),
     )  # fmt: skip
     factors = [(1 + math.cos(math.pi * done / 4)) / 2 for done in (1, 1.5)]
     assert rates == [pytest.approx([0.1 * f, 0.05 * f]) for f in factors]
@@ -182,7 +182,7 @@ def test_next_stage_goes_on_from_the_averaged_weights():
     trainer.train_one_epoch(batches(3), "title", KEYS)
     average = {key: value.clone() for key, value in trainer.eval_model.state_dict().items()}
     assert not torch.equal(model.head.weight, average["head.weight"])
-    trainer.keep_average()
+    trainer.copy_ema_to_model()
     assert all(torch.equal(value, average[key]) for key, value in model.state_dict().items())
 
 
@@ -269,10 +269,11 @@ def test_epochs_between_are_not_scored(run_inside, camvid, tmp_path):
 def stop_at(monkeypatch, step: int) -> None:
     """Let a SIGTERM come in a certain step of a run."""
 
-    def order(keeper: CheckpointTimer, number: int) -> int:
-        return int(signal.SIGTERM) if number == step else 0
+    def poll(timer: CheckpointTimer, number: int) -> Action:
+        timer.signal = int(signal.SIGTERM)
+        return Action.STOP if number == step else Action.CONTINUE
 
-    monkeypatch.setattr(CheckpointTimer, "order", order)
+    monkeypatch.setattr(CheckpointTimer, "poll", poll)
 
 
 def run_process(*command) -> str:
@@ -352,7 +353,7 @@ def test_curriculum_trains_each_part_on_its_own_data(whole_curriculum):
     [
         (("--curriculum", "coarse:1", "--annotations", "both"), "leave --annotations out"),
         (("--class-uniform", 0), "--class-uniform is 0.0: give more than 0"),
-        (("--freeze-encoder", -1), "--freeze-encoder is -1: give 0 or more"),
+        (("--freeze-encoder", -1), "--freeze-encoder: '-1' is not a whole number of at least 0"),
         (("--dataset", "camvid", "--curriculum", "coarse:1,fine:1"), "coarse"),
     ],
 )
@@ -515,7 +516,7 @@ def test_paper_recipe_is_the_default(pretrain, tmp_path):
     [
         (("--recipe", "modern", "--num-epochs", 5), "--warmup-epochs 5 leaves nothing"),
         (("--label-smoothing", 1), "--label-smoothing is 1.0: give 0 to below 1"),
-        (("--crop-size", 0), "--crop-size is 0: give 1 or more"),
+        (("--crop-size", 0), "--crop-size: '0' is not a whole number of at least 1"),
         (("--evaluate", "nowhere.pth"), "no weights at nowhere.pth"),
     ],
 )
@@ -532,7 +533,7 @@ def test_truncated_picture_is_named_or_skipped(pretrain, pictures, tmp_path, run
     flags = ("--datadir", own, "--num-epochs", 1)
     refused = pretrain(tmp_path / "run", *flags)
     assert refused.returncode == 2 and "train/red/3.png is damaged" in refused.stderr
-    result = pretrain(tmp_path / "other", *flags, "--skip-damaged")
+    result = pretrain(tmp_path / "other", *flags, "--skip-corrupt")
     assert result.returncode == 0, result.stderr
     assert "damaged and replaced by others: 3.png" in result.stdout
 

@@ -124,8 +124,8 @@ def test_score_equals_the_one_in_the_log(trained, toy_cityscapes, run_script, tm
     outputs = {name: tmp_path / name for name in ("out.json", "bars.png", "sheet.png")}
     result = run_script(
         "test/eval_iou.py", "--weights", trained, "--datadir", toy_cityscapes, "--device", "cpu",
-        "--at", "network", "--json", outputs["out.json"], "--plot", outputs["bars.png"],
-        "--sheet", outputs["sheet.png"],
+        "--eval-size", "network", "--json", outputs["out.json"], "--plot", outputs["bars.png"],
+        "--contact-sheet", outputs["sheet.png"],
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     figures = json.loads(outputs["out.json"].read_text())
@@ -146,7 +146,7 @@ def test_two_processes_count_every_image_once(toy_cityscapes, run_script, tmp_pa
     assert stages(folder) == [("encoder", 1), ("decoder", 1)]
     scored = run_script(
         "test/eval_iou.py", "--weights", folder, "--datadir", toy_cityscapes, "--device", "cpu",
-        "--at", "network", "--json", tmp_path / "out.json",
+        "--eval-size", "network", "--json", tmp_path / "out.json",
     )  # fmt: skip
     assert scored.returncode == 0, scored.stderr
     miou = json.loads((tmp_path / "out.json").read_text())["miou"]

@@ -34,7 +34,7 @@ from lednet.training.losses import (
     resize_target,
 )
 from lednet.training.lr_schedule import lr_factor
-from lednet.training.signals import SAVE, CheckpointTimer, StopRequest, TrainingStopped
+from lednet.training.signals import Action, CheckpointTimer, StopRequest, TrainingStopped
 from lednet.training.tasks import Segmentation
 from lednet.training.trainer import (
     FinetuneConfig,
@@ -122,7 +122,9 @@ def test_another_number_of_processes_goes_on_with_what_is_left(before, after):
     """As a run does that was stopped two batches of 3 into its epoch."""
     images = 2 * 3 * before
     worlds = [DistributedContext(rank, before, CPU) for rank in range(before)]
-    done = {i for w in worlds for i in ResumableDistributedSampler(29, w, seed=1).order()[: 2 * 3]}
+    done = {
+        i for w in worlds for i in ResumableDistributedSampler(29, w, seed=1).indices()[: 2 * 3]
+    }
     left = set()
     for rank in range(after):
         sampler = ResumableDistributedSampler(29, DistributedContext(rank, after, CPU), seed=1)
@@ -161,7 +163,7 @@ def test_each_class_is_drawn_as_often_as_another_and_each_of_its_images():
     epochs = 60
     times = np.zeros(1000)
     for epoch in range(epochs):
-        order = class_uniform(counts, 0.5, epoch).order()
+        order = class_uniform(counts, 0.5, epoch).indices()
         assert len(order) == 1000
         times += np.bincount(order, minlength=1000) / epochs
     # Of 500 draws, a third for each class; a permutation has each image once in 1000 places.
@@ -182,7 +184,7 @@ def test_as_many_places_as_asked_for_are_drawn_by_class_and_the_others_are_left(
     for epoch in range(200):
         plain = ResumableDistributedSampler(37, DistributedContext(0, 1, CPU), seed=1)
         plain.epoch = epoch
-        pairs = list(zip(plain.order(), class_uniform(counts, fraction, epoch), strict=True))
+        pairs = list(zip(plain.indices(), class_uniform(counts, fraction, epoch), strict=True))
         changed = {place for place, (before, after) in enumerate(pairs) if before != after}
         assert all(after == 5 for before, after in pairs if before != after)
         numbers.add(len(changed))
@@ -195,7 +197,7 @@ def test_as_many_places_as_asked_for_are_drawn_by_class_and_the_others_are_left(
 def test_classes_that_never_occur_are_not_drawn_and_void_is_no_class():
     counts = np.zeros((20, 6), dtype=np.int64)
     counts[:, 5] = 9
-    assert class_uniform(counts, 1).order() == class_uniform(counts, 0.5).order()
+    assert class_uniform(counts, 1).indices() == class_uniform(counts, 0.5).indices()
     assert sorted(class_uniform(counts, 1)) == list(range(20))
     counts[3, 1] = counts[[4, 5, 19], 4] = 2
     counts[7] = 0  # a label that could not be read
@@ -227,7 +229,9 @@ def test_class_uniform_order_is_one_for_all_processes_and_goes_on_inside_an_epoc
         assert list(sampler) == sampler.indices()[6:] and len(sampler) == sampler.num_samples - 6
     assert joint(left)[: 29 - 6 * after] == whole[6 * after :]
     assert joint(parts(before)) == joint(parts(before)) != joint(parts(before, epoch=2))
-    assert whole != ClassUniformSampler(counts, 0.6, DistributedContext(0, 1, CPU), seed=2).order()
+    assert (
+        whole != ClassUniformSampler(counts, 0.6, DistributedContext(0, 1, CPU), seed=2).indices()
+    )
 
 
 def test_absent_gpu_is_refused():
@@ -387,8 +391,8 @@ def test_average_follows_the_weights():
     other = small_trainer(ema_decay=0.75)
     other.load_state_dict(trainer.state_dict())
     name = "encoder.0.conv.bias"
-    assert torch.equal(other.scored.state_dict()[name], found[name])
-    with pytest.raises(UserError, match="begun without --ema-decay"):
+    assert torch.equal(other.eval_model.state_dict()[name], found[name])
+    with pytest.raises(UserError, match="started without --ema-decay"):
         other.load_state_dict(small_trainer().state_dict())
 
 
@@ -451,7 +455,7 @@ def test_epoch_that_was_interrupted_ends_as_if_it_had_not_been(stop, accumulate)
 
     for key in ("loss", "miou"):
         assert found[key] == expected[key]
-    for ours, theirs in ((second.model, whole.model), (second.average, whole.average)):
+    for ours, theirs in ((second.model, whole.model), (second.ema, whole.ema)):
         a, b = ours.state_dict(), theirs.state_dict()
         assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -459,20 +463,23 @@ def test_epoch_that_was_interrupted_ends_as_if_it_had_not_been(stop, accumulate)
 # When to save, when to stop, and what is kept
 
 
-def test_keeper_saves_by_steps_and_by_minutes(monkeypatch):
+def test_checkpoint_timer_saves_by_steps_and_by_minutes(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
     world, request = DistributedContext(0, 1, CPU), StopRequest()
-    keeper = CheckpointTimer(world, request, every_steps=3)
-    assert [keeper.poll(step) for step in range(1, 7)] == [0, 0, SAVE, 0, 0, SAVE]
-    keeper = CheckpointTimer(world, request, every_minutes=2)
-    answers = []
-    for clock[0] in (60, 121, 130, 241, 242):
-        answers.append(keeper.poll(1))
-    assert answers == [0, SAVE, 0, 0, SAVE]
-    assert CheckpointTimer(world, request).order(5) == keeper.stop() == 0
+    pattern = [Action.CONTINUE, Action.CONTINUE, Action.SAVE] * 2
+    timer = CheckpointTimer(world, request, every_steps=3)
+    assert [timer.poll(step) for step in range(1, 7)] == pattern
+    timer = CheckpointTimer(world, request, every_minutes=2)
+    actions = []
+    for clock[0] in (60, 61, 121, 130, 131, 242):
+        actions.append(timer.poll(1))
+    assert actions == pattern
+    assert CheckpointTimer(world, request).poll(5) == Action.CONTINUE
+    assert timer.stop_signal() == timer.signal == 0
     request.number = signal.SIGTERM
-    assert keeper.poll(1) == keeper.stop() == signal.SIGTERM
+    assert timer.poll(1) == Action.STOP and timer.signal == signal.SIGTERM
+    assert timer.stop_signal() == signal.SIGTERM
 
 
 def test_signal_is_noted_and_a_later_one_ends(monkeypatch):
@@ -525,7 +532,7 @@ def test_damaged_checkpoint_falls_back_and_says_so(harm, tmp_path):
     assert len(complaints) == 1 and f"{newest} is damaged" in complaints[0]
     assert newest.with_suffix(".damaged").exists() and not newest.exists()
     path.write_bytes(b"")
-    with pytest.raises(UserError, match="start anew"):
+    with pytest.raises(UserError, match="start a new run"):
         checkpoints.load_latest()
 
 

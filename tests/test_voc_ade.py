@@ -283,8 +283,8 @@ def test_images_both_trained_on_and_validated_are_refused(augmented):
         open_training_data("voc", augmented)
     # Held out by number, they would be others of train than of trainaug.
     with pytest.raises(UserError, match=r"1 of 1 validation images .* are among those trained on"):
-        open_training_data("voc", augmented, annotations="aug", val_every=3)
-    train, val = open_training_data("voc", augmented, annotations="aug", val_names="2007_000039")
+        open_training_data("voc", augmented, annotations="aug", val_stride=3)
+    train, val = open_training_data("voc", augmented, annotations="aug", val_prefix="2007_000039")
     assert stems(val) == ["2007_000039"] and len(train) == 3
 
 
@@ -336,7 +336,7 @@ def test_from_the_tree_to_predictions(name, annotations, classes, request, run_i
 
     weights = tmp_path / "run/best.pth"
     run("test/eval_iou.py", "--weights", weights, *data, "--device", "cpu", "--num-workers", 0,
-        "--json", tmp_path / "val.json", "--sheet", tmp_path / "sheet.png")  # fmt: skip
+        "--json", tmp_path / "val.json", "--contact-sheet", tmp_path / "sheet.png")  # fmt: skip
     scores = json.loads((tmp_path / "val.json").read_text())
     assert scores["scored_at"] == "full" and scores["network_size"] == [32, 32]
     assert len(scores["class_iou"]) == classes and scores["images"] == 2
@@ -373,7 +373,7 @@ def test_doctor_finds_a_clean_tree_clean_and_a_wrong_id(name, request, run_insid
         Image.fromarray(np.full((image.height, image.width), 200, np.uint8)).save(path)
     status, report = check()
     assert status == 1
-    assert f"values that {scheme} does not have" in json.dumps(report)
+    assert f"values that {scheme} does not define" in json.dumps(report)
 
 
 def test_refusal_as_the_shell_sees_it(run_inside, voc, tmp_path):

@@ -80,7 +80,7 @@ def test_network_is_rebuilt_from_its_weights(other, tmp_path):
 
 @pytest.mark.parametrize(
     "wanted, word",
-    [(LEDNet(20, "d128"), "d128"), (LEDNet(12), "12 outputs")],
+    [(LEDNet(20, "d128"), "d128"), (LEDNet(12), "num_classes=12")],
 )
 def test_other_variant_or_class_count_is_refused_and_changes_nothing(net, tmp_path, wanted, word):
     save_checkpoint(tmp_path / "w.pth", net, {})
@@ -141,12 +141,12 @@ def test_the_releases_imagenet_classifier_is_understood(tmp_path):
 
 def test_classifiers_of_other_classes_and_other_networks_are_told_apart(net, tmp_path):
     save_checkpoint(tmp_path / "w.pth", EncoderClassifier(9), {})
-    with pytest.raises(UserError, match=r"w\.pth does not fit the classifier with 4 classes"):
+    with pytest.raises(UserError, match=r"w\.pth does not fit EncoderClassifier\(num_classes=4\)"):
         load_weights(EncoderClassifier(4), tmp_path / "w.pth")
     with pytest.raises(UserError, match="no LEDNet decoder"):
         load_model(tmp_path / "w.pth")
     save_checkpoint(tmp_path / "w.pth", net, {})
-    with pytest.raises(UserError, match=r"with 20 classes.*classifier.weight is missing"):
+    with pytest.raises(UserError, match=r"num_classes=20.*classifier.weight is missing"):
         load_weights(EncoderClassifier(20), tmp_path / "w.pth")
 
 

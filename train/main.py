@@ -159,7 +159,7 @@ from lednet.errors import UserError, exit_on_user_error
 from lednet.hub import resolve_weights
 from lednet.io import plain_values, write_text
 from lednet.model import LEDNet, count_parameters
-from lednet.training.launch import config_from_args, launch, open_dashboard, open_run
+from lednet.training.launch import config_from_args, launch, open_logger, open_run
 from lednet.training.loop import StageComponents, TrainingRun, train_stages
 from lednet.training.losses import (
     RELEASED_WEIGHTS,
@@ -227,8 +227,8 @@ class Data:
             annotations=annotations,
             labels=args.labels,
             class_file=args.classes,
-            val_every=args.val_stride,
-            val_names=args.val_prefix,
+            val_stride=args.val_stride,
+            val_prefix=args.val_prefix,
             with_val=args.with_val,
         )
         _, args.height, args.width = train.encoded_shape
@@ -264,7 +264,7 @@ def weights_for(args: argparse.Namespace, stage: Stage, data: Data) -> list[floa
     return class_weights(shares, WEIGHT_OFFSETS[stage.part]).tolist()
 
 
-def start_weights(args: argparse.Namespace, course: TrainingRun) -> None:
+def start_weights(args: argparse.Namespace, run: TrainingRun) -> None:
     """Load what the flags ask for into a new run's network, and take over its normalisation and
     what released weights tell of their training."""
     for flag, path, part in (
@@ -273,20 +273,20 @@ def start_weights(args: argparse.Namespace, course: TrainingRun) -> None:
     ):
         if path:
             content = load_checkpoint(resolve_weights(path))
-            report = load_state(course.net, content["state_dict"], path, part)
+            report = load_state(run.net, content["state_dict"], path, part)
             meta = content.get("meta", {})
-            course.meta |= {key: meta[key] for key in ("mean", "std") if key in meta}
+            run.meta |= {key: meta[key] for key in ("mean", "std") if key in meta}
             if flag == "--state" and (earlier := meta.get("training", meta.get("earlier"))):
-                course.meta["earlier"] = earlier
-            course.folder.log(f"{flag}: {report}")
+                run.meta["earlier"] = earlier
+            run.run_dir.log(f"{flag}: {report}")
 
 
-def train(args: argparse.Namespace, world: DistributedContext, keeper: CheckpointTimer) -> None:
+def train(args: argparse.Namespace, world: DistributedContext, timer: CheckpointTimer) -> None:
     """Build data and network, then train the stages that are left."""
     stages = stages_of(args)
     open_data = functools.lru_cache(maxsize=1)(functools.partial(Data, args))
     scheme = open_data(stages[0].annotations).scheme
-    folder, checkpoints = open_run(args, run_path(args), world)
+    run_dir, checkpoints = open_run(args, run_path(args), world)
     seed_everything(args.seed)
     net = LEDNet(scheme.num_outputs, args.variant, args.pyramid_channels)
     mean, std = NO_NORMALIZATION
@@ -299,26 +299,26 @@ def train(args: argparse.Namespace, world: DistributedContext, keeper: Checkpoin
         "std": list(std),
         "size": [args.height, args.width],
     }
-    course = TrainingRun(net, stages, folder, checkpoints, meta, args.seed, keeper)
-    course.keep_every, course.validate_every = args.epochs_save, args.validate_every
-    course.budget = TimeBudget(world, args.max_minutes, stage_costs(stages, args))
-    course.dashboard = open_dashboard(args, folder, scheme)
-    state = course.resume() if args.resume else ()
+    run = TrainingRun(net, stages, run_dir, checkpoints, meta, args.seed, timer)
+    run.keep_every, run.validate_every = args.epochs_save, args.validate_every
+    run.budget = TimeBudget(world, args.max_minutes, stage_costs(stages, args))
+    run.logger = open_logger(args, run_dir, scheme)
+    state = run.resume() if args.resume else ()
     if not args.resume:
-        start_weights(args, course)
+        start_weights(args, run)
     net.to(world.device)
     if args.sync_batch_norm:
-        net = course.net = convert_sync_batch_norm(net, world)
-    folder.write_options(plain_values(vars(args)), ROOT, world)
+        net = run.net = convert_sync_batch_norm(net, world)
+    run_dir.write_options(plain_values(vars(args)), ROOT, world)
     if world.is_main:
-        write_text(folder.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
+        write_text(run_dir.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
 
-    def equip(stage: Stage) -> StageComponents:
+    def build_stage(stage: Stage) -> StageComponents:
         data = open_data(stage.annotations)
         weights = weights_for(args, stage, data)
         height, width = stage.size or (args.height, args.width)
         epochs = f"{stage.epochs} epochs" if args.max_minutes is None else "epochs"
-        folder.log(
+        run_dir.log(
             f"{stage.title}: {epochs} of {len(data.train)} training and "
             f"{len(data.val)} validation images of {scheme.name} at {height}x{width}"
         )
@@ -330,13 +330,11 @@ def train(args: argparse.Namespace, world: DistributedContext, keeper: Checkpoin
         # The head of stage 1 has no part in stage 2.
         net.encoder_head.requires_grad_(stage.part == "encoder")
         criterion = WeightedCrossEntropy(weights, scheme.num_outputs)
-        augmentation = Augmentation(
-            args.augment, course.meta["mean"], course.meta["std"], stage.size
-        )
+        augmentation = Augmentation(args.augment, run.meta["mean"], run.meta["std"], stage.size)
         task = Segmentation(criterion, augmentation, scheme.classes)
         trainer = Trainer(
             model, task, stage.epochs, world, config_from_args(args), args.iou_train, pretrained,
-            folder.log,
+            run_dir.log,
         )  # fmt: skip
         loaders = make_loaders(
             data.train,
@@ -351,20 +349,20 @@ def train(args: argparse.Namespace, world: DistributedContext, keeper: Checkpoin
         )
         return StageComponents(trainer, *loaders)
 
-    folder.log(
+    run_dir.log(
         f"LEDNet {args.variant}, {count_parameters(net):,} parameters, on {world.size} x "
-        f"{world.device}; {folder.path}"
+        f"{world.device}; {run_dir.path}"
     )
-    progress = train_stages(course, equip, *state)
-    folder.log(
+    progress = train_stages(run, build_stage, *state)
+    run_dir.log(
         f"done: best val mIoU {progress.best_score:.3f}; weights "
-        f"{folder.path / stages[-1].best_file}, curves {folder.path / 'curves.png'}"
+        f"{run_dir.path / stages[-1].best_file}, curves {run_dir.path / 'curves.png'}"
     )
 
 
 def main() -> None:
     args = parse_options()
-    launch(args, lambda world, keeper: train(args, world, keeper))
+    launch(args, lambda world, timer: train(args, world, timer))
 
 
 if __name__ == "__main__":

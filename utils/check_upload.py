@@ -3,29 +3,39 @@
     python utils/check_upload.py results.zip
     python utils/check_upload.py save/predictions --subset val --datadir /data/cityscapes
 
-Takes the zip, or the folder it is to be made of. Looks at number and names of the files,
-and at the format, size and ids of every image; the 1525 of the test subset take ten to
-twenty seconds on two cores. With --datadir the frames must be exactly those of its images.
+Takes the zip, or the folder to make it of. Checks number and names of the files, and format, size
+and ids of every image; the 1525 images of the test subset take ten to twenty seconds on two cores.
+With --datadir the frames must be exactly those of its images.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from lednet.errors import EXIT_STATUS, exit_on_user_error
-from lednet.evaluation.cityscapes_submission import NUM_FILES, check_submission, image_frames
+from lednet.cli.common import POSITIVE, make_parser, print_help_early
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
+    # fmt: off
     parser.add_argument("path", type=Path, help="zip or folder of predictions")
-    parser.add_argument("--subset", choices=tuple(NUM_FILES), default="test")
+    parser.add_argument("--subset", choices=("test", "val"), default="test",
+                        help="subset that was predicted")
     parser.add_argument("--datadir", type=Path, help="Cityscapes folder with the subset's images")
-    parser.add_argument("--height", type=int, default=1024, help="of every image, in pixels")
-    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--height", type=POSITIVE, default=1024, metavar="PIXELS",
+                        help="height of every image")
+    parser.add_argument("--width", type=POSITIVE, default=2048, metavar="PIXELS",
+                        help="width of every image")
+    # fmt: on
     return parser
+
+
+if __name__ == "__main__":
+    print_help_early(build_parser)
+
+import sys
+
+from lednet.errors import EXIT_STATUS, exit_on_user_error
+from lednet.evaluation.cityscapes_submission import NUM_FILES, check_submission, image_frames
 
 
 def main() -> None:
@@ -38,7 +48,7 @@ def main() -> None:
     if problems:
         sys.exit(EXIT_STATUS)
     count = NUM_FILES[args.subset] if frames is None else len(frames)
-    print(f"OK: {count} files of {args.path} are named, sized and filled as the server expects")
+    print(f"OK: {count} files of {args.path} have valid names, sizes and ids")
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def main() -> None:
         annotations=args.annotations,
         labels=args.labels,
         class_file=args.classes,
-        val_every=args.val_stride,
-        val_names=args.val_prefix,
+        val_stride=args.val_stride,
+        val_prefix=args.val_prefix,
     )
     shares = pixel_shares(train.class_counts(max(1, args.num_workers))).tolist()
     classes = train.scheme.classes

@@ -1,4 +1,4 @@
-"""Write a network to a file that runs without this repository, and prove that it answers alike.
+"""Export a network to a file that runs without this repository, and check its outputs.
 
     python utils/export_model.py --weights save/cityscapes-d20 --format onnx
     python utils/export_model.py --weights save/cityscapes-d20 --format openvino --dynamic
@@ -6,16 +6,16 @@
     python utils/export_model.py --weights save/camvid-d20 --format openvino --output logits \\
         --precision int8 --calibrate /data/camvid/train --dataset camvid --datadir /data/camvid
 
-    pip install -r requirements-deploy.txt   # what the formats need; torch needs nothing
+    pip install -r requirements-deploy.txt   # packages of the formats; torch needs none
 
-Bytes in, bytes out: the file takes RGB images (N, H, W, 3) uint8 of the network's size and
-returns class indices (N, H, W) uint8. With --output logits it is what the other scripts and
-`Predictor` take as --weights. Before it is moved into place it runs in its own runtime
-beside the network in PyTorch; it has to agree in 0.9999 of the pixels, and usually does
-in all. Exit status 1 if it does not; then nothing is written.
+The file takes RGB images (N, H, W, 3) uint8 of the network's size and returns class indices
+(N, H, W) uint8. Files exported with --output logits can be given as --weights to the other
+scripts and to `Predictor`. Before the file is moved into place, its output is compared with the
+network's in PyTorch: at least 0.9999 of the pixels must agree. Otherwise the exit status is 1 and
+nothing is written.
 
-int8 answers a little otherwise: it has to agree in 0.9 of the pixels, and with --datadir its
-mIoU on the val images may be half a point lower at most.
+With int8, 0.9 of the pixels must agree, and with --datadir the mIoU on the val images may drop by
+half a point at most.
 
 Half a minute on a CPU for a small fixed size, a minute or two for --dynamic, int8 and
 executorch.
@@ -23,11 +23,68 @@ executorch.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from lednet.cli.common import (
+    DATASETS,
+    POSITIVE,
+    add_input_size_flags,
+    at_least,
+    make_parser,
+    print_help_early,
+)
+
 ROOT = Path(__file__).resolve().parents[1]
+TOY_IMAGES = 4
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    # fmt: off
+    parser.add_argument("--weights", type=Path, required=True,
+                        help="weights file, run folder (its best.pth) or released name")
+    parser.add_argument("--format", choices=("onnx", "openvino", "torch", "executorch"),
+                        default="onnx", help="format of the file")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="file to write (default: the name of the weights with the suffix of "
+                             "the format)")
+    add_input_size_flags(parser)
+    parser.add_argument("--dynamic", action="store_true",
+                        help="accept any batch and size; otherwise one image of one size, which is "
+                             "faster in some runtimes")
+    parser.add_argument("--output", choices=("labels", "logits"), default="labels",
+                        help="class indices at the size of the image, or logits at 1/8 of it")
+    parser.add_argument("--check-images", type=Path, metavar="DIR",
+                        help="compare the outputs on every image below DIR (default: some of "
+                             f"--calibrate, or {TOY_IMAGES} toy street scenes)")
+    parser.add_argument("--min-agreement", type=at_least(0, float), metavar="SHARE",
+                        help="share of the pixels that must get the same class (default: 0.9999; "
+                             "int8: 0.9)")
+    parser.add_argument("--max-difference", type=at_least(0, float), metavar="X",
+                        help="allowed difference between two logits, relative to the largest "
+                             "(default: 1e-3; int8: 0.5)")
+    int8 = parser.add_argument_group("int8")
+    int8.add_argument("--precision", choices=("fp32", "int8"), default="fp32",
+                      help="int8: convolutions in 8 bits, several times faster on many CPUs")
+    int8.add_argument("--calibrate", type=Path, metavar="DIR",
+                      help="images for the calibration of int8, such as those of the training")
+    int8.add_argument("--calibration-images", type=POSITIVE, default=64, metavar="N",
+                      help="number of images to use, evenly spaced")
+    int8.add_argument("--dataset", choices=DATASETS, default="cityscapes", help="data set")
+    int8.add_argument("--datadir", type=Path,
+                      help="folder of the data set on whose val images network and file are "
+                             "evaluated")
+    int8.add_argument("--max-drop", type=at_least(0, float), default=0.5, metavar="POINTS",
+                      help="allowed drop of the mIoU in percentage points")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    print_help_early(build_parser)
 sys.path.insert(0, str(ROOT / "datasets"))
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from make_toy_cityscapes import toy_scene
@@ -39,63 +96,22 @@ from lednet.data.dataset import SegmentationDataset
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import require_classes
 from lednet.data.pairs import IMAGE_SUFFIXES
-from lednet.data.registry import DATASETS, open_dataset
+from lednet.data.registry import open_dataset
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.evaluator import evaluate, require_labels
-from lednet.export.exporter import OUTPUTS, PRECISIONS, Parity, ParityError, export
+from lednet.export.exporter import Parity, ParityError, export
 from lednet.export.formats import FORMATS, MIN_TRACED_SIDE, ExportedModel, require_packages
 from lednet.hub import input_size, resolve_weights
 from lednet.inference.predictor import Predictor
 from lednet.model import LEDNet, load_model
 
 EXIT_STATUS = 1
-"""The file answers otherwise than the network."""
+"""The outputs of the file differ from the network's."""
 
-TOY_IMAGES = 4
 
 MIN_AGREEMENT = {"fp32": 0.9999, "int8": 0.9}
 MAX_DIFFERENCE = {"fp32": 1e-3, "int8": 0.5}
-"""Of two logits, relative to the largest."""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    # fmt: off
-    parser.add_argument("--weights", type=Path, required=True,
-                        help="weights file, or a run folder (its best.pth)")
-    parser.add_argument("--format", choices=tuple(FORMATS), default="onnx")
-    parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="file to write; default: the weights' name with the format's ending")
-    parser.add_argument("--height", type=int, help="of the images it takes, in pixels (as trained)")
-    parser.add_argument("--width", type=int, help="(as trained)")
-    parser.add_argument("--dynamic", action="store_true",
-                        help="take any batch and size; else one image of one size, which is "
-                             "faster in some runtimes")
-    parser.add_argument("--output", choices=tuple(OUTPUTS), default="labels",
-                        help="class indices at the image's size, or logits at 1/8 of it")
-    parser.add_argument("--check-images", type=Path, metavar="DIR",
-                        help="compare on every image below DIR; default: some of --calibrate, or "
-                             f"{TOY_IMAGES} toy streets")
-    parser.add_argument("--min-agreement", type=float,
-                        help="share of the pixels that must get the same class (0.9999; int8 0.9)")
-    parser.add_argument("--max-difference", type=float,
-                        help="allowed between two logits, relative to the largest (1e-3; int8 0.5)")
-    int8 = parser.add_argument_group("int8")
-    int8.add_argument("--precision", choices=PRECISIONS, default="fp32",
-                      help="int8: convolutions in 8 bits, several times faster on many CPUs")
-    int8.add_argument("--calibrate", type=Path, metavar="DIR",
-                      help="images that show int8 the range of every value, such as the training's")
-    int8.add_argument("--calibration-images", type=int, default=64, metavar="N",
-                      help="of them to take, spread evenly (64)")
-    int8.add_argument("--dataset", choices=DATASETS, default="cityscapes")
-    int8.add_argument("--datadir", type=Path,
-                      help="data set whose val images are scored by the network and by the file")
-    int8.add_argument("--max-drop", type=float, default=0.5, metavar="POINTS",
-                      help="of the mIoU in percent (0.5)")
-    # fmt: on
-    return parser
+"""Largest difference between two logits, relative to the largest logit."""
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -106,7 +122,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def spread(paths: list[Path], count: int) -> list[Path]:
-    """`count` of `paths` at even distances, or all of fewer."""
+    """`count` evenly spaced `paths`, or all if there are fewer."""
     return [paths[i * len(paths) // count] for i in range(count)] if count < len(paths) else paths
 
 
@@ -128,7 +144,7 @@ def batch_of(image: Image.Image, size: Sequence[int]) -> np.ndarray:
 def batches(
     images: Iterable[Image.Image], size: Sequence[int], dynamic: bool
 ) -> Iterator[np.ndarray]:
-    """What to compare on: (1, *size, 3); for `dynamic` also pairs of another, odd size."""
+    """Batches to compare on: (1, *size, 3); for `dynamic` also pairs of another, odd size."""
     odd = tuple(max(MIN_TRACED_SIDE, side * 3 // 4 | 1) for side in size)
     if dynamic:
         size = tuple(max(MIN_TRACED_SIDE, side) for side in size)
@@ -142,7 +158,7 @@ def batches(
 def miou_gate(
     net: LEDNet, meta: dict, size: tuple[int, int], data: SegmentationDataset, max_drop: float
 ) -> Callable[[ExportedModel], None]:
-    """A test that holds a file's mIoU against that of the network, and prints both."""
+    """A check that compares a file's mIoU with the network's and prints both."""
 
     def miou(predictor: Predictor, what: str) -> float:
         images = tqdm(DataLoader(data), what, unit="image", leave=False, dynamic_ncols=True)
@@ -180,10 +196,6 @@ def print_result(path: Path, format: str, output: str, parity: Parity) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    for name in ("height", "width", "calibration_images"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
     if args.precision == "int8" and not args.calibrate:
         raise UserError("--precision int8 needs images: give a folder of them with --calibrate")
     if args.precision != "int8" and (args.calibrate or args.datadir):

@@ -134,7 +134,7 @@ def training_images(runs: list[Path]) -> str:
     """What the runs trained on, in words."""
     options = [read_options(run) for run in runs]
     splits = "train and val" if any(o.get("with_val") for o in options) else "train"
-    held_out = {o["val_names"] for o in options if o.get("val_names")}
+    held_out = {o["val_prefix"] for o in options if o.get("val_prefix")}
     return splits + "".join(f", without {name}*" for name in sorted(held_out))
 
 

@@ -7,7 +7,9 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from lednet.errors import EXIT_STATUS
 
 DATASETS = ("cityscapes", "camvid", "voc", "ade20k", "folders")
 ANNOTATIONS = ("fine", "coarse", "both", "aug")
@@ -18,6 +20,7 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 BACKENDS = ("eager", "compiled", "onnxruntime", "openvino")
 SCHEDULES = ("poly", "exponential", "cosine")
 AUGMENTATIONS = ("paper", "modern")
+OUTPUTS = ("labels", "color", "overlay", "side")
 
 Flags = argparse.ArgumentParser | argparse._ArgumentGroup
 
@@ -40,9 +43,16 @@ def format_default(value: Any) -> str:
     return str(value).replace("%", "%%")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a wrong argument in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_STATUS, f"error: {message}; see --help\n")
+
+
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser for a script whose docstring is `description`."""
-    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    return Parser(description=description, formatter_class=HelpFormatter)
 
 
 def print_help_early(build_parser: Callable[[], argparse.ArgumentParser]) -> None:

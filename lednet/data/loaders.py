@@ -1,4 +1,4 @@
-"""Loading processes: what they deliver, how they end, and what is said when one dies."""
+"""Data loaders for training and validation."""
 
 import contextlib
 import signal
@@ -22,7 +22,7 @@ from lednet.errors import UserError
 
 
 class Loader(DataLoader[tuple[Tensor, Tensor]]):
-    """Batches of this process's share of the samples."""
+    """Yields batches of this process's share of the samples."""
 
     dataset: PairDataset
     sampler: DistributedEvalSampler | ResumableDistributedSampler
@@ -30,7 +30,7 @@ class Loader(DataLoader[tuple[Tensor, Tensor]]):
 
 
 class TrainLoader(Loader):
-    """The same, shuffled."""
+    """Yields shuffled batches."""
 
     sampler: ResumableDistributedSampler
 
@@ -39,7 +39,7 @@ Batches = Loader | DeviceLoader[DistributedEvalSampler] | DeviceLoader[Resumable
 TrainBatches = TrainLoader | DeviceLoader[ResumableDistributedSampler]
 
 WORKER_FAILURE = "DataLoader worker (pid"
-"""What PyTorch says first when a loading process has died."""
+"""Start of PyTorch's message about a worker process that has died."""
 
 
 def make_loaders(
@@ -53,13 +53,14 @@ def make_loaders(
     class_uniform: float = 0.0,
     on_device: bool = False,
 ) -> tuple[TrainBatches, Batches]:
-    """Loaders of this process's share of both data sets; no image is left out.
+    """Build the training and the validation loader of this process.
 
     Args:
-        batch_size: images a step in each process.
-        workers: loading processes for each loader; 0 loads in the training process.
-        class_counts, class_uniform: see `ClassUniformSampler`; None and 0 take every training
-            image once an epoch.
+        batch_size: images per step and process.
+        workers: worker processes of each loader; 0 loads in this process.
+        seed: seed of the shuffling.
+        class_counts, class_uniform: see `ClassUniformSampler`; with None and 0 every training
+            image is used once per epoch.
         on_device: decode both data sets into the memory of `world.device` now.
     """
     sampler = ResumableDistributedSampler(len(train), world, seed)
@@ -77,7 +78,7 @@ def make_loaders(
     val_loader = Loader(val, sampler=val_sampler, **common)
     if not on_device:
         return train_loader, val_loader
-    # In the course of the epochs every process trains on all images; it validates on its share.
+    # Every process trains on all images in the course of the epochs, and validates on its share.
     shared_by = world.size if world.device.type == "cpu" else 1
     return (
         load_to_device(train_loader, sampler, world.device, None, shared_by),
@@ -86,10 +87,9 @@ def make_loaders(
 
 
 def end_loading(loader: Batches) -> None:
-    """End the loading processes of `loader`.
+    """Shut down the worker processes of `loader`.
 
-    After an error, Python would wait for them for ever: it ends them by SIGTERM, which they
-    ignore.
+    They ignore SIGTERM, with which Python would otherwise try to end them after an error.
     """
     if isinstance(loader, DataLoader) and isinstance(
         loader._iterator, _MultiProcessingDataLoaderIter
@@ -98,7 +98,11 @@ def end_loading(loader: Batches) -> None:
 
 
 def batch_names(loader: TrainBatches, number: int) -> list[str]:
-    """File names of the images of a training batch, the loader's first being number 0."""
+    """File names of the images of a training batch.
+
+    Args:
+        number: of the batch, 0 for the first of `loader`.
+    """
     sampler = loader.sampler
     begin = sampler.start + number * loader.batch_size
     chosen = sampler.indices()[begin : begin + loader.batch_size]
@@ -107,21 +111,18 @@ def batch_names(loader: TrainBatches, number: int) -> list[str]:
 
 @contextlib.contextmanager
 def worker_failures() -> Iterator[None]:
-    """One sentence for a loading process that died.
+    """Turn the error of a worker process that died into a `UserError`.
 
-    PyTorch raises its error from a signal handler: anywhere, while there are such processes.
-
-    Raises:
-        UserError: one died.
+    PyTorch raises it from a signal handler, at any point of the program.
     """
     try:
         yield
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
-        # The others come when it had a batch ready, which nobody hands over any more.
+        # The connection errors occur if the worker had a batch ready.
         if isinstance(error, RuntimeError) and not str(error).startswith(WORKER_FAILURE):
             raise
         raise UserError(
-            "a loading process died (killed, or out of memory): go on with --resume, perhaps "
+            "a loading process died (killed, or out of memory): continue with --resume, perhaps "
             "with fewer --num-workers"
         ) from error
 
@@ -130,7 +131,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """For loading processes: they end with the process that they load for, which a signal
-    to the whole group (a terminal's, a scheduler's) lets finish its step."""
+    """Worker initialization: ignore signals that are sent to the whole process group.
+
+    The training process finishes its step after such a signal and then ends its workers.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -166,20 +166,20 @@ def list_split(
 
 
 def hold_out_split(
-    pairs: list[Sample], split: str, val_every: int, val_names: str | None, place: str
+    pairs: list[Sample], split: str, val_stride: int, val_prefix: str | None, place: str
 ) -> list[Sample]:
     """What of the pairs belongs to "train" or "val"; all, where nothing is held out.
 
     Raises:
         UserError: both ways are chosen, or nothing is left.
     """
-    if val_every and val_names:
-        raise UserError("--val-every and --val-names each hold images out: give one of them")
-    if not (val_every or val_names) or split not in ("train", "val"):
+    if val_stride and val_prefix:
+        raise UserError("--val-stride and --val-prefix each hold images out: give one of them")
+    if not (val_stride or val_prefix) or split not in ("train", "val"):
         return pairs
-    pairs = split_holdout(pairs, split == "val", val_every, val_names or "")
+    pairs = split_holdout(pairs, split == "val", val_stride, val_prefix or "")
     if not pairs:
-        flag = f"--val-every {val_every}" if val_every else f"--val-names {val_names}"
+        flag = f"--val-stride {val_stride}" if val_stride else f"--val-prefix {val_prefix}"
         raise UserError(f"{place} {split} is empty after {flag}: hold out others")
     return pairs
 
@@ -192,8 +192,8 @@ def open_dataset(
     annotations: str = "fine",
     labels: str = "auto",
     class_file: str | os.PathLike | None = None,
-    val_every: int = 0,
-    val_names: str | None = None,
+    val_stride: int = 0,
+    val_prefix: str | None = None,
 ) -> SegmentationDataset:
     """Open one split of a data set, its files paired and none of them read yet.
 
@@ -205,18 +205,18 @@ def open_dataset(
         annotations: "fine" or, of Cityscapes, "coarse", of VOC, "aug".
         labels: "auto" (by the file names), "labelIds" or "labelTrainIds" (Cityscapes).
         class_file: classes of own data; default `classes.yaml` in `root`.
-        val_every: instead of a validation folder, hold out every n-th training image as
+        val_stride: instead of a validation folder, hold out every n-th training image as
             "val"; 0 for data that has one.
-        val_names: or those whose names begin so.
+        val_prefix: or those whose names begin so.
 
     Raises:
         UserError: see `list_split`, `lednet.data.pairs.pair_files` and `hold_out_split`.
     """
     scheme, listing = list_split(
         name, root, split, annotations=annotations, labels=labels, class_file=class_file,
-        holds_out=bool(val_every or val_names),
+        holds_out=bool(val_stride or val_prefix),
     )  # fmt: skip
-    pairs = hold_out_split(pair_files(listing), split, val_every, val_names, str(root))
+    pairs = hold_out_split(pair_files(listing), split, val_stride, val_prefix, str(root))
     return SegmentationDataset(pairs, scheme)
 
 
@@ -253,7 +253,7 @@ def open_training_data(
         annotations: a key of `TRAINING_PARTS`; those of the validation data are always fine.
         with_val: train on the validation data too, for a final model; its score on them is then
             none of a generalisation.
-        options: `labels`, `class_file`, `val_every` and `val_names` of `open_dataset`.
+        options: `labels`, `class_file`, `val_stride` and `val_prefix` of `open_dataset`.
 
     Raises:
         UserError: see `open_dataset`; or the parts' labels are of different kinds, or training
@@ -274,7 +274,7 @@ def open_training_data(
         raise UserError(
             f"{len(shared)} of {len(val)} validation images of {root} are among those trained on "
             f"({list_examples(path.name for path in shared)}): mend the lists, or hold out by "
-            "--val-names, or add --with-val"
+            "--val-prefix, or add --with-val"
         )
     parts += [val] * with_val
     train = SegmentationDataset([pair for part in parts for pair in part.pairs], scheme)

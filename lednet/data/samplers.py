@@ -11,7 +11,7 @@ from lednet.distributed import DistributedContext
 
 
 class DistributedEvalSampler(Sampler[int]):
-    """Every `world.size`-th index: over all processes each image comes exactly once."""
+    """Divides the indices among the processes, each image exactly once."""
 
     def __init__(self, length: int, world: DistributedContext):
         self.indices = range(world.rank, length, world.size)
@@ -24,14 +24,14 @@ class DistributedEvalSampler(Sampler[int]):
 
 
 class ResumableDistributedSampler(Sampler[int]):
-    """A permutation that depends on (seed, epoch) alone, dealt out to the processes.
+    """Divides a permutation of the indices among the processes.
 
-    Every process gets equally many indices, or the others would wait for it for ever:
-    where the length is no multiple of the world's size, the first few come again.
+    The permutation depends on (seed, epoch) only. Every process gets the same number of indices:
+    if the length is no multiple of the number of processes, the first indices are repeated.
 
     Attributes:
-        epoch: set it before each.
-        start: how many of this process's indices an interrupted epoch has behind it.
+        epoch: to be set before each epoch.
+        start: number of indices of this process to skip, in an epoch that is resumed.
     """
 
     def __init__(self, length: int, world: DistributedContext, seed: int):
@@ -40,18 +40,18 @@ class ResumableDistributedSampler(Sampler[int]):
 
     @property
     def num_samples(self) -> int:
-        """Indices of this process in a whole epoch."""
+        """Number of indices of this process in a whole epoch."""
         return -(-self.length // self.world.size)
 
     def indices(self) -> list[int]:
-        """This process's indices in the whole epoch."""
+        """Indices of this process in the whole epoch."""
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = self._joint_order(generator).tolist()
         padded = [order[i % self.length] for i in range(self.num_samples * self.world.size)]
         return padded[self.world.rank :: self.world.size]
 
     def _joint_order(self, generator: torch.Generator) -> Tensor:
-        """(length,) indices of an epoch, of all processes together."""
+        """Indices (length,) of an epoch, for all processes together."""
         return torch.randperm(self.length, generator=generator)
 
     def __iter__(self) -> Iterator[int]:
@@ -62,30 +62,30 @@ class ResumableDistributedSampler(Sampler[int]):
 
 
 class ClassUniformSampler(ResumableDistributedSampler):
-    """A `ResumableDistributedSampler` that draws a fraction of its images by class.
+    """Draws a fraction of the images by class.
 
-    For each of these, a class is drawn, each as likely as another, and then an image that it
-    occurs in: class-uniform sampling (Zhu et al., CVPR 2019, arXiv 1812.01593) of images
-    instead of crops. The others are those that the permutation has in their places.
+    For each of these images, first a class is drawn uniformly, then an image that contains it:
+    class-uniform sampling (Zhu et al., CVPR 2019, arXiv 1812.01593) of images instead of crops.
+    The other images are those of the permutation.
 
     Args:
         counts: (len, num_classes + 1) pixels of each class in each image, void last.
-        fraction: of the images, above 0 and at most 1.
+        fraction: fraction of the images, above 0 and at most 1.
     """
 
     def __init__(self, counts: np.ndarray, fraction: float, world: DistributedContext, seed: int):
         super().__init__(len(counts), world, seed)
         self.drawn = round(fraction * len(counts))
-        # The images of one class after another, those of class c from starts[c] on.
+        # Images grouped by class; those of class c start at starts[c].
         classes, self.images = map(torch.from_numpy, np.nonzero(counts[:, :-1].T))
         lengths = classes.bincount()
-        self.lengths = lengths[lengths > 0]  # a class that never occurs is not drawn
+        self.lengths = lengths[lengths > 0]  # classes that never occur are not drawn
         self.starts = self.lengths.cumsum(0) - self.lengths
 
     def _joint_order(self, generator: torch.Generator) -> Tensor:
         order = super()._joint_order(generator)
         if not len(self.lengths):
-            return order  # all is void
+            return order  # all pixels are void
         places = torch.randperm(self.length, generator=generator)[: self.drawn]
         classes = torch.randint(len(self.lengths), (self.drawn,), generator=generator)
         draws = torch.rand(self.drawn, generator=generator, dtype=torch.float64)

@@ -213,7 +213,7 @@ class Labeller:
         with VideoReader(source, max_pixels=self.limits.pixels) as reader:
             progress.total = reader.expected
             self._require_short(reader, reader.expected or 0)
-            with video_output(output, "video", reader.rate, reader.unit) as files:
+            with video_output(output, "video", reader.rate, reader.time_base) as files:
                 frames = self._within_limits(reader, progress)
                 entries = predict_video(predictor, frames, files, progress.advance)
         return _listing((entry["pixels"] for entry in entries), scheme) | {
@@ -237,7 +237,7 @@ class Labeller:
         for frame in reader:
             if progress.stop.is_set():
                 raise UserError(f"{reader.source} was stopped")
-            self._require_short(reader, frame.number + 1, float(frame.ticks * reader.unit))
+            self._require_short(reader, frame.number + 1, float(frame.pts * reader.time_base))
             yield frame
 
 

@@ -1,4 +1,4 @@
-"""Score a Cityscapes split as the benchmark does: a network's answers, or files on disk."""
+"""Benchmark evaluation of a Cityscapes split, from a network or from predictions on disk."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,7 +60,7 @@ def find_frames(
         The frames, and the scheme to read their labels with: as label ids.
 
     Raises:
-        UserError: as `cityscapes_pairs`; also if only some labels have instance images.
+        UserError: see `cityscapes_pairs`; also if only some labels have instance images.
     """
     root = Path(root)
     if split == "test":
@@ -131,9 +131,9 @@ def find_predictions(folder: str | os.PathLike, frames: Sequence[Frame]) -> dict
 
 @dataclass
 class FrameResult:
-    """What one frame adds to the scores: at the label file's size, and at the network's.
+    """Counts of one frame at the label file's size and at the network's size.
 
-    Both are None where labels are withheld; `network` also for predictions from disk.
+    Both are None if labels are withheld; `network` is also None for predictions from disk.
     """
 
     name: str
@@ -141,7 +141,7 @@ class FrameResult:
     network: ImageCounts | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; of the matrices only what is not 0."""
+        """Values for JSON, with the non-zero entries of the matrices."""
         entry: dict[str, Any] = {"name": self.name}
         for key, counts in (("full", self.full), ("network", self.network)):
             if counts is not None:
@@ -179,11 +179,11 @@ def read_instances(path: Path) -> np.ndarray:
     """An `instanceIds` image, (H, W) int32.
 
     Raises:
-        UserError: unreadable, or a value that stands for no label.
+        UserError: unreadable, or a value that is not an instance id.
     """
     instances = np.array(open_image(path)).astype(np.int32)
     if instances.ndim != 2 or instances.min() < 0 or instances.max() >= NUM_IDS * 1000:
-        raise UserError(f"{path} is no image of instance ids (0 to 33999): copy it again")
+        raise UserError(f"{path} is not an image of instance ids (0 to 33999): copy it again")
     return instances
 
 
@@ -193,7 +193,7 @@ def score_frame(
     prediction: np.ndarray,
     network_prediction: np.ndarray | None = None,
 ) -> FrameResult:
-    """Hold a prediction against the frame's files.
+    """Compare a prediction with the ground truth of its frame.
 
     Args:
         scheme: to read the label with, as `find_frames` gave it.

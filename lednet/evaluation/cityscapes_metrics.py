@@ -1,8 +1,8 @@
-"""The Cityscapes benchmark's own figures for pixel-level labels.
+"""Metrics of the Cityscapes benchmark for pixel-level labels.
 
-The authority is `evalPixelLevelSemanticLabeling` of the official package
-`cityscapesscripts`: the same definitions, the same result file. Everything is in label
-ids (0 to 33), not in training targets: that is what an upload holds.
+The reference is `evalPixelLevelSemanticLabeling` of the official package `cityscapesscripts`, with
+the same definitions and the same result file. Predictions and labels are label ids (0 to 33), as in
+submissions, not training targets.
 """
 
 from collections.abc import Iterable
@@ -46,7 +46,7 @@ _FIRST_INSTANCE = 1000
 
 @dataclass
 class ImageCounts:
-    """What one image adds to the scores.
+    """Counts of one image.
 
     Attributes:
         matrix: (34, 34) int64, pixels of (true id, predicted id).
@@ -105,7 +105,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _mean(scores: Iterable[float]) -> float:
-    """Mean of what is there; NaN if nothing is."""
+    """Mean of the scores that are not NaN; NaN if there are none."""
     present = [score for score in scores if score == score]
     return sum(present) / len(present) if present else float("nan")
 
@@ -210,7 +210,7 @@ class BenchmarkScores:
         return np.column_stack((hits, other))
 
     def summary(self) -> dict[str, float | None]:
-        """The headline figures in [0, 1], None where nothing was there to score."""
+        """The headline figures in [0, 1], None without pixels to score."""
         figures = {
             "class_iou": self.mean_iou(),
             "category_iou": _mean(self.category_iou().values()),

@@ -20,10 +20,10 @@ def evaluate(
     num_classes: int,
     device: torch.device | str = "cpu",
 ) -> ConfusionMatrix:
-    """Score label maps of images as they lie on disk, at the labels' size.
+    """Score predictions at the labels' size.
 
     Args:
-        label_maps: predicts.
+        label_maps: prediction function.
         batches: images (N, 3, H, W) uint8 and class indices (N, H', W').
         num_classes: classes that count.
         device: of the label maps.
@@ -36,7 +36,11 @@ def evaluate(
 
 
 def require_labels(confusion: ConfusionMatrix, where: str) -> None:
-    """Refuse a score without a labelled pixel, as on a split whose labels are withheld."""
+    """Check that there were labelled pixels to score.
+
+    Raises:
+        UserError: all pixels are void, as in a split whose labels are withheld.
+    """
     if confusion.counts.sum() == 0:
         raise UserError(
             f"{where} has no labelled pixel (all are void, {IGNORE_INDEX}): choose another split"

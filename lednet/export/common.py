@@ -1,4 +1,4 @@
-"""What the formats share: an opened file, and the graph that all of them are written from."""
+"""Parts that all formats share: options, an opened file, and the traced graph."""
 
 import contextlib
 import importlib
@@ -6,8 +6,8 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,29 +19,44 @@ from torch.export import Dim, ExportedProgram
 
 from lednet.checkpoint import require_meta
 from lednet.errors import UserError
-from lednet.export.wrappers import BytesToLabels, BytesToLogits
+from lednet.export.wrappers import EndToEndModel
 from lednet.model import LEDNet
 
 TRACED_SHAPE = (2, 160, 224)
-"""(N, H, W) of the example that a dynamic graph is traced with."""
+"""(N, H, W) of the example input that a dynamic graph is traced with."""
 
 MIN_TRACED_SIDE = 65
-"""From here on no level of the pyramid is a single pixel, which is traced differently."""
-
-Shape = tuple[int, int, int]
-"""(N, H, W) of the images that a file of fixed size takes."""
+"""Smallest height and width in pixels of a dynamic `torch.export` graph: no pyramid level is a
+single pixel, which would be traced differently."""
 
 Bounds = tuple[int, int | None]
-"""Least and largest length of an axis; None where nothing bounds it."""
+"""Smallest and largest length of an axis; None if it is unbounded."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a writer needs besides the model.
+
+    Attributes:
+        shape: (N, H, W) of the images that the file takes.
+        dynamic: take any batch, height and width instead.
+        metadata: stored in the file.
+        calibration: images (1, H, W, 3) uint8 RGB to quantize to int8 with; None writes float32.
+    """
+
+    shape: tuple[int, int, int]
+    dynamic: bool = False
+    metadata: dict[str, str] = field(default_factory=dict)
+    calibration: Sequence[np.ndarray] | None = None
 
 
 class RunOptions(NamedTuple):
     """How a file is run.
 
     Attributes:
-        threads: of one answer on a CPU, where the runtime can be told; None leaves it to it.
+        threads: CPU threads, if the runtime lets the caller choose; None for its default.
         device: "cpu" or "cuda".
-        precision: "fp32" or "bf16", of all that is not int8 in the file.
+        precision: "fp32" or "bf16", of everything that is not int8 in the file.
     """
 
     threads: int | None = None
@@ -49,8 +64,10 @@ class RunOptions(NamedTuple):
     precision: str = "fp32"
 
 
-_STRANGE = (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError)
-"""What metadata of another kind lead to."""
+_METADATA_ERRORS = (
+    KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError
+)  # fmt: skip
+"""Errors that metadata of another kind raise."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +75,11 @@ class ExportedModel:
     """An exported file in its own runtime: call it with images (N, H, W, 3) uint8 RGB.
 
     Attributes:
-        runtime: what answers.
+        path: of the file, for messages.
+        runtime: name of the runtime.
         bounds: of batch, height and width.
-        metadata: as `lednet.export.exporter.describe` wrote it.
-        run: what answers, once the images are known to fit.
+        metadata: as `lednet.export.exporter.describe` wrote them.
+        run: the runtime's forward pass; takes images that have been checked.
     """
 
     path: Path
@@ -85,11 +103,11 @@ class ExportedModel:
             least <= length and (most is None or length <= most)
             for length, (least, most) in zip(images.shape, self.bounds, strict=False)
         ):
-            taken = [
+            batch, height, width = (
                 f"{least}" if most == least else f"{least} or more" for least, most in self.bounds
-            ]
+            )
             raise UserError(
-                f"{self.path} takes batch {taken[0]}, height {taken[1]} and width {taken[2]}, not "
+                f"{self.path} takes batch {batch}, height {height} and width {width}, not "
                 f"{' x '.join(map(str, images.shape[:3]))}: resize the images, or export for "
                 "their size or with --dynamic"
             )
@@ -97,41 +115,41 @@ class ExportedModel:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The metadata with its JSON read, under the keys of the weights' own "meta".
+        """The metadata parsed from JSON, with the keys of a checkpoint's "meta".
 
         Raises:
             UserError: the file was not written by `lednet.export.exporter`.
         """
-        try:
-            told = {
+        with self._require_metadata():
+            meta = {
                 key: value if key in ("lednet", "output", "dataset") else json.loads(value)
                 for key, value in self.metadata.items()
             }
-            require_meta(told, self.path)
-            missing = {"output", "precision", "size"} - told.keys()
+            require_meta(meta, self.path)
+            missing = {"output", "precision", "size"} - meta.keys()
             if missing:
                 raise KeyError(*missing)
-            return told | {"size": tuple(told["size"])}
-        except _STRANGE as error:
-            raise self._unknown() from error
-
-    def _unknown(self) -> UserError:
-        return UserError(
-            f"{self.path} does not say what network it holds: write it with utils/export_model.py"
-        )
+            return meta | {"size": tuple(meta["size"])}
 
     def build_meta_model(self) -> LEDNet:
-        """The network that the file was written from, without weights (on "meta")."""
+        """The network that the file was written from, without weights (on device "meta")."""
         meta = self.meta
+        with self._require_metadata(), torch.device("meta"):
+            return LEDNet(meta["outputs"], meta["variant"], meta["pyramid_channels"]).eval()
+
+    @contextlib.contextmanager
+    def _require_metadata(self) -> Iterator[None]:
         try:
-            with torch.device("meta"):
-                return LEDNet(meta["outputs"], meta["variant"], meta["pyramid_channels"]).eval()
-        except _STRANGE as error:
-            raise self._unknown() from error
+            yield
+        except _METADATA_ERRORS as error:
+            raise UserError(
+                f"{self.path} does not say what network it holds: write it with "
+                "utils/export_model.py"
+            ) from error
 
 
 def import_optional(name: str) -> ModuleType:
-    """An optional package, kept from telling its maker that it is used.
+    """Import an optional package with its usage reports to the vendor disabled.
 
     Raises:
         UserError: not installed, with the command that installs it.
@@ -146,40 +164,39 @@ def import_optional(name: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def opening(path: str | os.PathLike) -> Iterator[None]:
-    """Name the file when a runtime, each with errors of its own, cannot open it."""
-    if not Path(path).is_file():
+def opening(path: Path) -> Iterator[None]:
+    """Turn any error of a runtime that cannot open a file into a UserError that names it."""
+    if not path.is_file():
         raise UserError(f"no exported network at {path}: write it with utils/export_model.py")
     try:
         yield
     except Exception as error:
-        raise UserError(
-            f"{path} cannot be opened as {Path(path).suffix}: export it again"
-        ) from error
+        raise UserError(f"{path} cannot be opened as {path.suffix}: export it again") from error
 
 
-def trace(module: BytesToLogits, shape: Shape, dynamic: bool) -> ExportedProgram:
-    """The graph of `module` for images of `shape`, or for any batch and size."""
-    options: dict[str, Any] = {}
-    if dynamic:
-        # That both halves of a downsampler have one size is beyond the tracer's algebra;
-        # it becomes a check at run time instead of a refusal.
+def trace(module: EndToEndModel, options: ExportOptions) -> ExportedProgram:
+    """The `torch.export` graph of `module`.
+
+    Raises:
+        UserError: dynamic sizes with a torch that cannot trace them.
+    """
+    arguments: dict[str, Any] = {}
+    shape = options.shape
+    if options.dynamic:
+        # The tracer cannot prove that both halves of a downsampler have one size; it becomes a
+        # check at run time instead of an error.
         deferred = "prefer_deferred_runtime_asserts_over_guards"
         if deferred not in inspect.signature(torch.export.export).parameters:
             raise UserError(f"--dynamic needs a torch newer than {torch.__version__}: update it")
         sides = {1: Dim("height", min=MIN_TRACED_SIDE), 2: Dim("width", min=MIN_TRACED_SIDE)}
-        options = {"dynamic_shapes": ({0: Dim("batch", min=1), **sides},), deferred: True}
+        arguments = {"dynamic_shapes": ({0: Dim("batch", min=1), **sides},), deferred: True}
         shape = TRACED_SHAPE
     example = torch.zeros(*shape, 3, dtype=torch.uint8)
     # Wrapped, because torch 2.6 gives a buffer of the outermost module and the operation
     # of its name, "mean", one name in ONNX.
     wrapped = nn.Sequential(module).eval()
     with torch.no_grad():
-        program = torch.export.export(wrapped, (example,), strict=False, **options)
+        program = torch.export.export(wrapped, (example,), strict=False, **arguments)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     return program
-
-
-def output_name(module: BytesToLogits) -> str:
-    return "labels" if isinstance(module, BytesToLabels) else "logits"

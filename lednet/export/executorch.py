@@ -1,9 +1,8 @@
-"""ExecuTorch programs for phones, their networks computed by XNNPACK."""
+"""ExecuTorch programs for phones, run by XNNPACK."""
 
 import contextlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +10,20 @@ import numpy as np
 import torch
 
 from lednet.errors import UserError
-from lednet.export.common import ExportedModel, RunOptions, Shape, import_optional, opening, trace
-from lednet.export.wrappers import BytesToLogits
+from lednet.export.common import (
+    ExportedModel,
+    ExportOptions,
+    RunOptions,
+    import_optional,
+    opening,
+    trace,
+)
+from lednet.export.wrappers import EndToEndModel
 
 
 @contextlib.contextmanager
 def _executorch_imports() -> Iterator[None]:
-    """Turn what executorch raises beside a torch that it was not built for into a sentence."""
+    """Turn the errors of an executorch built for another torch into a UserError."""
     import_optional("executorch")
     try:
         yield
@@ -28,38 +34,28 @@ def _executorch_imports() -> Iterator[None]:
         ) from error
 
 
-def write_executorch(
-    module: BytesToLogits,
-    path: str | os.PathLike,
-    shape: Shape,
-    dynamic: bool = False,
-    metadata: dict[str, str] | None = None,
-) -> None:
-    """Write a program.
-
-    Args:
-        module, shape: as of `lednet.export.onnx.to_onnx`.
-        dynamic: refused: memory is planned for one size.
-        metadata: as JSON, what the program's method "metadata" returns.
+def write_executorch(module: EndToEndModel, path: Path, options: ExportOptions) -> None:
+    """Write a program; its method "metadata" returns the metadata as JSON.
 
     Raises:
-        UserError: `dynamic`, or executorch is missing or does not fit this torch.
+        UserError: dynamic sizes (memory is planned for one size), or executorch is missing or
+            does not fit this torch.
     """
-    if dynamic:
+    if options.dynamic:
         raise UserError("an ExecuTorch file has a fixed size: leave --dynamic out")
     with _executorch_imports():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
     lowered = to_edge_transform_and_lower(
-        trace(module, shape, dynamic),
+        trace(module, options),
         partitioner=[XnnpackPartitioner()],
-        constant_methods={"metadata": json.dumps(metadata or {})},
+        constant_methods={"metadata": json.dumps(options.metadata)},
     )
     with open(path, "wb") as file:
         lowered.to_executorch().write_to_file(file)
 
 
-def load_executorch(path: str | os.PathLike, options: RunOptions) -> ExportedModel:
+def load_executorch(path: Path, options: RunOptions) -> ExportedModel:
     """Open a program of `write_executorch` in ExecuTorch's runtime for this machine, which
     chooses its own number of threads.
 
@@ -69,7 +65,7 @@ def load_executorch(path: str | os.PathLike, options: RunOptions) -> ExportedMod
     with _executorch_imports():
         from executorch.runtime import Runtime
     with opening(path):
-        program = Runtime.get().load_program(Path(path))
+        program = Runtime.get().load_program(path)
         method = program.load_method("forward")
     metadata = {}
     if "metadata" in program.method_names:
@@ -79,4 +75,4 @@ def load_executorch(path: str | os.PathLike, options: RunOptions) -> ExportedMod
     def run(images: np.ndarray) -> np.ndarray:
         return method.execute([torch.from_numpy(images)])[0].clone().numpy()
 
-    return ExportedModel(Path(path), "executorch", bounds, metadata, run)
+    return ExportedModel(path, "executorch", bounds, metadata, run)

@@ -1,9 +1,9 @@
-"""Files of a network that run without this repository, and the gate that each must pass.
+"""Export of a network to a file that runs without this repository, and its parity check.
 
-A file holds the network with its pre- and post-processing: images (N, H, W, 3) uint8 RGB
-go in as "image"; "labels" (N, H, W) uint8 or "logits" (N, C, ceil(H/8), ceil(W/8)) float32
-come out. Batch norm is folded, and what a user of the file has to know (classes, colours,
-size) is inside it.
+A file contains the network with its pre- and postprocessing: the input "image" is
+(N, H, W, 3) uint8 RGB; the output is "labels" (N, H, W) uint8 or "logits"
+(N, C, ceil(H/8), ceil(W/8)) float32. Batch norm is fused, and the metadata that users of the file
+need (classes, colours, size) are inside it.
 
     net, meta = load_model("save/run")
     parity = export(net, meta, "street.onnx", "onnx", (512, 1024), batches)
@@ -24,32 +24,29 @@ from torch import Tensor
 
 import lednet
 from lednet.errors import UserError
-from lednet.export.common import RunOptions
-from lednet.export.formats import FORMATS, ExportedModel, require_packages
-from lednet.export.wrappers import BytesToLabels, BytesToLogits
+from lednet.export.common import ExportedModel, ExportOptions, RunOptions
+from lednet.export.formats import FORMATS, require_packages
+from lednet.export.wrappers import EndToEndModel
 from lednet.io import write_atomically
 from lednet.model import LEDNet, resize
 
-OUTPUTS = {"labels": BytesToLabels, "logits": BytesToLogits}
-"""Name of a file's output -> the module that computes it."""
-
 PRECISIONS = ("fp32", "int8")
-"""Number formats of the convolutions in a file."""
+"""Precision of the convolutions in a file."""
 
 
 class ParityError(Exception):
-    """An exported file answers otherwise than the network; one sentence with the numbers."""
+    """The outputs of an exported file differ too much from the network's."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How closely a file answers as its network does.
+    """Agreement of an exported file with its network.
 
     Attributes:
-        agreement: share of the pixels with the same class.
-        max_difference: largest difference of two logits, relative to the network's
-            largest; None if no logits were compared.
-        images: how many were compared.
+        agreement: fraction of the pixels with the same class.
+        max_difference: largest difference between two logits, relative to the network's largest
+            logit; None if no logits were compared.
+        images: number of images compared.
     """
 
     agreement: float
@@ -60,16 +57,16 @@ class Parity:
 def describe(
     net: LEDNet, meta: dict, size: tuple[int, int], output: str, precision: str = "fp32"
 ) -> dict[str, str]:
-    """What a file says about itself; every value but "lednet", "output" and "dataset" is JSON.
+    """Metadata of a file; every value but "lednet", "output" and "dataset" is JSON.
 
     Args:
-        meta: of the weights, as `load_model` returned it; what it lacks is left out.
-        size: (height, width) in pixels that the network is meant to work at.
-        output: a key of `OUTPUTS`.
+        meta: of the weights, from `load_model`; missing keys are left out.
+        size: (height, width) in pixels that the network is meant to run at.
+        output: one of `lednet.export.wrappers.OUTPUTS`.
         precision: one of `PRECISIONS`.
     """
     mean, std = _normalization(meta)
-    told = {
+    values = {
         "outputs": net.num_classes,
         "variant": net.variant,
         "pyramid_channels": None if net.variant == "d20" else net.pyramid_channels,
@@ -82,7 +79,7 @@ def describe(
     names = {"lednet": lednet.__version__, "output": output}
     if "dataset" in meta:
         names["dataset"] = str(meta["dataset"])
-    return names | {key: json.dumps(value) for key, value in told.items()}
+    return names | {key: json.dumps(value) for key, value in values.items()}
 
 
 def _normalization(meta: dict) -> tuple[Sequence[float], Sequence[float]]:
@@ -92,7 +89,7 @@ def _normalization(meta: dict) -> tuple[Sequence[float], Sequence[float]]:
 
 @torch.no_grad()
 def reference_logits(net: LEDNet, images: np.ndarray, meta: dict) -> Tensor:
-    """The network's own answer before the last upsampling, as trained and in float32.
+    """Logits of the original network before the last upsampling, in float32.
 
     images: (N, H, W, 3) uint8 RGB -> (N, C, ceil(H/8), ceil(W/8))
     """
@@ -108,30 +105,34 @@ def check_parity(
     images: Iterable[np.ndarray],
     run_logits: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Parity:
-    """Hold an exported file against the unfolded network in PyTorch, on the same bytes.
+    """Compare an exported file with the original network in PyTorch on the same images.
 
     Args:
-        run: an `ExportedModel` file with either output; of logits, the labels are worked out.
+        run: an exported file with either output; labels are computed from logits.
         net: on the CPU, in evaluation mode.
-        meta: of the weights, for their normalisation.
+        meta: of the weights, for their normalization.
         images: batches (N, H, W, 3) uint8 RGB of sizes that the file takes.
-        run_logits: a file of the same network with logits, to compare those too.
+        run_logits: the same network exported with logits, compared if `run` returns labels.
     """
+
+    def labels_of(logits: Tensor, size: Sequence[int]) -> np.ndarray:
+        return resize(logits, size).argmax(dim=1).numpy()
+
     equal = pixels = count = 0
     difference: float | None = None
     largest = 0.0
     for batch in images:
-        expected = reference_logits(net, batch, meta)
-        labels = resize(expected, batch.shape[1:3]).argmax(dim=1).numpy()
-        found = run(batch)
+        expected, size = reference_logits(net, batch, meta), batch.shape[1:3]
+        labels, found = labels_of(expected, size), run(batch)
         logits: np.ndarray | None = found
         if found.ndim == 4:
-            found = resize(torch.from_numpy(found), batch.shape[1:3]).argmax(dim=1).numpy()
+            found = labels_of(torch.from_numpy(found), size)
         else:
             logits = run_logits(batch) if run_logits else None
         if logits is not None:
-            worst = np.abs(logits - expected.numpy()).max().item()
-            difference = max(worst, difference or 0.0)
+            # np.maximum, unlike max, propagates NaN.
+            worst = np.abs(logits - expected.numpy()).max()
+            difference = float(np.maximum(worst, difference or 0.0))
             largest = max(largest, expected.abs().max().item())
         equal += int((found == labels).sum())
         pixels += labels.size
@@ -144,14 +145,15 @@ def check_parity(
 
 
 def require_parity(parity: Parity, min_agreement: float, max_difference: float) -> None:
-    """
+    """Check a `Parity` against its thresholds.
+
     Raises:
-        ParityError: below one threshold or above the other (or not a number).
+        ParityError: the agreement is too low, or the difference is too high or NaN.
     """
     if not parity.agreement >= min_agreement:
         raise ParityError(
             f"the exported file agrees with the network in {parity.agreement:.6f} of the pixels "
-            f"of {parity.images} images, {min_agreement} is asked for; nothing was written"
+            f"of {parity.images} images, {min_agreement} is required; nothing was written"
         )
     if parity.max_difference is not None and not parity.max_difference <= max_difference:
         raise ParityError(
@@ -175,45 +177,43 @@ def export(
     max_difference: float = 1e-3,
     accept: Callable[[ExportedModel], None] | None = None,
 ) -> Parity:
-    """Write `net` to `path`, if the file, run by its own runtime, answers as `net` does.
+    """Write `net` to `path` if the file, run by its own runtime, has the outputs of `net`.
 
-    For labels, a second file with logits is written to a temporary folder and compared
-    as well. Whatever fails, `path` stays as it was.
+    For labels, a second file with logits is written to a temporary folder and compared too.
+    On any error, existing files at `path` are unchanged.
 
     Args:
-        net: on the CPU, in evaluation mode, as `load_model` returns it with `meta`.
+        net: on the CPU, in evaluation mode, from `load_model` together with `meta`.
         format: a key of `FORMATS`.
         size: (height, width) in pixels.
         images: to compare on, batches (N, H, W, 3) uint8 RGB: of one image of `size`, or
             for `dynamic` of several sizes.
-        output: a key of `OUTPUTS`.
-        dynamic: take any batch and size, as far as the format can.
-        calibration: images (1, *size, 3) uint8 RGB to quantise to int8 with; None writes
+        output: one of `lednet.export.wrappers.OUTPUTS`.
+        dynamic: take any batch and size, as far as the format supports it.
+        calibration: images (1, *size, 3) uint8 RGB to quantize to int8 with; None writes
             float32.
-        min_agreement, max_difference: what a `Parity` must reach.
-        accept: a further test of the file with `output` "logits", which raises what
-            it likes.
+        min_agreement, max_difference: thresholds for `require_parity`.
+        accept: a further check of the file with `output` "logits"; it raises to reject it.
 
     Raises:
-        UserError: a package is missing, another suffix than the format's, a format without
-            int8, or a file that cannot be written.
-        ParityError: the answers differ.
+        UserError: a package is missing, the suffix is not the format's, the format does not
+            support int8, or the file cannot be written.
+        ParityError: the outputs differ.
     """
     row, path = FORMATS[format], Path(path)
     precision = "fp32" if calibration is None else "int8"
     require_packages(format, precision)
     if path.suffix != row.suffix:
         raise UserError(f"{path} does not end in {row.suffix}, as a file of {format}: rename it")
-    quantized = {} if calibration is None else {"calibration": calibration}
 
     def write(output: str, path: Path) -> ExportedModel:
-        module = OUTPUTS[output](net, *_normalization(meta))
+        module = EndToEndModel(net, *_normalization(meta), output=output)
         metadata = describe(net, meta, size, output, precision)
-        row.write(module, path, (1, *size), dynamic, metadata, **quantized)
+        row.write(module, path, ExportOptions((1, *size), dynamic, metadata, calibration))
         return row.load(path, RunOptions())
 
     with contextlib.ExitStack() as stack:
-        # Left in the opposite order: what belongs beside the file is in place before it.
+        # Closed in reverse order: the files beside the main file are in place before it.
         temporary = stack.enter_context(write_atomically(path))
         for suffix in row.beside:
             stack.enter_context(write_atomically(path.with_suffix(suffix)))

@@ -1,4 +1,4 @@
-"""File formats of exported networks: each is written, and opened in its own runtime.
+"""Registry of file formats, each with a writer and its own runtime.
 
 The packages of a format are imported when it is used: see requirements-deploy.txt.
 """
@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lednet.errors import UserError
-from lednet.export.common import MIN_TRACED_SIDE, ExportedModel, RunOptions, Shape
+from lednet.export.common import MIN_TRACED_SIDE, ExportedModel, ExportOptions, RunOptions
 from lednet.export.executorch import load_executorch, write_executorch
 from lednet.export.onnx import load_onnx, write_onnx
 from lednet.export.openvino import PRECISION_HINTS, compile_openvino, load_openvino, write_openvino
 from lednet.export.torch_export import load_torch, write_torch
+from lednet.export.wrappers import EndToEndModel
 
 __all__ = [
     "FORMATS",
     "MIN_TRACED_SIDE",
+    "ExportOptions",
     "ExportedModel",
     "Format",
     "RunOptions",
-    "Shape",
     "compile_openvino",
     "is_exported",
     "load",
@@ -35,17 +36,18 @@ class Format(NamedTuple):
     """Row of `FORMATS`.
 
     Attributes:
-        suffix: of its files, by which `load` knows the format.
-        packages: what writing and checking it needs, by the names pip knows them by.
+        suffix: of its files; `load` recognizes the format by it.
+        packages: pip names of what writing and checking it needs.
+        write, load: the writer, and the function that opens a file in its runtime.
         beside: suffixes of further files that belong to one.
-        int8: the package that quantises for it; None where nothing does.
-        devices, precisions: that its runtime can be asked for, see `RunOptions`.
+        int8: the package that quantizes for it; None if int8 is not supported.
+        devices, precisions: values of `RunOptions` that its runtime supports.
     """
 
     suffix: str
     packages: tuple[str, ...]
-    write: Callable[..., None]
-    load: Callable[..., ExportedModel]
+    write: Callable[[EndToEndModel, Path, ExportOptions], None]
+    load: Callable[[Path, RunOptions], ExportedModel]
     beside: tuple[str, ...] = ()
     int8: str | None = None
     devices: tuple[str, ...] = ("cpu",)
@@ -84,20 +86,19 @@ def load(path: str | os.PathLike, **options: Any) -> ExportedModel:
         options: fields of `RunOptions`.
 
     Raises:
-        UserError: no such file, no known suffix, a package is missing, or the format's
-            runtime lacks the device or precision.
+        UserError: no such file, an unknown suffix, a package is missing, or the format's
+            runtime does not support the device or precision.
     """
-    wanted = RunOptions(**options)
-    row = next((row for row in FORMATS.values() if row.suffix == Path(path).suffix), None)
+    run_options, path = RunOptions(**options), Path(path)
+    row = next((row for row in FORMATS.values() if row.suffix == path.suffix), None)
     if row is None:
         known = ", ".join(row.suffix for row in FORMATS.values())
         raise UserError(f"{path} is no exported network: give a file that ends in one of {known}")
-    for name, can in (("device", row.devices), ("precision", row.precisions)):
-        if getattr(wanted, name) not in can:
-            raise UserError(
-                f"{path} runs with --{name} {' or '.join(can)}, not {getattr(wanted, name)}"
-            )
-    return row.load(path, wanted)
+    for name, supported in (("device", row.devices), ("precision", row.precisions)):
+        value = getattr(run_options, name)
+        if value not in supported:
+            raise UserError(f"{path} runs with --{name} {' or '.join(supported)}, not {value}")
+    return row.load(path, run_options)
 
 
 def installed(package: str) -> bool:
@@ -105,17 +106,18 @@ def installed(package: str) -> bool:
 
 
 def missing_packages(format: str, precision: str = "fp32") -> list[str]:
-    """Packages that writing a file of `precision` needs and that are not installed."""
+    """Packages needed to write a file of `precision` that are not installed."""
     row = FORMATS[format]
     packages = (*row.packages, row.int8) if precision == "int8" and row.int8 else row.packages
     return [name for name in packages if not installed(name)]
 
 
 def require_packages(format: str, precision: str = "fp32") -> None:
-    """
+    """Check that a file of `precision` can be written.
+
     Raises:
-        UserError: a package is missing (names all that are, in one command), or the
-            format has no int8.
+        UserError: packages are missing (all are named, in one command), or the format does not
+            support int8.
     """
     if precision == "int8" and not FORMATS[format].int8:
         able = [name for name, row in FORMATS.items() if row.int8]

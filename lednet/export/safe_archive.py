@@ -1,8 +1,8 @@
-"""A `torch.export` archive that can run no code but a network's.
+"""Check that a `torch.export` archive cannot run code when it is loaded.
 
-`torch.export.load` unpickles, compiles and evaluates what an archive holds: whoever writes one
-can have any program run. So an archive is first copied, member by member, and only those are
-taken that a network needs, with nothing in them but tensors, arithmetic and ATen's operators.
+`torch.export.load` has no safe mode as of PyTorch 2.14: it unpickles objects, evaluates
+expressions, imports modules and loads libraries that an archive names. So only the members and
+values that an exported network consists of are allowed.
 """
 
 import io
@@ -14,34 +14,44 @@ from typing import Any
 
 import torch
 
-_PLAIN = re.compile(
+_DATA_MEMBERS = re.compile(
     r"(.+/)?(data/(weights/weight|constants/tensor)_\d+|version|archive_format|archive_version"
     r"|byteorder|\.data/\w+|\.format_version|\.storage_alignment|extra(_files)?/[\w.]+)"
 )
-"""Members that are numbers or text, whoever reads them."""
+"""Members that are read as raw tensors or text."""
 
-_OPERATOR = re.compile(
+_OPERATOR = (
     r"torch\.ops\.aten\.(?!from_file)\w+\.\w+"
     r"|_operator\.(add|sub|mul|floordiv|truediv|mod|neg|lt|le|gt|ge|eq|ne|and_|or_|getitem)"
 )
-_EXPRESSION = re.compile(
-    r"(\b(Add|Mul|Mod|Max|Min|FloorDiv|CleanDiv|PythonMod|Integer|Symbol|positive|integer"
-    r"|Equality|Unequality|(Strict)?(Less|Greater)Than|And|Or|Not|True|False|[su]\d+|\d{1,9})\b"
-    r"|[ '(),=+*/-])*"
-)
-"""Of sizes, which PyTorch gives to `eval`."""
+_PYTREE = r"""([][{}:, \d]|null|"(type|context|children_spec|builtins\.\w+|null|\[\])")*"""
+_ALLOWED = {
+    "target": _OPERATOR,
+    "as_operator": _OPERATOR,
+    # Sizes, which PyTorch passes to `eval`.
+    "expr_str": r"(\b(Add|Mul|Mod|Max|Min|FloorDiv|CleanDiv|PythonMod|Integer|Symbol|positive"
+    r"|integer|Equality|Unequality|(Strict)?(Less|Greater)Than|And|Or|Not|True|False|[su]\d+"
+    r"|\d{1,9})\b|[ '(),=-])*",
+    # Structures of arguments and outputs, as JSON. Other types than these import modules.
+    "in_spec": _PYTREE,
+    "out_spec": _PYTREE,
+    "use_pickle": "False",
+    "guards_code": r"\[\]",
+}
+"""Patterns for the values that PyTorch would resolve or run, by their key in JSON members."""
 
 
-def inert_copy(path: Path) -> io.BytesIO:
-    """The archive at `path`, as far as it is inert. A copy, so that PyTorch's reader sees the
-    members that were looked at, whatever else the bytes may be read as.
+def copy_safe_archive(path: Path) -> io.BytesIO:
+    """A copy of an archive that is safe to load.
+
+    PyTorch reads the copy, because its reader of zip files may find other members in the file.
 
     Raises:
-        ValueError: it holds something else, or is packed to grow.
-        Exception: of many kinds, if it is no archive.
+        ValueError: The archive holds anything that is not allowed, or compressed members.
+        Exception: Of many types, if the file is not an archive.
     """
     copy = io.BytesIO()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as inert:
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as safe:
         members = archive.infolist()
         if sum(member.file_size for member in members) > path.stat().st_size:
             raise ValueError("compressed members")
@@ -51,32 +61,17 @@ def inert_copy(path: Path) -> io.BytesIO:
             content = archive.read(member)
             if member.filename.endswith(".pt"):
                 torch.load(io.BytesIO(content), weights_only=True)
-            elif not _PLAIN.fullmatch(member.filename):
-                if not member.filename.endswith(".json"):
-                    raise ValueError(f"a member {member.filename}")
-                _require_inert(json.loads(content))
-            inert.writestr(member.filename, content)
+            elif member.filename.endswith(".json"):
+                json.loads(content, object_hook=_require_allowed)
+            elif not _DATA_MEMBERS.fullmatch(member.filename):
+                raise ValueError(f"a member {member.filename}")
+            safe.writestr(member.filename, content)
     copy.seek(0)
     return copy
 
 
-def _require_inert(value: Any) -> None:
-    """
-    Raises:
-        ValueError: somewhere in this JSON is what PyTorch would run.
-    """
-    if isinstance(value, list):
-        for item in value:
-            _require_inert(item)
-    if not isinstance(value, dict):
-        if isinstance(value, str) and "__enum__" in value:  # names a module to import
-            raise ValueError("an enumeration")
-        return
-    for key, item in value.items():
-        if key in ("use_pickle", "guards_code") and item:
-            raise ValueError(f"{key} {item!r}")
-        if key in ("target", "as_operator") and not _OPERATOR.fullmatch(str(item)):
-            raise ValueError(f"the operator {item!r}")
-        if key == "expr_str" and not _EXPRESSION.fullmatch(str(item)):
-            raise ValueError(f"the expression {item!r}")
-        _require_inert(item)
+def _require_allowed(values: dict[str, Any]) -> dict[str, Any]:
+    for key, value in values.items():
+        if key in _ALLOWED and not re.fullmatch(_ALLOWED[key], str(value)):
+            raise ValueError(f"{key} {value!r}")
+    return values

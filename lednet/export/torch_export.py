@@ -1,42 +1,32 @@
 """`torch.export` archives, run by PyTorch."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lednet.export.common import Bounds, ExportedModel, RunOptions, Shape, opening, trace
-from lednet.export.safe_archive import inert_copy
-from lednet.export.wrappers import BytesToLogits
+from lednet.export.common import Bounds, ExportedModel, ExportOptions, RunOptions, opening, trace
+from lednet.export.safe_archive import copy_safe_archive
+from lednet.export.wrappers import EndToEndModel
 
 
-def write_torch(
-    module: BytesToLogits,
-    path: str | os.PathLike,
-    shape: Shape,
-    dynamic: bool = False,
-    metadata: dict[str, str] | None = None,
-) -> None:
-    """Write an archive; `torch.export.load(path).module()` runs it.
+def write_torch(module: EndToEndModel, path: Path, options: ExportOptions) -> None:
+    """Write an archive that `torch.export.load(path).module()` runs.
 
-    Args:
-        module, shape: as of `lednet.export.onnx.to_onnx`.
-        dynamic: take any batch, and sides from `MIN_TRACED_SIDE` pixels.
-        metadata: written to the archive's extra file "lednet.json".
+    The metadata are its extra file "lednet.json". A dynamic archive takes sides from
+    `MIN_TRACED_SIDE` pixels.
     """
-    program = trace(module, shape, dynamic)
-    torch.export.save(program, path, extra_files={"lednet.json": json.dumps(metadata or {})})
+    extra_files = {"lednet.json": json.dumps(options.metadata)}
+    torch.export.save(trace(module, options), path, extra_files=extra_files)
 
 
-def load_torch(path: str | os.PathLike, options: RunOptions) -> ExportedModel:
-    """Open an archive of `write_torch`, on the CPU, with PyTorch's own number of threads. What
-    else an archive may hold is never run.
+def load_torch(path: Path, options: RunOptions) -> ExportedModel:
+    """Open an archive of `write_torch` on the CPU. Code in the archive is never run.
 
     Raises:
-        UserError: no such file, or no such archive.
+        UserError: no such file, or not such an archive.
     """
     extra = {"lednet.json": ""}
 
@@ -46,7 +36,7 @@ def load_torch(path: str | os.PathLike, options: RunOptions) -> ExportedModel:
         return max(1, int(program.range_constraints[n.node.expr].lower)), None
 
     with opening(path):
-        program = torch.export.load(inert_copy(Path(path)), extra_files=extra)
+        program = torch.export.load(copy_safe_archive(path), extra_files=extra)
         module = program.module()
         image = next(
             node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
@@ -58,4 +48,4 @@ def load_torch(path: str | os.PathLike, options: RunOptions) -> ExportedModel:
     def run(images: np.ndarray) -> np.ndarray:
         return module(torch.from_numpy(images)).numpy()
 
-    return ExportedModel(Path(path), "torch.export", (batch, height, width), metadata, run)
+    return ExportedModel(path, "torch.export", (batch, height, width), metadata, run)

@@ -1,4 +1,4 @@
-"""Engines that run the network: each a function from uint8 images to logits at 1/8 size."""
+"""Inference backends: functions from uint8 images to logits at 1/8 of their size."""
 
 import tempfile
 from collections.abc import Callable
@@ -9,17 +9,24 @@ from torch import Tensor
 
 from lednet.device import autocast
 from lednet.errors import UserError
-from lednet.export.formats import FORMATS, ExportedModel, load, missing_packages, require_packages
-from lednet.export.wrappers import BytesToLogits
+from lednet.export.formats import (
+    FORMATS,
+    ExportedModel,
+    ExportOptions,
+    load,
+    missing_packages,
+    require_packages,
+)
+from lednet.export.wrappers import EndToEndModel
 
 InferenceFn = Callable[[Tensor], Tensor]
 """images (N, H, W, 3) uint8 on the device -> (N, C, ceil(H/8), ceil(W/8)) float32 there"""
 
 BACKENDS = ("eager", "compiled", "onnxruntime", "openvino")
 _FILE_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
-"""Backend -> format of the file that it is handed."""
+"""Backend -> format of the file that it runs."""
 _FIRST_WITHOUT_TRITON = (7, 0)
-"""Compute capability below which torch.compile has no code generator (Pascal and older)."""
+"""Compute capability below which torch.compile cannot generate code (Pascal and older)."""
 
 
 def is_available(backend: str, device: torch.device) -> bool:
@@ -34,46 +41,48 @@ def choose_backend(device: torch.device) -> str:
     """The fastest backend for `device` whose packages are installed (see benchmarks/)."""
     if device.type == "cuda":
         return "compiled"
-    return next(
-        filter(lambda name: is_available(name, device), ("openvino", "onnxruntime")), "eager"
-    )
+    return next((b for b in ("openvino", "onnxruntime") if is_available(b, device)), "eager")
 
 
 def build_runner(
-    backend: str, graph: BytesToLogits, device: torch.device, precision: str = "fp32"
+    backend: str, graph: EndToEndModel, device: torch.device, precision: str = "fp32"
 ) -> InferenceFn:
-    """Prepare `graph` for running.
+    """Build the function that runs `graph` on a backend.
 
     Args:
         backend: one of `BACKENDS`. "eager" and "compiled" run on any device, the others
             where `FORMATS` says.
-        precision: of `lednet.device.AMP_DTYPES`.
+        graph: with output "logits"; moved to `device`.
+        precision: a key of `lednet.device.AMP_DTYPES`.
 
     Raises:
-        UserError: an unknown backend, one that lacks its package, device or precision.
+        UserError: an unknown backend, or one without its package, the device or the precision.
     """
     if backend not in BACKENDS:
         raise UserError(f"no backend {backend}: choose one of auto, {', '.join(BACKENDS)}")
     with autocast(device, precision):
-        pass  # refuses what the device lacks now, not at the first image
+        pass  # raises now, not at the first image
     if backend in ("eager", "compiled"):
-        return _torch_core(graph, device, precision, compiled=backend == "compiled")
+        return _torch_runner(graph, device, precision, compiled=backend == "compiled")
     format = _FILE_FORMATS[backend]
     require_packages(format)
     row = FORMATS[format]
-    for name, wanted, can in (
+    for name, value, supported in (
         ("device", device.type, row.devices), ("precision", precision, row.precisions)
     ):  # fmt: skip
-        if wanted not in can:
-            raise UserError(f"backend {backend} does not do {wanted}: give --{name} {can[0]}")
+        if value not in supported:
+            raise UserError(
+                f"backend {backend} does not support {value}: give --{name} {supported[0]}"
+            )
 
-    def make(example: Tensor) -> InferenceFn:
+    def build(example: Tensor) -> InferenceFn:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"network{row.suffix}"
-            row.write(graph, path, tuple(example.shape[:3]))
+            batch, height, width, _ = example.shape
+            row.write(graph, path, ExportOptions((batch, height, width)))
             return exported_runner(open_exported(path, device, precision))
 
-    return _PerSize(make)
+    return _RunnerPerSize(build)
 
 
 def open_exported(path: Path, device: torch.device, precision: str = "fp32") -> ExportedModel:
@@ -82,53 +91,56 @@ def open_exported(path: Path, device: torch.device, precision: str = "fp32") -> 
 
 
 def exported_runner(exported: ExportedModel) -> InferenceFn:
-    """A file with logits as a core; one for single images gets them one by one."""
+    """An inference function that runs a file with logits.
+
+    A file that takes single images gets the images of a batch one by one.
+    """
     size = 1 if exported.bounds[0] == (1, 1) else None
 
-    def core(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> Tensor:
         batches = images.cpu().split(size or len(images))
-        answers = [torch.from_numpy(exported(batch.numpy())) for batch in batches]
-        return (torch.cat(answers) if len(answers) > 1 else answers[0]).to(images.device)
+        logits = [torch.from_numpy(exported(batch.numpy())) for batch in batches]
+        return (torch.cat(logits) if len(logits) > 1 else logits[0]).to(images.device)
 
-    return core
+    return run
 
 
-def _torch_core(
-    graph: BytesToLogits, device: torch.device, precision: str, compiled: bool
+def _torch_runner(
+    graph: EndToEndModel, device: torch.device, precision: str, compiled: bool
 ) -> InferenceFn:
     graph = graph.to(device).to(memory_format=torch.channels_last).eval()
-    run: Callable[..., Tensor] = graph
+    forward: Callable[..., Tensor] = graph
     if compiled:
         if device.type != "cuda":
-            run = torch.compile(graph)
+            forward = torch.compile(graph)
         elif torch.cuda.get_device_capability(device) < _FIRST_WITHOUT_TRITON:
-            return _PerSize(lambda example: _cuda_graph_core(graph, example))
+            return _RunnerPerSize(lambda example: _cuda_graph_runner(graph, example))
         else:
-            run = torch.compile(graph, mode="reduce-overhead")  # in a CUDA graph
+            forward = torch.compile(graph, mode="reduce-overhead")  # in a CUDA graph
 
-    def core(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(device, precision):
             # A copy: the next call of a CUDA graph writes to the same memory.
-            return run(images).to(torch.float32, copy=compiled)
+            return forward(images).to(torch.float32, copy=compiled)
 
-    return core
+    return run
 
 
-def _cuda_graph_core(graph: BytesToLogits, example: Tensor) -> InferenceFn:
+def _cuda_graph_runner(graph: EndToEndModel, example: Tensor) -> InferenceFn:
     recorded = torch.cuda.make_graphed_callables(graph, (example,))
-    # PyTorch does not say what comes out of it.
+    # PyTorch does not annotate what it returns.
     return lambda images: recorded(images).clone()  # type: ignore[union-attr]
 
 
-class _PerSize:
-    """A core for engines that are fastest at one fixed input size: made at its first use."""
+class _RunnerPerSize:
+    """A runner for engines that are fastest at a fixed input size: built at its first use."""
 
-    def __init__(self, make: Callable[[Tensor], InferenceFn]):
-        self.make = make
-        self.cores: dict[tuple[int, ...], InferenceFn] = {}
+    def __init__(self, build: Callable[[Tensor], InferenceFn]):
+        self.build = build
+        self.runners: dict[tuple[int, ...], InferenceFn] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
         shape = tuple(images.shape)
-        if shape not in self.cores:
-            self.cores[shape] = self.make(images)
-        return self.cores[shape](images)
+        if shape not in self.runners:
+            self.runners[shape] = self.build(images)
+        return self.runners[shape](images)

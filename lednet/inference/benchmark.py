@@ -1,4 +1,4 @@
-"""How fast a network is, measured so that the number can be believed."""
+"""Speed measurements of a predictor, reported with their conditions."""
 
 import copy
 import statistics
@@ -18,7 +18,7 @@ from lednet.model import resize
 def time_runs(
     step: Callable[[], Any], device: torch.device, warmup: int, runs: int
 ) -> dict[str, float]:
-    """Time `step`, the clock stopping only when the device has finished.
+    """Time `step`, with the device synchronized before and after each call.
 
     Returns:
         Median and 95th percentile of `runs` calls after `warmup` untimed ones, in ms.
@@ -38,7 +38,7 @@ def time_runs(
 @torch.inference_mode()
 def count_macs(net: nn.Module, size: Sequence[int]) -> int:
     """Multiply-accumulates of the convolutions for one image of `size` (height, width)."""
-    net = copy.deepcopy(net).to("meta")  # where shapes are known and nothing is computed
+    net = copy.deepcopy(net).to("meta")  # shapes only, nothing is computed
     with FlopCounterMode(display=False) as counter:
         net(torch.zeros(1, 3, *size, device="meta"))
     return counter.get_total_flops() // 2
@@ -51,21 +51,22 @@ def benchmark(
     warmup: int = 3,
     runs: int = 20,
 ) -> dict[str, Any]:
-    """Measure a predictor on random images, with everything that the figures depend on.
+    """Measure a predictor on random images.
 
-    Two times are taken. "forward": one pass of the network alone (over a tile, where
-    there are tiles), from a resized uint8 image on the device to logits of its size.
-    "image_to_label_map": from uint8 images of `image_size` in main memory to uint8 label
-    maps of that size in main memory, with resizing, normalisation, enlarging and argmax;
-    files are neither read nor written.
+    Two times are measured. "forward": one pass of the network alone (over one tile, with
+    tiles), from a resized uint8 image on the device to logits of its size.
+    "image_to_label_map": from uint8 images of `image_size` in main memory to uint8 label maps of
+    that size in main memory, with resizing, normalization, upsampling and argmax; no files are
+    read or written.
 
     Args:
         image_size: (height, width) in pixels.
+        batch: number of images.
         warmup, runs: untimed and timed calls of each.
 
     Returns:
-        Conditions, cost and times, ready for JSON; times in ms for a whole batch, fps in
-        images a second by the median.
+        Conditions, cost and times, serializable as JSON; times in ms for a whole batch, fps in
+        images per second from the median.
     """
     device, size = predictor.device, predictor.size
     if device.type == "cuda":
@@ -106,7 +107,7 @@ def benchmark(
 
 
 def benchmark_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
-    """A `benchmark` for people: (name, value) rows."""
+    """Rows (name, value) of a `benchmark` for display."""
 
     def size(values: list[int]) -> str:
         return f"{values[0]}x{values[1]}"

@@ -1,4 +1,4 @@
-"""Files to predict, by the names that people give: a file, a folder, a pattern."""
+"""Find input files by path, folder or pattern."""
 
 import glob
 from collections.abc import Iterable, Iterator
@@ -11,24 +11,24 @@ from lednet.errors import UserError
 def find_inputs(
     sources: Iterable[str | Path], out: Path, suffixes: tuple[str, ...] = SUFFIXES
 ) -> dict[str, Path]:
-    """Input files by the names that their results begin with.
+    """Input files by the names of their results.
 
-    A name is the path below the folder that was named, or below the part of a pattern that has
-    no wildcard, without its suffix; sub-folders are searched. Hidden files, and what lies in
-    an `out` inside a folder, are no inputs.
+    The name is the path without suffix, relative to the folder that was given, or to the part of
+    a pattern before the first wildcard. Folders are searched recursively. Hidden files, and files
+    inside `out`, are left out.
 
     Args:
         sources: files of any suffix, folders, and patterns such as "city/**/*.png".
         out: folder of the results.
-        suffixes: of the files to take from folders and patterns.
+        suffixes: suffixes to include from folders and patterns.
 
     Raises:
-        UserError: a source holds nothing or is not there, `out` is one of the folders, or two
-            files would have the same results.
+        UserError: A source does not exist or has no such files, `out` is one of the folders, or
+            two files have the same name.
     """
     inputs: dict[str, Path] = {}
     for source in map(str, sources):
-        for name, path in _files_of(source, out, suffixes):
+        for name, path in _find_files(source, out, suffixes):
             if inputs.setdefault(name, path).resolve() != path.resolve():
                 raise UserError(
                     f"{inputs[name]} and {path} would have the same result files: rename one of "
@@ -37,8 +37,8 @@ def find_inputs(
     return inputs
 
 
-def _files_of(source: str, out: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
-    """Name and path of each file that one source stands for."""
+def _find_files(source: str, out: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    """Yield the name and path of each file of one source."""
     folder = Path(source)
     if folder.is_file():
         yield folder.stem, folder
@@ -54,10 +54,11 @@ def _files_of(source: str, out: Path, suffixes: tuple[str, ...]) -> Iterator[tup
     results = out.resolve()
     if results == folder.resolve():
         raise UserError(f"--out {out} is the folder of the inputs: choose another one")
-    inside = folder.resolve() in results.parents
     found = False
     for path in sorted(paths):
-        skipped = path.name.startswith(".") or (inside and results in path.resolve().parents)
+        skipped = path.name.startswith(".") or (
+            results.is_relative_to(folder.resolve()) and path.resolve().is_relative_to(results)
+        )
         if path.suffix.lower() in suffixes and not skipped and path.is_file():
             found = True
             yield path.relative_to(folder).with_suffix("").as_posix(), path

@@ -1,59 +1,54 @@
-"""Reading, predicting and writing at the same time, in order and in bounded memory."""
+"""A three-stage pipeline: read, predict and write run at the same time."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import takewhile
 from typing import TypeVar
 
 from lednet.io import Result, map_ordered
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
-Answer = TypeVar("Answer")
-
-
-def _until_none(items: Iterable[Loaded | None]) -> Iterator[Loaded]:
-    for item in items:
-        if item is None:
-            return
-        yield item
+Output = TypeVar("Output")
 
 
 def run_pipeline(
     items: Iterable[Item],
     read: Callable[[Item], Loaded | None],
-    predict: Callable[[Loaded], Answer],
-    write: Callable[[Answer], Result],
+    predict: Callable[[Loaded], Output],
+    write: Callable[[Output], Result],
     progress: Callable[[], object] = lambda: None,
     *,
     readers: int = 2,
     writers: int = 2,
 ) -> list[Result]:
-    """Read ahead and write behind while the calling thread predicts.
+    """Read ahead and write in threads while the calling thread predicts.
 
-    Of each stage the results come in the order of `items`. At most `readers` items wait to be
-    predicted, and `writers` to be written, besides those in work.
+    Each stage returns its results in the order of `items`. Besides those in work, at most
+    `readers` items wait to be predicted and `writers` items to be written.
 
-    When a stage raises, or Ctrl-C comes, nothing more is read or predicted, what is predicted
-    already is written to its end, and then the exception goes on: the first one alone.
+    When a stage raises, or on Ctrl-C, no more items are read or predicted. Items that were
+    predicted are written, and then the first exception is raised.
 
     Args:
-        items: taken one by one in the calling thread, and may be endless.
-        read: in `readers` threads. None from it ends the stream. A source that is read in
-            sequence has one reader.
-        predict: in the calling thread.
-        write: in `writers` threads.
-        progress: in the calling thread, after each item.
+        items: taken one at a time in the calling thread. May be endless.
+        read: called in `readers` threads. None ends the stream. A source that must be read in
+            sequence needs one reader.
+        predict: called in the calling thread.
+        write: called in `writers` threads.
+        progress: called in the calling thread after each item.
 
     Returns:
-        What `write` returned for each item.
+        The results of `write`.
     """
     results: list[Result] = []
     reading, writing = ThreadPoolExecutor(readers), ThreadPoolExecutor(writers)
     try:
         loaded = map_ordered(reading, (partial(read, item) for item in items), readers)
-        answers = (partial(write, predict(one)) for one in _until_none(loaded))
-        for result in map_ordered(writing, answers, writers):
+        present = takewhile(lambda one: one is not None, loaded)
+        outputs = (partial(write, predict(one)) for one in present if one is not None)
+        for result in map_ordered(writing, outputs, writers):
             results.append(result)
             progress()
     finally:

@@ -1,4 +1,4 @@
-"""Images in, label maps out: the same pre- and post-processing wherever a network answers."""
+"""End-to-end inference: preprocessing, forward pass and upsampling to a full-size label map."""
 
 import itertools
 import os
@@ -16,18 +16,18 @@ from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import LabelScheme, require_classes
 from lednet.errors import UserError
 from lednet.export.formats import ExportedModel, is_exported
-from lednet.export.wrappers import BytesToLogits
+from lednet.export.wrappers import EndToEndModel
 from lednet.hub import input_size
 from lednet.inference.backends import build_runner, choose_backend, exported_runner, open_exported
 from lednet.inference.sparse_argmax import upsample_argmax
 from lednet.model import LEDNet, argmax_at, count_parameters, load_model, resize, upsample_scores
 
 STRIDE = 8
-"""Pixels of the network's input to one value of what its decoder answers."""
+"""Input pixels per logit along each axis."""
 
 
 class TileSpan(NamedTuple):
-    """One tile along one axis: what it sees, and the part of it that is its own answer."""
+    """One tile along one axis: its input, and the part of its output that is used."""
 
     start: int
     stop: int
@@ -36,9 +36,10 @@ class TileSpan(NamedTuple):
 
 
 def tile_spans(length: int, tile: int, overlap: int) -> list[TileSpan]:
-    """Cover `length` with tiles of `tile` that overlap by at least `run_pipeline`.
+    """Cover `length` with tiles of size `tile` that overlap by at least `overlap`.
 
-    Where two tiles overlap, each answers for its half; the own parts cover the axis once.
+    Each overlap is divided in the middle between its two tiles; the used parts cover the axis
+    exactly once.
     """
     if tile >= length:
         return [TileSpan(0, length, 0, length)]
@@ -51,37 +52,35 @@ def tile_spans(length: int, tile: int, overlap: int) -> list[TileSpan]:
 
 
 class Predictor:
-    """A network with what stands before and behind it: uint8 images in, label maps out.
+    """A network with its pre- and postprocessing: uint8 images to label maps.
 
-    The image is resized to the network's size as uint8 (antialiased, as in training),
-    scaled to [0, 1] and normalised; the logits are enlarged to the image's size, and the
-    argmax is taken there.
+    Images are resized to the network's size as uint8 (antialiased, as in training), scaled to
+    [0, 1] and normalized; the logits are upsampled to the image's size before the argmax.
 
     Args:
-        net: not changed. Or an exported file with logits, which has its own normalisation.
-        size: (height, width) in pixels that the network works at.
-        mean, std: normalisation of the [0, 1] image that the network was trained with.
-        backend: one of `lednet.inference.backends.BACKENDS`, "auto": the fastest that is
-            installed, or None: "eager", for a file its own.
-        precision: a key of `lednet.device.AMP_DTYPES`; a file has been opened with it.
-        fold: whether to fold batch norm into the convolutions (exact, faster).
+        net: is not modified. Or an exported file with logits, which has its own normalization.
+        size: (height, width) in pixels that the network runs at.
+        mean, std: normalization of the [0, 1] image, per channel.
+        backend: one of `lednet.inference.backends.BACKENDS`; "auto", the fastest that is
+            installed; or None, "eager" for a network and its own runtime for a file.
+        precision: a key of `lednet.device.AMP_DTYPES`; for a file, the one it was opened with.
+        fold: fuse batch norms into the convolutions (equal outputs, faster).
         scales: sizes relative to `size` whose class probabilities are averaged.
-        flip: average with the mirrored image's answer too.
-        tile: (height, width) in pixels, multiples of 8, of tiles for a `size` that is too
-            large for the memory at once; the global pooling then sees a tile instead of
-            the image.
-        overlap: of neighbouring tiles, in pixels, a multiple of 8.
+        flip: average with the output for the mirrored image.
+        tile: (height, width) in pixels, multiples of 8, to run a `size` that does not fit into
+            memory tile by tile; the global pooling then covers a tile instead of the image.
+        overlap: of adjacent tiles in pixels, a multiple of 8.
 
     Attributes:
-        net: as it was given; of a file, the network that it was written from, unfilled.
-        backend: the one that is used.
+        net: the network; for a file, the one it was written from, without weights.
+        backend: the backend or runtime used.
         precision: of the convolutions.
-        runner: what the backend runs, see `lednet.inference.backends.InferenceFn`.
-        parameters: of `net`.
-        meta: what weights or file say about themselves; empty for a bare network.
+        runner: a `lednet.inference.backends.InferenceFn`.
+        parameters: number of parameters of `net`.
+        meta: metadata of the weights or the file; empty for a bare network.
 
     Raises:
-        UserError: as `build_runner`, or tiles that do not fit together with the other options.
+        UserError: as `build_runner`, or tiles that are not compatible with the other options.
     """
 
     def __init__(
@@ -109,19 +108,17 @@ class Predictor:
         if not scales or min(scales) <= 0:
             raise UserError("--scales must be positive: give 1, or 0.75 1 1.25")
         self.device = torch.device(device)
+        self.net: LEDNet
         if isinstance(net, ExportedModel):
-            self.net, self.runner, self.backend = (
-                net.build_meta_model(),
-                exported_runner(net),
-                net.runtime,
-            )
+            self.net, self.backend = net.build_meta_model(), net.runtime
+            self.runner = exported_runner(net)
             precision = "int8" if net.meta["precision"] == "int8" else precision
             fold = True
         else:
-            self.backend = choose_backend(self.device) if backend == "auto" else backend or "eager"
-            graph = BytesToLogits(net, mean, std, fold).eval()
-            self.runner = build_runner(self.backend, graph, self.device, precision)
             self.net = net
+            self.backend = choose_backend(self.device) if backend == "auto" else backend or "eager"
+            graph = EndToEndModel(net, mean, std, fold=fold).eval()
+            self.runner = build_runner(self.backend, graph, self.device, precision)
         self.precision, self.parameters = precision, count_parameters(self.net)
         height, width = size
         self.size, self.folded = (height, width), fold
@@ -139,34 +136,34 @@ class Predictor:
         width: int | None = None,
         **options: Any,
     ) -> Self:
-        """A predictor for the weights, the run's folder or the exported file at `path`.
+        """Build a predictor from the weights, run folder or exported file at `path`.
 
         Args:
-            scheme: classes that the weights must have, if that matters.
-            default_size: for weights that do not say what size they were trained at.
+            scheme: classes that the weights must have; None for no check.
+            default_size: for weights without a stored training size.
             height, width: another size in pixels to run the network at.
-            options: as of the class.
+            options: of the class.
 
         Raises:
-            UserError: as `load_model`, `require_classes` and `input_size`; an exported
-                file that holds label maps, or options that it has settled.
+            UserError: as `load_model`, `require_classes` and `input_size`; an exported file
+                with label maps, or options that the file has fixed.
         """
         net: LEDNet | ExportedModel
         if is_exported(path):
             net, meta = _open_logits(Path(path), options)
-            named = net.build_meta_model()
+            model = net.build_meta_model()
         else:
-            net, meta = load_model(path)
-            named = net
+            model, meta = load_model(path)
+            net = model
             options = {key: meta[key] for key in ("mean", "std") if key in meta} | options
         if scheme is not None:
-            require_classes(named, meta, scheme, path)
+            require_classes(model, meta, scheme, path)
         predictor = cls(net, input_size(meta, default_size, height, width), **options)
         predictor.meta = meta
         return predictor
 
     def prepare(self, images: Tensor, scale: float = 1.0) -> Tensor:
-        """Resized images on the device.
+        """Resize images on the device.
 
         images: (N, 3, H, W) uint8 -> (N, h, w, 3) uint8
         """
@@ -182,29 +179,28 @@ class Predictor:
         return self._tiled(prepared, self.tile) if self.tile else self.runner(prepared)
 
     def _tiled(self, prepared: Tensor, tile: tuple[int, int]) -> Tensor:
-        """`forward_logits`, a tile at a time. All positions are multiples of the stride."""
+        """`forward_logits` tile by tile. All positions are multiples of the stride."""
         spans = [
             tile_spans(-(-length // STRIDE), side // STRIDE, self.overlap // STRIDE)
             for length, side in zip(prepared.shape[1:3], tile, strict=True)
         ]
         size = spans[0][-1].own_stop, spans[1][-1].own_stop
-        answer = torch.empty(0)
+        output = torch.empty(0)
         for y, x in itertools.product(*spans):
             rows, columns = (slice(s.start * STRIDE, s.stop * STRIDE) for s in (y, x))
-            low = self.runner(prepared[:, rows, columns].contiguous())
-            if not answer.numel():
-                answer = low.new_empty(*low.shape[:2], *size)
+            logits = self.runner(prepared[:, rows, columns].contiguous())
+            if not output.numel():
+                output = logits.new_empty(*logits.shape[:2], *size)
             inside = [slice(s.own_start - s.start, s.own_stop - s.start) for s in (y, x)]
             own = [slice(s.own_start, s.own_stop) for s in (y, x)]
-            answer[:, :, own[0], own[1]] = low[:, :, inside[0], inside[1]]
-        return answer
+            output[:, :, own[0], own[1]] = logits[:, :, inside[0], inside[1]]
+        return output
 
     @torch.inference_mode()
     def scores(self, images: Tensor) -> Tensor:
-        """Scores of uint8 images at the network's size: the logits, or, of several scales or
-        both ways round, the mean probabilities. Their argmax is the answer.
+        """Class scores at the network's size: logits, or mean probabilities with `uses_tta`.
 
-        images: (N, 3, H, W) -> (N, C, *size) float32
+        images: (N, 3, H, W) uint8 -> (N, C, *size) float32
         """
         if not self.uses_tta:
             return resize(self.forward_logits(self.prepare(images)), self.size)
@@ -222,15 +218,15 @@ class Predictor:
 
     @property
     def uses_tta(self) -> bool:
-        """Whether several answers are averaged."""
+        """Whether the outputs of several scales or of the mirrored image are averaged."""
         return self.flip or self.scales != (1.0,)
 
     @torch.inference_mode()
     def label_maps(self, images: Tensor, *sizes: Sequence[int]) -> list[Tensor]:
-        """Label maps of uint8 images at each of `sizes`, by default the images' own.
+        """Label maps at each of `sizes`, (height, width); by default at the images' own size.
 
-        images: (N, 3, H, W) -> for each size (N, *size) uint8 on the device: class indices,
-        the network's last output (void) being the highest.
+        images: (N, 3, H, W) uint8 -> for each size (N, *size) uint8 on the device: class indices,
+        of which the network's last output (void) is the highest.
         """
         sizes = sizes or (images.shape[-2:],)
         if not self.uses_tta and self.device.type == "cpu":
@@ -246,8 +242,8 @@ class Predictor:
         """Label map (H, W) uint8 of one image, at its size.
 
         Args:
-            image: a path, a PIL image of any mode (turned as its EXIF orientation says), or
-                uint8: an array (H, W, 3) RGB or (H, W) grey, or a tensor (3, H, W).
+            image: a path; a PIL image of any mode (rotated by its EXIF orientation); or uint8, as
+                an array (H, W, 3) RGB or (H, W) grey, or a tensor (3, H, W).
 
         Raises:
             UserError: not an image, or not 8-bit.
@@ -261,12 +257,12 @@ class Predictor:
 
 
 def _open_logits(path: Path, options: dict[str, Any]) -> tuple[ExportedModel, dict[str, Any]]:
-    """An exported file that a predictor can use, and what it says about itself."""
+    """Open an exported file for a predictor; the file and its metadata."""
     precision = options.get("precision", "fp32")
     exported = open_exported(path, torch.device(options.get("device", "cpu")), precision)
     meta = exported.meta
     if meta["output"] != "logits":
-        raise UserError(f"{path} answers with labels: export it with --output logits")
+        raise UserError(f"{path} returns labels: export it with --output logits")
     if options.get("backend") not in (None, "auto", exported.runtime):
         raise UserError(f"{path} is run by {exported.runtime}: leave --backend out")
     return exported, meta

@@ -1,8 +1,7 @@
-"""Frames out of videos and cameras, and into videos, with their time stamps (PyAV, optional)."""
+"""Read and write video with PyAV, an optional dependency. Presentation timestamps are kept."""
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 from fractions import Fraction
 from types import ModuleType
@@ -16,118 +15,93 @@ from lednet.io import write_atomically
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,h264,hevc"
-"""FFmpeg's names of what is opened, by content and never by suffix: a playlist called .mp4 would
-have it read other files, or the network."""
-OLDEST_AV = 17
+"""FFmpeg demuxers that are allowed. A file is opened by its content, not by its suffix, and a
+playlist named .mp4 would read other files or the network."""
+MIN_AV_VERSION = 17
 ENCODER = "libx264"
 ENCODER_OPTIONS = {"preset": "ultrafast", "crf": "18"}
-"""A fifth of the time of "veryfast", at a quality that keeps class colours apart, for files that
-are up to twice as large."""
+"""Class colours stay distinct. Takes a fifth of the time of "veryfast"; files are up to twice as
+large."""
 CAMERA_FORMAT = "v4l2"
 BT709 = 1
-"""Number of that standard in the three tables of H.264 that say what colours mean."""
+"""Code of BT.709 for colour space, primaries and transfer function in H.264."""
 DEFAULT_RATE = Fraction(25)
-FINEST_TICK = 10_000
-"""Ticks a second at least: time stamps off the beat are kept to 0.1 ms."""
-TOLERANCE = 3
-"""Frames that a video may lack at its end; its length is not always exact."""
+MAX_MISSING_FRAMES = 3
+"""A video may end this many frames early, because its stated duration is not always exact."""
 
 
 def import_av() -> ModuleType:
-    """
+    """The package `av`.
+
     Raises:
-        UserError: PyAV is not installed, or too old.
+        UserError: PyAV is not installed or too old.
     """
     try:
         import av
     except ImportError as error:
         raise UserError("videos and cameras need PyAV: pip install av") from error
-    if int(av.__version__.split(".")[0]) < OLDEST_AV:
+    if int(av.__version__.split(".")[0]) < MIN_AV_VERSION:
         raise UserError(f"PyAV {av.__version__} is too old: pip install -U av")
     return av
 
 
 class VideoError(UserError):
-    """A video or camera that gives nothing; others may."""
-
-
-class FrameClock:
-    """Time stamps as ticks from the first frame on, in a unit that holds the frame rate exactly.
-
-    A stamp that is as near to the beat as its container can tell lies on the beat; others, of
-    a variable frame rate or after a gap, stay where they are.
-
-    Attributes:
-        unit: seconds a tick.
-        step: ticks from one beat to the next.
-    """
-
-    def __init__(self, rate: Fraction, time_base: Fraction | None):
-        fineness = -(-FINEST_TICK // rate.numerator)
-        self.unit = Fraction(1, rate.numerator * fineness)
-        self.step = rate.denominator * fineness
-        self._grain = time_base / self.unit if time_base else Fraction(0)
-        self._first: int | None = None
-        self._last = -self.step
-
-    def ticks(self, stamp: int | None) -> int:
-        """Later than that of the call before; without a stamp, by one beat."""
-        ticks = self._last + self.step
-        if stamp is not None:
-            if self._first is None:
-                self._first = stamp
-            exact = (stamp - self._first) * self._grain
-            beat = round(exact / self.step) * self.step
-            ticks = beat if abs(exact - beat) <= self._grain else round(exact)
-        self._last = max(ticks, self._last + 1)
-        return self._last
+    """A video or camera cannot be read. Other inputs are not affected."""
 
 
 class VideoFrame(NamedTuple):
-    """image: (H, W, 3) uint8 RGB, upright; all of a video have one size."""
+    """A decoded frame.
+
+    Attributes:
+        number: index of the frame, from 0.
+        pts: presentation timestamp in units of `VideoReader.time_base`. The first is 0.
+        image: (H, W, 3) uint8 RGB, upright. All frames of a video have one size.
+    """
 
     number: int
-    ticks: int
+    pts: int
     image: np.ndarray
 
 
 class VideoReader:
-    """The frames of a video file or a camera, in the order in which they are shown; once.
+    """Iterate once over the frames of a video file or camera, in presentation order.
 
     Args:
-        source: a file, or a camera's device.
-        format: that of a camera, `CAMERA_FORMAT`; a file's is told by its content.
-        max_pixels: of a frame, `lednet.io.max_pixels()` if not given; the limit holds
-            before one is decoded.
+        source: path of a file or of a camera device.
+        format: `CAMERA_FORMAT` for a camera. The format of a file is detected.
+        max_pixels: limit of pixels per frame, checked before decoding (default:
+            `lednet.io.max_pixels()`).
 
     Attributes:
-        rate: frames a second, on average.
-        unit: of the frames' ticks, in seconds.
-        expected: number of frames, if the file tells it or its length.
-        problem: after the last frame, None or a sentence: frames are missing.
+        rate: average frames per second.
+        time_base: seconds per unit of a frame's `pts`.
+        expected: number of frames according to the file's header, or None if unknown. It is
+            approximate where the header states only a duration.
+        problem: None, or a sentence about missing frames. Valid after the last frame.
 
     Raises:
-        VideoError: not a video, or frames of more than `max_pixels`.
+        VideoError: The file is not a video, or its frames have more than `max_pixels`.
         UserError: PyAV is not installed.
     """
 
     def __init__(
-        self,
-        source: str | os.PathLike,
-        format: str | None = None,
-        max_pixels: int | None = None,
+        self, source: str | os.PathLike, format: str | None = None, max_pixels: int | None = None
     ):
         self.source = os.fspath(source)
         self._av = import_av()
+        # "file:" keeps a name with a colon from being read as a protocol.
+        url, options = (
+            f"file:{self.source}",
+            {
+                "format_whitelist": CONTAINERS,
+                "protocol_whitelist": "file",
+            },
+        )
+        if format:
+            url, options = self.source, {}
         try:
-            # A name with a colon is no protocol's.
-            url = self.source if format else f"file:{self.source}"
-            safety = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
             self._container = self._av.open(
-                url,
-                format=format,
-                container_options={} if format else safety,
-                metadata_errors="replace",
+                url, format=format, container_options=options, metadata_errors="replace"
             )
         except self._av.error.FFmpegError as error:
             raise VideoError(
@@ -140,13 +114,16 @@ class VideoReader:
         self._limit_frames(image_io.max_pixels() if max_pixels is None else max_pixels)
         self._stream.thread_type = "AUTO"
         self.rate = self._stream.average_rate or self._stream.guessed_rate or DEFAULT_RATE
-        self._clock = FrameClock(self.rate, self._stream.time_base)
-        self.unit = self._clock.unit
-        self._end = self._promised_end()
-        by_length = None if self._end is None else round(self._end * self.rate)
-        self.expected: int | None = self._stream.frames or by_length
+        self.time_base = self._stream.time_base or 1 / self.rate
+        start, duration = (
+            Fraction(microseconds or 0, 10**6)
+            for microseconds in (self._container.start_time, self._container.duration)
+        )
+        self.expected: int | None = self._stream.frames or round(duration * self.rate) or None
+        self._stated_end = start + duration if duration else None
         self.problem: str | None = None
         self._damaged = False
+        self._end = Fraction(0)
 
     def _limit_frames(self, max_pixels: int) -> None:
         codec = self._stream.codec_context
@@ -156,23 +133,8 @@ class VideoReader:
                 f"{self.source} has frames of {codec.width}x{codec.height}, and {max_pixels:,} "
                 "pixels are the limit: make it smaller"
             )
-        # For frames that grow on the way; with room, as FFmpeg counts sides that it rounds up.
+        # For frames that grow later. FFmpeg rounds sides up before it compares.
         codec.options = {"max_pixels": str(4 * max_pixels)}
-
-    def _promised_end(self) -> Fraction | None:
-        """When the last frame ends, in seconds of the stream's own time."""
-        stream, container = self._stream, self._container
-        if stream.duration and stream.time_base:
-            return ((stream.start_time or 0) + stream.duration) * stream.time_base
-        # Matroska's, as 00:00:01.001000000
-        if told := re.fullmatch(
-            r"(\d{1,9}):(\d{1,9}):(\d{1,9}\.?\d{0,9})", stream.metadata.get("DURATION", "")
-        ):
-            hours, minutes, seconds = told.groups()
-            return Fraction(seconds) + 60 * int(minutes) + 3600 * int(hours)
-        if len(container.streams) == 1 and container.duration:
-            return Fraction((container.start_time or 0) + container.duration, 10**6)
-        return None
 
     def __enter__(self) -> "VideoReader":
         return self
@@ -181,107 +143,120 @@ class VideoReader:
         self._container.close()
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        """
+        """Decode the frames.
+
         Raises:
-            VideoError: not one frame can be decoded.
+            VideoError: No frame can be decoded.
         """
-        number = 0
-        end: Fraction | None = None
+        step = max(1, round(1 / (self.rate * self.time_base)))
+        number, pts, first = 0, -step, None
         size: dict[str, int] = {}
-        for frame in self._decoded():
+        for frame in self._decode():
             size = size or {"width": frame.width, "height": frame.height}
             image = frame.to_ndarray(format="rgb24", threads=1, **size)
-            # The angle is counterclockwise, as that of rot90.
+            # Both `rotation` and `rot90` count counterclockwise.
             image = np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
-            if frame.pts is not None:
-                lasts = frame.duration * frame.time_base if frame.duration else 1 / self.rate
-                end = frame.pts * frame.time_base + lasts
-            yield VideoFrame(number, self._clock.ticks(frame.pts), image)
+            if frame.pts is None:
+                pts += step
+            else:
+                first = frame.pts - number * step if first is None else first
+                pts = max(frame.pts - first, pts + 1)  # encoders need increasing timestamps
+            yield VideoFrame(number, pts, image)
             number += 1
         if not number:
             raise VideoError(f"{self.source} holds no frame that can be decoded: copy it again")
-        missing = 0 if end is None or self._end is None else self._end - end
-        short = missing > TOLERANCE / self.rate
-        if short or self._damaged:
+        missing = self._stated_end - self._end if self._stated_end and self._end else 0
+        if self._damaged or missing > MAX_MISSING_FRAMES / self.rate:
             of = f" of about {self.expected}" if self.expected else ""
             self.problem = (
                 f"{self.source} is damaged or cut short: {number}{of} frames could be read, and "
                 "were predicted; copy it again"
             )
 
-    def _decoded(self) -> Iterator[Any]:
-        """All frames that can be had, past damaged ones."""
-        for packet in self._packets():
+    def _decode(self) -> Iterator[Any]:
+        """Decode all frames that can be decoded, and note errors and the end of each stream."""
+        for packet in self._demux():
+            if packet is not None and packet.stream.index != self._stream.index:
+                self._note_end(packet)
+                continue
             try:
-                frames = self._stream.decode(packet)
+                for frame in self._stream.decode(packet):
+                    self._note_end(frame)
+                    yield frame
             except self._av.error.FFmpegError:
                 self._damaged = True
-                continue
-            yield from frames
 
-    def _packets(self) -> Iterator[Any]:
-        """What the file holds; at the end one that makes the decoder hand over all it has."""
+    def _note_end(self, part: Any) -> None:
+        """Note the end of a frame or packet. The header states that of the longest stream."""
+        if part.pts is not None and part.time_base:
+            self._end = max(self._end, (part.pts + (part.duration or 0)) * part.time_base)
+
+    def _demux(self) -> Iterator[Any]:
+        """Yield the packets of all streams, and None after an error to flush the decoder."""
         try:
-            yield from self._container.demux(self._stream)
+            yield from self._container.demux()
         except self._av.error.FFmpegError:
             self._damaged = True
             yield None
 
 
 class VideoEncoder:
-    """Appends pictures to an open container as H.264; made by `write_video`."""
+    """Encodes images as H.264 into an open container. Created by `write_video`.
 
-    def __init__(self, container: Any, rate: Fraction, unit: Fraction):
+    Attributes:
+        padded: whether a side of the images is odd. H.264 needs even sides, so that the last row
+            or column is repeated.
+    """
+
+    def __init__(self, container: Any, rate: Fraction, time_base: Fraction):
         self._av = import_av()
-        self._container, self._rate, self._unit = container, rate, unit
-        self._stream: Any | None = None
+        self._container, self._time_base = container, time_base
+        self._stream = container.add_stream(ENCODER, rate=rate, options=ENCODER_OPTIONS)
+        self._stream.pix_fmt = "yuv420p"
+        codec = self._stream.codec_context
+        codec.time_base = time_base
+        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
+        codec.color_range = 1  # limited: black is 16 and white 235
         self.padded = False
-        """Whether a side was odd, which the encoder does not take: its last line is doubled."""
 
-    def append(self, picture: np.ndarray, ticks: int) -> None:
-        """
+    def append(self, image: np.ndarray, pts: int) -> None:
+        """Encode an image.
+
         Args:
-            picture: (H, W, 3) uint8 RGB, all of one size.
-            ticks: later than the last one.
+            image: (H, W, 3) uint8 RGB, all of one size.
+            pts: presentation timestamp, later than the last one.
         """
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         self.padded = bool(height % 2 or width % 2)
         if self.padded:
-            picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        if self._stream is None:
-            self._stream = self._open(*picture.shape[:2])
-        frame = self._av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+            image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if not self._stream.codec_context.is_open:
+            self._stream.height, self._stream.width = image.shape[:2]
+        frame = self._av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1
         )
-        frame.pts, frame.time_base = ticks, self._unit
+        frame.pts, frame.time_base = pts, self._time_base
         self._container.mux(self._stream.encode(frame))
 
-    def _open(self, height: int, width: int) -> Any:
-        stream = self._container.add_stream(ENCODER, rate=self._rate, options=ENCODER_OPTIONS)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        context = stream.codec_context
-        context.time_base = self._unit
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = 1  # black is 16 and white 235
-        return stream
-
-    def finish(self) -> None:
-        """Write what the encoder still holds."""
-        if self._stream is not None:
+    def flush(self) -> None:
+        """Write the frames that the encoder still holds."""
+        if self._stream.codec_context.is_open:
             self._container.mux(self._stream.encode(None))
 
 
 @contextlib.contextmanager
-def write_video(path: str | os.PathLike, rate: Fraction, unit: Fraction) -> Iterator[VideoEncoder]:
-    """Yield a `VideoEncoder` whose video is at `path` when the block ends well; else nothing is.
+def write_video(
+    path: str | os.PathLike, rate: Fraction, time_base: Fraction
+) -> Iterator[VideoEncoder]:
+    """Yield a `VideoEncoder`. The file appears at `path` only if the block succeeds.
 
     Args:
-        path: its suffix names the container, .mp4 for instance.
-        rate: frames a second.
-        unit: of the pictures' ticks, in seconds.
+        path: its suffix selects the container, for example .mp4.
+        rate: average frames per second.
+        time_base: seconds per unit of the timestamps.
 
     Raises:
-        UserError: it cannot be written or encoded, or this PyAV has no H.264.
+        UserError: The file cannot be written or encoded, or PyAV has no H.264 encoder.
     """
     av = import_av()
     if ENCODER not in av.codecs_available:
@@ -289,26 +264,26 @@ def write_video(path: str | os.PathLike, rate: Fraction, unit: Fraction) -> Iter
     with write_atomically(path) as temporary:
         try:
             with av.open(f"file:{temporary}", "w") as container:
-                writer = VideoEncoder(container, rate, unit)
-                yield writer
-                writer.finish()
+                encoder = VideoEncoder(container, rate, time_base)
+                yield encoder
+                encoder.flush()
         except av.error.FFmpegError as error:
-            if isinstance(error, OSError):  # the disk, which `write_atomically` explains
+            if isinstance(error, OSError):  # from the disk; `write_atomically` reports it
                 raise
             raise UserError(f"{path} cannot be encoded as H.264 ({error.strerror})") from error
 
 
 def open_camera(device: str) -> VideoReader:
-    """Frames as a camera gives them, with its time stamps and without an end.
+    """A reader of a camera, which has no end. Linux only.
 
     Args:
-        device: a number, of /dev/video<number>, or a device's path. Linux only.
+        device: a number N, for /dev/videoN, or the path of a device.
 
     Raises:
-        VideoError: there is no such camera, or another program uses it.
+        VideoError: There is no such camera, or another program uses it.
     """
     path = f"/dev/video{device}" if device.isdigit() else device
     try:
         return VideoReader(path, CAMERA_FORMAT)
-    except ValueError as error:  # a wheel for another system does not know the format
+    except ValueError as error:  # PyAV for another system does not know the format
         raise UserError("cameras are read by Video4Linux, on Linux: give a recording") from error

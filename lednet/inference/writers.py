@@ -1,4 +1,4 @@
-"""Predictions of images and videos as files: label maps, pictures, and the classes' shares."""
+"""Write predictions of images and videos: label maps, visualizations and class shares."""
 
 import itertools
 import os
@@ -24,11 +24,11 @@ from lednet.visualization import VISUALIZATIONS, Visualizer, write_picture
 
 OUTPUTS = ("labels", *VISUALIZATIONS)
 PHOTO_OUTPUTS = ("overlay", "side")
-"""Pictures with the image in them."""
+"""Outputs that contain the input image."""
 
 
 class PredictionJob(NamedTuple):
-    """An image to predict, and the file of each kind that is to be written for it."""
+    """An image to predict, and the path of each output to write."""
 
     name: str
     path: Path
@@ -36,110 +36,118 @@ class PredictionJob(NamedTuple):
 
 
 class PredictionWriter:
-    """Where results lie, and how they are drawn.
+    """Writes the outputs of images, and names the files of all outputs.
 
     Args:
-        folder: of all results.
-        kinds: of `OUTPUTS`.
-        photo: suffix of an image's `PHOTO_OUTPUTS`, ".png" or ".jpg"; the others are PNG.
-        values: (256,) uint8, what a label map on disk has for each class index, if not that.
+        folder: folder of the results.
+        kinds: outputs to write, of `OUTPUTS`.
+        visualizer: draws the outputs other than "labels".
+        photo_suffix: suffix of an image's `PHOTO_OUTPUTS`, ".png" or ".jpg". Others are PNG.
+        label_values: (256,) uint8, the value in label maps for each class index (default: the
+            index).
     """
 
     def __init__(
         self,
         folder: Path,
         kinds: Sequence[str],
-        painter: Visualizer,
-        photo: str = ".png",
-        values: np.ndarray | None = None,
+        visualizer: Visualizer,
+        photo_suffix: str = ".png",
+        label_values: np.ndarray | None = None,
     ):
-        self.folder, self.kinds, self.painter = folder, kinds, painter
-        self.photo, self.values = photo, values
+        self.folder, self.kinds, self.visualizer = folder, kinds, visualizer
+        self.photo_suffix, self.label_values = photo_suffix, label_values
 
     def image_files(self, name: str) -> dict[str, Path]:
-        """Path of each kind."""
-        suffixes = {kind: self.photo if kind in PHOTO_OUTPUTS else ".png" for kind in self.kinds}
+        """Path of each output of an image."""
+        suffixes = {k: self.photo_suffix if k in PHOTO_OUTPUTS else ".png" for k in self.kinds}
         return {kind: self.folder / f"{name}_{kind}{end}" for kind, end in suffixes.items()}
 
     def video_files(self, name: str) -> dict[str, Path]:
-        """The same. That of "labels" is a folder with a label map for each frame."""
+        """Path of each output of a video. "labels" is a folder with one label map per frame."""
         suffixes = {kind: "" if kind == "labels" else ".mp4" for kind in self.kinds}
         return {kind: self.folder / f"{name}_{kind}{end}" for kind, end in suffixes.items()}
 
     def write(self, kind: str, path: Path, image: np.ndarray, label: np.ndarray) -> None:
-        """
+        """Write one output of an image.
+
         Args:
             image: (H, W, 3) uint8 RGB.
             label: (H, W) uint8 class indices.
         """
         if kind == "labels":
-            write_label_map(path, label if self.values is None else self.values[label])
+            write_label_map(path, label if self.label_values is None else self.label_values[label])
         else:
-            write_picture(path, self.painter.draw(kind, image, label))
+            write_picture(path, self.visualizer.draw(kind, image, label))
 
 
 class VideoWriter:
-    """The files of one video while they grow; opened by `video_output`."""
+    """Writes the outputs of a video frame by frame. Created by `video_output`.
+
+    Attributes:
+        size: height and width of the frames.
+    """
 
     def __init__(
         self,
         output: PredictionWriter,
-        unit: Fraction,
+        time_base: Fraction,
         folder: Path | None,
-        writers: dict[str, VideoEncoder],
+        encoders: dict[str, VideoEncoder],
     ):
-        self._output, self._folder, self._writers = output, folder, writers
-        self.unit = unit
+        self._output, self._folder, self._encoders = output, folder, encoders
+        self.time_base = time_base
         self.size = (0, 0)
-        """Height and width of the frames."""
 
     def add(self, frame: VideoFrame, label: np.ndarray) -> None:
+        """Write the outputs of a frame, with its (H, W) uint8 class indices."""
         self.size = label.shape
         if self._folder:
             path = self._folder / f"{frame.number:06d}.png"
             self._output.write("labels", path, frame.image, label)
-        for kind, writer in self._writers.items():
-            writer.append(self._output.painter.draw(kind, frame.image, label), frame.ticks)
+        for kind, encoder in self._encoders.items():
+            encoder.append(self._output.visualizer.draw(kind, frame.image, label), frame.pts)
 
     @property
     def padded(self) -> list[str]:
-        """Kinds whose pictures have an odd side, to which a line was added."""
-        return [kind for kind, writer in self._writers.items() if writer.padded]
+        """Outputs whose images have an odd side, so that a row or column was repeated."""
+        return [kind for kind, encoder in self._encoders.items() if encoder.padded]
 
 
 @contextmanager
 def video_output(
-    output: PredictionWriter, name: str, rate: Fraction, unit: Fraction
+    output: PredictionWriter, name: str, rate: Fraction, time_base: Fraction
 ) -> Iterator[VideoWriter]:
-    """Open the files of a video; they are there when the block ends well, and else none is.
+    """Open the output files of a video. They appear only if the block succeeds.
 
     Args:
-        rate: frames a second.
-        unit: of the frames' ticks, in seconds.
+        rate: average frames per second.
+        time_base: seconds per unit of the frames' timestamps.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: A file cannot be written.
     """
     paths = output.video_files(name)
     with ExitStack() as stack:
         labels = paths.pop("labels", None)
         folder = labels and stack.enter_context(write_folder_atomically(labels))
-        writers = {
-            kind: stack.enter_context(write_video(path, rate, unit)) for kind, path in paths.items()
+        encoders = {
+            kind: stack.enter_context(write_video(path, rate, time_base))
+            for kind, path in paths.items()
         }
-        yield VideoWriter(output, unit, folder, writers)
+        yield VideoWriter(output, time_base, folder, encoders)
 
 
 def count_pixels(label: np.ndarray, num_outputs: int) -> list[int]:
-    """Pixels of each of a network's outputs, void last, in (H, W) uint8 class indices."""
+    """Number of pixels of each network output in (H, W) uint8 class indices. Void is last."""
     return Image.fromarray(label).histogram()[:num_outputs]
 
 
 def class_shares(pixels: Iterable[Sequence[int]], scheme: LabelScheme) -> dict[str, float]:
-    """Share of each class, void among them, of all pixels together.
+    """Share of each class, and of void, in all pixels of several images.
 
     Args:
-        pixels: as of `count_pixels`, for each image.
+        pixels: results of `count_pixels`, one for each image.
     """
     total = np.sum([np.array(one, np.int64) for one in pixels], axis=0)
     names = (*scheme.classes, "void")
@@ -148,71 +156,74 @@ def class_shares(pixels: Iterable[Sequence[int]], scheme: LabelScheme) -> dict[s
 
 def predict_images(
     predictor: Predictor,
-    tasks: Iterable[PredictionJob],
+    jobs: Iterable[PredictionJob],
     output: PredictionWriter,
     progress: Callable[[], object],
     *,
-    keep: Callable[[dict[str, Any]], object] = lambda entry: None,
-    workers: int = 2,
+    on_written: Callable[[dict[str, Any]], object] = lambda entry: None,
+    num_workers: int = 2,
 ) -> list[dict[str, Any]]:
-    """Predict images and write their files; decoding, drawing and writing run beside.
+    """Predict images and write their outputs. Threads decode, draw and write meanwhile.
 
-    An image that cannot be read is passed over.
+    Images that cannot be read are skipped.
 
     Args:
         progress: called after each image.
-        keep: is given each entry without an error, when the files are on disk, by a thread
-            that writes.
-        workers: threads that decode, and as many that draw and write.
+        on_written: called with an image's entry when its files are on disk, by the thread that
+            wrote them.
+        num_workers: number of threads that decode, and of threads that draw and write.
 
     Returns:
-        An entry for each image, in order: "name", "path", and either "error", why it was
-        passed over, or "height", "width", and "pixels" as of `count_pixels`.
+        An entry for each image, in order, with "name" and "path". It has "error", a sentence, if
+        the image was skipped. Otherwise it has "height", "width", and "pixels" from
+        `count_pixels`.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: A file cannot be written.
     """
 
-    def read(task: PredictionJob) -> tuple[PredictionJob, np.ndarray | UserError]:
+    def read(job: PredictionJob) -> tuple[PredictionJob, np.ndarray | UserError]:
         try:
-            return task, to_rgb(open_image(task.path))
+            return job, to_rgb(open_image(job.path))
         except UserError as error:
-            return task, error
+            return job, error
 
     def predict(loaded: tuple[PredictionJob, np.ndarray | UserError]) -> tuple:
-        task, image = loaded
-        return task, image, None if isinstance(image, UserError) else predictor(image)
+        job, image = loaded
+        return job, image, None if isinstance(image, UserError) else predictor(image)
 
-    def write(answer: tuple) -> dict[str, Any]:
-        task, image, label = answer
-        entry: dict[str, Any] = {"name": task.name, "path": str(task.path)}
+    def write(predicted: tuple) -> dict[str, Any]:
+        job, image, label = predicted
+        entry: dict[str, Any] = {"name": job.name, "path": str(job.path)}
         if label is None:
             return entry | {"error": str(image)}
-        for kind, path in task.outputs.items():
+        for kind, path in job.outputs.items():
             output.write(kind, path, image, label)
         height, width = label.shape
         pixels = count_pixels(label, predictor.net.num_classes)
         entry |= {"height": height, "width": width, "pixels": pixels}
-        keep(entry)
+        on_written(entry)
         return entry
 
-    return run_pipeline(tasks, read, predict, write, progress, readers=workers, writers=workers)
+    return run_pipeline(
+        jobs, read, predict, write, progress, readers=num_workers, writers=num_workers
+    )
 
 
 def predict_video(
     predictor: Predictor,
     frames: Iterator[VideoFrame],
-    files: VideoWriter,
+    output: VideoWriter,
     progress: Callable[[], object],
 ) -> list[dict[str, Any]]:
-    """Predict the frames of a video; decoding, drawing and encoding run beside.
+    """Predict the frames of a video. Threads decode, draw and encode meanwhile.
 
     Args:
         progress: called after each frame.
 
     Returns:
-        An entry for each frame, in order: "frame", its number, "seconds" from the first one,
-        and "pixels" as of `count_pixels`.
+        An entry for each frame, in order: "frame", its number; "seconds" since the first frame;
+        "pixels" from `count_pixels`.
     """
 
     def read(_: None) -> VideoFrame | None:
@@ -221,11 +232,11 @@ def predict_video(
     def predict(frame: VideoFrame) -> tuple[VideoFrame, np.ndarray]:
         return frame, predictor(frame.image)
 
-    def write(answer: tuple[VideoFrame, np.ndarray]) -> dict[str, Any]:
-        frame, label = answer
-        files.add(frame, label)
+    def write(predicted: tuple[VideoFrame, np.ndarray]) -> dict[str, Any]:
+        frame, label = predicted
+        output.add(frame, label)
         pixels = count_pixels(label, predictor.net.num_classes)
-        seconds = float(frame.ticks * files.unit)
+        seconds = float(frame.pts * output.time_base)
         return {"frame": frame.number, "seconds": seconds, "pixels": pixels}
 
     return run_pipeline(
@@ -234,21 +245,22 @@ def predict_video(
 
 
 def errors_of(entries: Iterable[dict[str, Any]]) -> list[str]:
-    """Why images were passed over, of the entries of `predict_images`."""
+    """Why images were skipped, from the entries of `predict_images`."""
     return [entry["error"] for entry in entries if "error" in entry]
 
 
 def sample_sheet(
     predictor: Predictor, data: SegmentationDataset, path: str | os.PathLike, images: int
 ) -> None:
-    """Draw a contact sheet of `images` pictures spread evenly over `data`.
+    """Draw a contact sheet of images spaced evenly over a data set.
 
     Args:
-        path: PNG to write.
+        path: PNG file to write.
+        images: number of images.
     """
     count = min(images, len(data))
     rows = []
     for i in range(count):
-        pixels, truth = data.read(i * len(data) // count)
-        rows.append((pixels, truth, predictor(pixels)))
+        image, target = data.read(i * len(data) // count)
+        rows.append((image, target, predictor(image)))
     contact_sheet(rows, data.scheme, path)

@@ -1,4 +1,4 @@
-"""The last few states of a run, to resume from."""
+"""Checkpoints of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,29 @@ from lednet.errors import UserError
 
 
 class Checkpoints:
-    """Files `checkpoint_<number>.pth` of a folder, of which the newest few are kept.
+    """The newest few files `checkpoint_<steps>.pth` of a run folder.
 
     Args:
-        folder: of the run.
-        keep: how many; 1 or more. With 2, one is left when the other turns out damaged.
+        folder: the run folder.
+        keep: number of checkpoints to keep, at least 1. With 2, one is left if the other is
+            damaged.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder, self.keep = folder, keep
 
     def paths(self) -> list[Path]:
-        """All that are there, the newest first."""
+        """Existing checkpoints, the newest first."""
         return sorted(self.folder.glob("checkpoint_*.pth"), reverse=True)
 
     def save(self, number: int, net: nn.Module, meta: dict, **state: Any) -> Path:
-        """Write one; the oldest go only when it is whole.
+        """Write a checkpoint, then remove the oldest ones.
 
         Args:
-            number: steps of the run so far: the order of the files.
+            number: steps of the run so far, by which the files are ordered.
+            net: the network.
+            meta: see `save_checkpoint`.
+            state: further entries.
         """
         path = self.folder / f"checkpoint_{number:09d}.pth"
         save_checkpoint(path, net, meta, **state)
@@ -37,16 +41,16 @@ class Checkpoints:
         return path
 
     def load_latest(self, main: bool = True) -> tuple[Path, dict[str, Any], list[str]]:
-        """Open the newest that is sound.
+        """Load the newest valid checkpoint.
 
         Args:
-            main: whether this process may put damaged ones aside (as `.damaged`).
+            main: whether this process renames damaged checkpoints to `.damaged`.
 
         Returns:
-            Its path and content, and a sentence for each newer one that is damaged.
+            Path, content, and a sentence about each newer checkpoint that is damaged.
 
         Raises:
-            UserError: none is sound.
+            UserError: none is valid.
         """
         complaints: list[str] = []
         for path in self.paths():
@@ -57,4 +61,4 @@ class Checkpoints:
                 if main and path.exists():
                     path.rename(path.with_suffix(".damaged"))
         found = complaints[0] if complaints else f"no checkpoint in {self.folder}"
-        raise UserError(f"{found}; nothing to resume: start anew in another --savedir")
+        raise UserError(f"{found}; nothing to resume: start a new run in another --savedir")

@@ -17,7 +17,7 @@ Recorder = Callable[[Callable[[], Outputs]], tuple[Callable[[], Any], Outputs]]
 def record_cuda_graph(call: Callable[[], Outputs]) -> tuple[Callable[[], Any], Outputs]:
     """A `Recorder` on the current CUDA device."""
     graph = torch.cuda.CUDAGraph()
-    # Threads that pin the memory of loaded batches may go on meanwhile.
+    # Threads that pin the memory of loaded batches continue during the recording.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = call()
     return graph.replay, outputs

@@ -43,8 +43,8 @@ def open_run(
     )
 
 
-def open_dashboard(
-    args: argparse.Namespace, folder: RunDir, scheme: LabelScheme | None = None
+def open_logger(
+    args: argparse.Namespace, run_dir: RunDir, scheme: LabelScheme | None = None
 ) -> MetricLogger | None:
     """What --visualize and --tensorboard ask for, in the main process.
 
@@ -55,22 +55,22 @@ def open_dashboard(
         UserError: what one of them needs is not installed.
     """
     displays: list[LoggerBackend] = []
-    if folder.main and args.visualize:
+    if run_dir.main and args.visualize:
         try:
             from lednet.training.visdom_logger import VisdomBackend
         except ImportError as error:
             raise UserError(
                 "--visualize needs visdom: docs/install.md says how, or leave the flag out"
             ) from error
-        displays.append(VisdomBackend(folder.path.name, port=args.port))
-    if folder.main and args.tensorboard:
+        displays.append(VisdomBackend(run_dir.path.name, port=args.port))
+    if run_dir.main and args.tensorboard:
         try:
             from lednet.training.tensorboard_logger import TensorBoardBackend
         except ImportError as error:
             raise UserError(
                 "--tensorboard needs TensorBoard: pip install tensorboard, or leave the flag out"
             ) from error
-        displays.append(TensorBoardBackend(folder.path / "tensorboard"))
+        displays.append(TensorBoardBackend(run_dir.path / "tensorboard"))
     return MetricLogger(displays, scheme) if displays else None
 
 
@@ -104,12 +104,12 @@ def launch(
         with autocast(world.device, args.precision):
             pass  # refuses a precision that the device lacks, before anything is written
         set_backends(world.device, args.precision, args.deterministic)
-        keeper = CheckpointTimer(world, StopRequest(), args.save_steps, args.save_minutes)
+        timer = CheckpointTimer(world, StopRequest(), args.save_steps, args.save_minutes)
         with report_lost_process(), worker_failures():
-            train(world, keeper)
+            train(world, timer)
     except TrainingStopped as stopped:
         if world.is_main:
-            print(f"{stopped}; go on with --resume", file=sys.stderr)
+            print(f"{stopped}; continue with --resume", file=sys.stderr)
         sys.exit(stopped.exit_status)
     finally:
         destroy_distributed()

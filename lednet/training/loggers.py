@@ -1,4 +1,4 @@
-"""What there is to see of a run under way; the displays show it."""
+"""Curves and example predictions of a training run, sent to TensorBoard or visdom."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -16,148 +16,153 @@ from lednet.model import argmax_at
 from lednet.training.tasks import Task
 from lednet.visualization import colorize
 
-Curve = list[tuple[int, float]]
-"""(epoch, value) of all epochs that have one."""
-Charts = dict[str, dict[str, Curve]]
-"""Curves by name, in charts by title."""
+Charts = dict[str, dict[str, list[tuple[int, float]]]]
+"""Points (epoch, value) by chart title and curve name. No curve is empty."""
 
-PICTURES_TITLE = "input, target, prediction"
-PICTURE_HEIGHT = 256
-"""Larger pictures are made smaller, down to this: each epoch's are kept."""
+IMAGES_TITLE = "input, target, prediction"
+MAX_IMAGE_HEIGHT = 256
+"""Taller images are reduced to about this height, because those of every epoch are stored."""
 _GAP = 4
-"""White pixels between two parts of a picture."""
+"""Width in pixels of the white line between the parts of an image."""
 
 
 @dataclass(frozen=True)
 class EpochSummary:
-    """What there is to see of a stage when an epoch has ended.
+    """What backends show after an epoch.
 
     Attributes:
-        stage: its name.
+        stage: name of the training stage.
         epoch: number of the epoch, from 1.
-        charts: of the stage up to then, whole.
-        pictures: (H, W, 3) uint8, all of one size.
+        charts: all curves of the stage up to this epoch.
+        images: (H, W, 3) uint8 arrays of one size.
     """
 
     stage: str
     epoch: int
     charts: Charts
-    pictures: list[np.ndarray]
+    images: list[np.ndarray]
 
 
 class LoggerBackend(Protocol):
-    """A place where views are shown. It raises whatever goes wrong.
+    """A destination for epoch summaries. Its methods raise any error that occurs.
 
     Attributes:
-        trouble: what it then is, in a few words.
+        failure: the start of the warning about such an error.
     """
 
-    trouble: str
+    failure: str
 
     def open(self) -> None:
-        """Get ready, before the first epoch: what is missing is told at once."""
+        """Prepare before the first epoch, so that problems are reported at the start."""
 
-    def show(self, view: EpochSummary) -> None:
-        """Show a view in the place of the stage's last one."""
+    def log(self, summary: EpochSummary) -> None:
+        """Show an epoch. The charts replace those logged for the stage before."""
 
 
 class MetricLogger:
-    """Shows a run, epoch by epoch.
+    """Logs each epoch to several backends.
 
-    A display that fails, at the start or later, costs one warning and is left out from then
-    on; the run goes on.
+    A backend that raises an error is removed with one warning. Training continues.
 
     Args:
-        scheme: class names and colours of label maps; None where there are none to show.
-        images: validation images to show.
+        backends: destinations of the summaries.
+        scheme: class names and colours of the label maps, or None to log no images.
+        num_images: number of validation images to log.
     """
 
     def __init__(
-        self, displays: Sequence[LoggerBackend], scheme: LabelScheme | None = None, images: int = 2
+        self,
+        backends: Sequence[LoggerBackend],
+        scheme: LabelScheme | None = None,
+        num_images: int = 2,
     ):
-        self.displays = list(displays)
-        self.scheme, self.images = scheme, images
-        self._each(lambda display: display.open())
+        self.backends, self.scheme, self.num_images = list(backends), scheme, num_images
+        self._for_each_backend(lambda backend: backend.open())
 
-    def show(
+    def log(
         self, records: Sequence[dict[str, Any]], task: Task, model: nn.Module, loader: Batches
     ) -> None:
-        """Show an epoch that has ended.
+        """Log the last epoch of `records`.
 
         Args:
-            records: lines of `log.jsonl`, the last one that of the epoch.
-            task: what is trained for.
-            model: gives logits; evaluated on the first pictures of `loader`, uint8.
+            records: lines of `log.jsonl`.
+            task: the task that is trained.
+            model: returns logits. It is evaluated on the first images of `loader`.
+            loader: validation data, uint8.
         """
-        if not self.displays:
+        if not self.backends:
             return
         stage, epoch = records[-1]["stage"], records[-1]["epoch"]
-        charts = charts_of([record for record in records if record["stage"] == stage], task)
-        pictures = []
+        charts = make_charts([record for record in records if record["stage"] == stage], task)
+        images = []
         if self.scheme is not None:
-            pictures = self._pictures(self.scheme, task, model, loader)
-        view = EpochSummary(stage, epoch, charts, pictures)
-        self._each(lambda display: display.show(view))
+            images = example_images(model, task, loader, self.scheme, self.num_images)
+        summary = EpochSummary(stage, epoch, charts, images)
+        self._for_each_backend(lambda backend: backend.log(summary))
 
-    def _each(self, call: Callable[[LoggerBackend], None]) -> None:
-        for display in [*self.displays]:
+    def _for_each_backend(self, call: Callable[[LoggerBackend], None]) -> None:
+        for backend in [*self.backends]:
             try:
-                call(display)
-            except Exception as error:  # whatever a network, a server or a disk may bring
-                self.displays.remove(display)
+                call(backend)
+            except Exception as error:  # network, server and disk raise errors of many types
+                self.backends.remove(backend)
                 reason = getattr(error, "strerror", None) or type(error).__name__
                 print(
-                    f"warning: {display.trouble} ({reason}); training goes on without the display",
+                    f"warning: {backend.failure} ({reason}); training continues without it",
                     file=sys.stderr,
                 )
 
-    @torch.inference_mode()
-    def _pictures(
-        self, scheme: LabelScheme, task: Task, model: nn.Module, loader: Batches
-    ) -> list[np.ndarray]:
-        """The first images, each beside its label and what the model makes of it."""
-        device = next(model.parameters()).device
-        was_training = model.training
-        model.eval()
-        pictures = []
-        for index in range(min(self.images, len(loader.dataset))):
-            image, target = loader.dataset[index]
-            x, _ = task.normalize(image[None].to(device), target[None])
-            prediction = argmax_at(model(x).float(), target.shape[-2:])
-            labels = (target.numpy(), prediction[0].cpu().numpy())
-            gap = np.full((len(target), _GAP, 3), 255, np.uint8)
-            first, second = (colorize(label, scheme) for label in labels)
-            joined = np.hstack((image.permute(1, 2, 0).numpy(), gap, first, gap, second))
-            factor = max(1, len(joined) // PICTURE_HEIGHT)
-            pictures.append(np.asarray(Image.fromarray(joined).reduce(factor)))
-        model.train(was_training)
-        return pictures
+
+@torch.inference_mode()
+def example_images(
+    model: nn.Module, task: Task, loader: Batches, scheme: LabelScheme, count: int
+) -> list[np.ndarray]:
+    """Images of input, target and prediction side by side, (H, W, 3) uint8.
+
+    Args:
+        model: returns logits. Its training mode is restored.
+        count: number of images, from the start of the data set.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    images = []
+    for index in range(min(count, len(loader.dataset))):
+        image, target = loader.dataset[index]
+        x, _ = task.normalize(image[None].to(device), target[None])
+        prediction = argmax_at(model(x).float(), target.shape[-2:])[0]
+        gap = np.full((len(target), _GAP, 3), 255, np.uint8)
+        first, second = (colorize(label.cpu().numpy(), scheme) for label in (target, prediction))
+        joined = np.hstack((image.permute(1, 2, 0).numpy(), gap, first, gap, second))
+        factor = max(1, len(joined) // MAX_IMAGE_HEIGHT)
+        images.append(np.asarray(Image.fromarray(joined).reduce(factor)))
+    model.train(was_training)
+    return images
 
 
-def charts_of(records: Sequence[dict[str, Any]], task: Task) -> Charts:
-    """Charts of a stage from its lines of `log.jsonl`; no curve is without a point."""
+def make_charts(records: Sequence[dict[str, Any]], task: Task) -> Charts:
+    """Charts of one stage from its lines of `log.jsonl`.
+
+    Values that are None, or that an earlier version did not log, are left out.
+    """
+    score = task.score
     charts: Charts = {}
     for record in records:
-        for title, values in _points(record, task).items():
-            for name, value in values.items():
+        values = {
+            "loss": {"train": record["train_loss"], "val": record["val_loss"]},
+            task.score_name: {"train": record[f"train_{score}"], "val": record[f"val_{score}"]},
+            "top-5": {"val": record.get("val_top5")},
+            "per-class IoU": record.get("val_class_iou", {}),
+            "learning rate": {"start of epoch": record["lr"]},
+            "throughput": {"images per second": record.get("images_per_second")},
+            "memory in MB": {
+                "process": record.get("process_memory_mb"),
+                "GPU": record.get("gpu_memory_mb"),
+            },
+        }
+        for title, curves in values.items():
+            for name, value in curves.items():
                 if value is not None:
                     curve = charts.setdefault(title, {}).setdefault(name, [])
                     curve.append((record["epoch"], value))
     return charts
-
-
-def _points(record: dict[str, Any], task: Task) -> dict[str, dict[str, float | None]]:
-    """What an epoch adds to the charts: values by curve; runs of other versions log less."""
-    score = task.score
-    return {
-        "loss": {"train": record["train_loss"], "val": record["val_loss"]},
-        task.score_name: {"train": record[f"train_{score}"], "val": record[f"val_{score}"]},
-        "top-5": {"val": record.get("val_top5")},
-        "per-class IoU": record.get("val_class_iou", {}),
-        "learning rate": {"start of epoch": record["lr"]},
-        "throughput": {"images per second": record.get("images_per_second")},
-        "memory in MB": {
-            "process": record.get("process_memory_mb"),
-            "GPU": record.get("gpu_memory_mb"),
-        },
-    }

@@ -1,4 +1,4 @@
-"""A run from its first step, or any later one, to its last."""
+"""The training loop of a run: stages, epochs, checkpoints and logs."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from lednet.plots import plot_curves
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.loggers import MetricLogger
 from lednet.training.run_dir import RunDir
-from lednet.training.signals import SAVE, CheckpointTimer, TrainingStopped
+from lednet.training.signals import Action, CheckpointTimer, TrainingStopped
 from lednet.training.stages import Stage
 from lednet.training.time_budget import TimeBudget
 from lednet.training.trainer import EpochState, NonFiniteLoss, Trainer
@@ -31,17 +31,17 @@ from lednet.training.trainer import EpochState, NonFiniteLoss, Trainer
 
 @dataclass
 class Progress:
-    """What a run has behind it.
+    """How far a run has come.
 
     Attributes:
-        stage: name of the current one.
+        stage: name of the current stage.
         epoch: finished epochs of that stage.
-        steps: updates of the weights, of all stages.
+        steps: optimizer steps of all stages.
         best_score: best validation score of that stage; -1 before the first.
-        records: the lines of `log.jsonl` so far, of all stages.
-        tally: of the epoch that was interrupted, as `EpochState.state` gave it; or None.
-        seconds: of the whole run so far.
-        stage_start: value of `seconds` when the stage began.
+        records: lines of `log.jsonl` so far, of all stages.
+        tally: state of an interrupted epoch, from `EpochState.state`; None between epochs.
+        seconds: training time of the whole run.
+        stage_start: value of `seconds` at the start of the stage.
     """
 
     stage: str
@@ -54,25 +54,25 @@ class Progress:
     stage_start: float = 0.0
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, all but stage and epoch, which its "meta" has."""
-        return {key: getattr(self, key) for key in (*PROGRESS_KINDS, *TIME_KEYS)}
+        """Contents of a checkpoint's "progress". Stage and epoch are in its "meta"."""
+        return {key: getattr(self, key) for key in (*PROGRESS_TYPES, *TIME_KEYS)}
 
 
-META_KINDS: dict[str, type | UnionType] = {
+META_TYPES: dict[str, type | UnionType] = {
     "stage": str,
     "epoch": int,
     "mean": list | tuple,
     "std": list | tuple,
 }
-PROGRESS_KINDS: dict[str, type | UnionType] = {
+PROGRESS_TYPES: dict[str, type | UnionType] = {
     "steps": int,
     "best_score": int | float,
     "records": list,
     "tally": dict | None,
 }
-"""What a checkpoint's "meta" and "progress" hold to go on from, and of which types."""
+"""Entries of a checkpoint's "meta" and "progress" that resuming needs, and their types."""
 TIME_KEYS = ("seconds", "stage_start")
-"""What "progress" holds too, but for checkpoints of earlier versions."""
+"""Further entries of "progress", which checkpoints of version 0.1 do not have."""
 
 
 @dataclass
@@ -80,84 +80,90 @@ class TrainingRun:
     """What all stages of a run have in common.
 
     Attributes:
-        net: the whole network, of which each stage trains a part.
-        folder: written to by the main process only.
-        meta: about data and classes, stored with the weights.
-        seed: of everything random.
-        keeper: says when to save and when to stop.
-        keep_every: keep the weights of every n-th epoch as well; 0 keeps none.
-        validate_every: score every n-th epoch of a stage, and its last.
-        budget: time that the run has; None for any.
+        net: the whole network; each stage trains a part of it.
+        run_dir: the run folder; only the main process writes to it.
+        checkpoints: checkpoints in that folder.
+        meta: description of data and classes, stored with the weights.
+        seed: random seed.
+        timer: decides when to save and when to stop.
+        logger: where metrics are shown after each epoch; None for nowhere.
+        keep_every: also keep the weights of every n-th epoch; 0 keeps none.
+        validate_every: validate after every n-th epoch of a stage and after its last.
+        budget: time limit of the run; None for no limit.
     """
 
     net: nn.Module
     stages: Sequence[Stage]
-    folder: RunDir
+    run_dir: RunDir
     checkpoints: Checkpoints
     meta: dict[str, Any]
     seed: int
-    keeper: CheckpointTimer
-    dashboard: MetricLogger | None = None
+    timer: CheckpointTimer
+    logger: MetricLogger | None = None
     keep_every: int = 0
     validate_every: int = 1
     budget: TimeBudget | None = None
 
     def resume(self) -> tuple[Progress, dict[str, Any]]:
-        """Load the newest sound checkpoint into `net`; returns where to go on, and the trainer's
-        state.
+        """Load the newest valid checkpoint into `net`.
+
+        Returns:
+            The progress of the run, and the state of the trainer.
 
         Raises:
-            UserError: there is none, it holds weights alone, or it is in a stage that the
-                run no longer has.
+            UserError: there is no checkpoint, it holds weights only, or its stage is not one of
+                `stages`.
         """
-        path, content, complaints = self.checkpoints.load_latest(self.folder.main)
+        path, content, complaints = self.checkpoints.load_latest(self.run_dir.main)
         for complaint in complaints:
-            self.folder.log(f"{complaint}; going on from {path.name}")
+            self.run_dir.log(f"{complaint}; resuming from {path.name}")
         if not {"meta", "trainer", "progress"} <= content.keys():
-            raise UserError(f"{path} holds weights alone: start a new run with --state {path}")
+            raise UserError(f"{path} holds weights only: start a new run with --state {path}")
         meta, state = content["meta"], content["progress"]
         if not _is_progress(meta, state):
             raise UserError(
-                f"{path} was written by another version: resume with that, or start a new run "
-                f"with --state {path}"
+                f"{path} was written by another version: resume with that version, or start a new "
+                f"run with --state {path}"
             )
         if meta["stage"] not in [stage.name for stage in self.stages]:
             raise UserError(
                 f"{path} is in stage {meta['stage']}, which these options leave out: resume with "
-                "the run's own"
+                "the original options"
             )
         load_state(self.net, content["state_dict"], path)
         self.meta |= {key: meta[key] for key in ("mean", "std")}
-        kept = {key: state[key] for key in (*PROGRESS_KINDS, *TIME_KEYS) if key in state}
+        kept = {key: state[key] for key in (*PROGRESS_TYPES, *TIME_KEYS) if key in state}
         progress = Progress(meta["stage"], meta["epoch"], **kept)
-        self.folder.write_records(progress.records)
+        self.run_dir.write_records(progress.records)
         step = progress.tally["step"] if progress.tally else 0
         within = f", {step} batches into the next" if step else ""
-        self.folder.log(
+        self.run_dir.log(
             f"resuming {progress.stage} after epoch {progress.epoch}{within} ({path.name})"
         )
         return progress, content["trainer"]
 
 
 def _is_progress(meta: Any, state: Any) -> bool:
-    """Whether a checkpoint's "meta" and "progress" are what `StageRunner` wrote."""
-    for told, kinds in ((meta, META_KINDS), (state, PROGRESS_KINDS)):
-        if not isinstance(told, dict) or not kinds.keys() <= told.keys():
+    """Whether a checkpoint's "meta" and "progress" have the form that `StageRunner` writes."""
+    for entries, types in ((meta, META_TYPES), (state, PROGRESS_TYPES)):
+        if not isinstance(entries, dict) or not types.keys() <= entries.keys():
             return False
-        if not all(isinstance(told[key], kind) for key, kind in kinds.items()):
+        if not all(isinstance(entries[key], kind) for key, kind in types.items()):
             return False
     try:
         json.dumps(state["records"], allow_nan=False)
     except (TypeError, ValueError, RecursionError):
         return False
     tally = state["tally"]
-    counted = tally is None or isinstance(tally.get("step"), int)
-    timed = all(isinstance(state.get(key, 0.0), int | float) for key in TIME_KEYS)
-    return counted and timed and all(isinstance(record, dict) for record in state["records"])
+    return (
+        (tally is None or isinstance(tally.get("step"), int))
+        and all(isinstance(state.get(key, 0.0), int | float) for key in TIME_KEYS)
+        and all(isinstance(record, dict) for record in state["records"])
+    )
 
 
 class StageComponents(NamedTuple):
-    """What a stage is trained with; loaders of training and of validation data."""
+    """Trainer and data loaders of a stage."""
 
     trainer: Trainer
     train_loader: TrainBatches
@@ -165,31 +171,30 @@ class StageComponents(NamedTuple):
 
 
 def train_stages(
-    course: TrainingRun,
-    equip: Callable[[Stage], StageComponents],
+    run: TrainingRun,
+    build_stage: Callable[[Stage], StageComponents],
     progress: Progress | None = None,
     trainer_state: dict[str, Any] | None = None,
 ) -> Progress:
-    """Train the stages that are left.
+    """Train the remaining stages.
 
     Args:
-        equip: called when a stage begins, or is gone on with.
-        progress, trainer_state: as `TrainingRun.resume` returned them; None begins with the first
-            stage.
+        build_stage: called when a stage starts or is resumed.
+        progress, trainer_state: from `TrainingRun.resume`; None starts with the first stage.
 
     Returns:
-        What is behind the run at its end.
+        The progress at the end.
 
     Raises:
-        Stopped: a signal came; the step was finished and all is saved.
+        TrainingStopped: a signal arrived; the step has been finished and everything saved.
         UserError: the loss is not finite, or data cannot be read.
     """
-    names = [stage.name for stage in course.stages]
+    names = [stage.name for stage in run.stages]
     progress = progress or Progress(names[0])
-    budget = course.budget or TimeBudget(course.keeper.world)
+    budget = run.budget or TimeBudget(run.timer.world)
     budget.add(progress.seconds)
-    with course.keeper.request.watching():
-        for stage in course.stages[names.index(progress.stage) :]:
+    with run.timer.request.watching():
+        for stage in run.stages[names.index(progress.stage) :]:
             if stage.name != progress.stage:
                 progress = Progress(
                     stage.name,
@@ -198,254 +203,279 @@ def train_stages(
                     stage_start=budget.elapsed,
                 )
                 trainer_state = None
-            equipment = equip(stage)
+            components = build_stage(stage)
             if trainer_state is not None:
                 with report_mismatch():
-                    equipment.trainer.load_state_dict(trainer_state)
-            StageRunner(course, stage, equipment, progress, budget).train()
+                    components.trainer.load_state_dict(trainer_state)
+            StageRunner(run, stage, components, progress, budget).train()
     return progress
 
 
 @contextlib.contextmanager
 def report_mismatch() -> Iterator[None]:
-    """Take over a part of a checkpoint.
-
-    Raises:
-        UserError: it is that of another network or other options.
-    """
+    """Turn errors in loading a part of a checkpoint into a `UserError`."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(
-            "the checkpoint is of other options than this run: resume with those that it was "
-            "begun with, or start a new run from its weights with --state"
+            "checkpoint and current options do not match: resume with the original options, or "
+            "start a new run from its weights with --state"
         ) from error
 
 
 class StageRunner:
-    """A stage under way; brings `progress` forward, step by step."""
+    """Trains a stage and updates `progress` after each step."""
 
     def __init__(
         self,
-        course: TrainingRun,
+        run: TrainingRun,
         stage: Stage,
-        equipment: StageComponents,
+        components: StageComponents,
         progress: Progress,
         budget: TimeBudget,
     ):
-        self.course, self.stage, self.progress = course, stage, progress
-        self.trainer, self.train_loader, self.val_loader = equipment
-        self.run, self.keeper = course.folder, course.keeper
-        self.number = [stage.name for stage in course.stages].index(stage.name)
+        self.run, self.stage, self.progress = run, stage, progress
+        self.trainer, self.train_loader, self.val_loader = components
+        self.number = [stage.name for stage in run.stages].index(stage.name)
         self.main = self.trainer.world.is_main
         self.budget = budget
         self.clock = self.trainer.clock = budget.stage(self.number, progress.stage_start)
+        self.time_over = False
 
     def train(self) -> None:
-        """Train the rest of the stage; after each epoch score, save and log."""
+        """Train the remaining epochs; validate, save and log after each."""
         try:
             while not self._finished():
-                self._epoch(self.progress.epoch + 1)
+                self._run_epoch(self.progress.epoch + 1)
         except NonFiniteLoss as error:
-            saved = self.course.checkpoints.paths()
-            last = f"{saved[0]} is sound" if saved else "there is no checkpoint yet"
+            saved = self.run.checkpoints.paths()
+            last = f"{saved[0]} is valid" if saved else "there is no checkpoint yet"
             raise UserError(
-                f"{error}; {last}: go on with --resume and a lower --lr, --skip-bad-steps or "
+                f"{error}; {last}: continue with --resume and a lower --lr, --skip-bad-steps or "
                 "--precision fp32"
             ) from error
         finally:
             end_loading(self.train_loader)
             end_loading(self.val_loader)
-        self.trainer.keep_average()
+        self.trainer.copy_ema_to_model()
         if self.main:
             task = self.trainer.task
+            folder, meta = self.run.run_dir.path, self.run.meta
             plot_curves(
                 self.progress.records,
-                self.run.path / "curves.png",
-                f"{self.run.path.name}: {self.course.meta['model']}, {self.course.meta['dataset']}",
-                {stage.name: stage.title for stage in self.course.stages},
+                folder / "curves.png",
+                f"{folder.name}: {meta['model']}, {meta['dataset']}",
+                {stage.name: stage.title for stage in self.run.stages},
                 task.score,
                 task.score_name,
             )
 
     def _finished(self) -> bool:
-        """Whether the stage has had its epochs or, with a time limit, its time."""
+        """Whether all epochs of the stage are done or, with a time limit, its time is over."""
         if self.clock is None:
             return self.progress.epoch >= self.stage.epochs
+        if self.time_over:
+            return True
         records = [r for r in self.progress.records if r["stage"] == self.stage.name]
-        scored = bool(records) and records[-1][f"val_{self.trainer.task.score}"] is not None
-        return scored and self.progress.tally is None and self.clock.share() >= 1
+        validated = bool(records) and records[-1][f"val_{self.trainer.task.score}"] is not None
+        return validated and self.progress.tally is None and self.clock.share() >= 1
 
-    def _epoch(self, epoch: int) -> None:
-        trainer, progress, loader = self.trainer, self.progress, self.train_loader
-        task, world = trainer.task, trainer.world
-        tally = trainer.new_epoch_state()
-        if progress.tally is not None:
-            with report_mismatch():
-                tally.restore(progress.tally, world)
-            progress.tally = None
-        loader.sampler.epoch = epoch
-        loader.sampler.start = min(tally.images // world.size, loader.sampler.num_samples)
+    def _run_epoch(self, epoch: int) -> None:
         title = f"{self.stage.name} {epoch}"
         if self.clock is None:
             title += f"/{self.stage.epochs}"
-        lr = trainer.start_epoch(epoch)
         begin = time.perf_counter()
-        keys = (self.course.seed, self.number, epoch)
-
-        images_before = tally.images
-
-        def after_update() -> None:
-            progress.steps += 1
-            if self.clock is not None:  # a validation image takes no longer than a training image
-                seconds_per_image = (time.perf_counter() - begin) / (tally.images - images_before)
-                self.clock.expect_validation(len(self.val_loader.dataset) * seconds_per_image)
-            self._handle_action(tally, self.keeper.poll(progress.steps))
-
-        trained = trainer.train_one_epoch(loader, title, keys, tally, after_update)
-
-        def between() -> None:
-            if world.size == 1:  # of many, some have fewer batches: they stop at the end
-                self._handle_action(tally, self.keeper.stop())
-
+        state = self.trainer.new_epoch_state()
+        lr, trained = self._train_epoch(epoch, title, state)
         start = time.perf_counter()
-        scored: dict[str, Any] = {"loss": None, task.score: None}
-        last = epoch == self.stage.epochs
-        if self.clock is not None:
-            last = self.clock.share() >= 1
-        if epoch % self.course.validate_every == 0 or last:
-            scored = trainer.evaluate(self.val_loader, f"{title} val", between)
-            if self.clock is not None:
-                self.clock.validated(time.perf_counter() - start)
+        validated = self._validate(epoch, title, state)
         end = time.perf_counter()
+        score = self.trainer.task.score
         record = {
             "stage": self.stage.name,
             "epoch": epoch,
             "lr": lr,
-            **{f"train_{key}": trained[key] for key in ("loss", task.score)},
-            **{f"val_{key}": value for key, value in scored.items()},
+            **{f"train_{key}": trained[key] for key in ("loss", score)},
+            **{f"val_{key}": value for key, value in validated.items()},
             "images_per_second": trained["images_per_second"],
             "seconds": end - begin,
-            **_peak_memory(world.device),
+            **_peak_memory(self.trainer.world.device),
             **{key: trained[key] for key in ("skipped",) if key in trained},
-            **self._damaged(),
+            **self._count_corrupt(),
         }
+        self._finish_epoch(record, validated[score], end - start)
+
+    def _train_epoch(
+        self, epoch: int, title: str, state: EpochState
+    ) -> tuple[float, dict[str, Any]]:
+        """Train an epoch, or the rest of an interrupted one; updates `state`.
+
+        Returns:
+            Its first learning rate, and the results of `Trainer.train_one_epoch`.
+        """
+        trainer, progress, loader = self.trainer, self.progress, self.train_loader
+        if progress.tally is not None:
+            with report_mismatch():
+                state.restore(progress.tally, trainer.world)
+            progress.tally = None
+        loader.sampler.epoch = epoch
+        loader.sampler.start = min(state.images // trainer.world.size, loader.sampler.num_samples)
+        lr = trainer.start_epoch(epoch)
+        begin, images_before = time.perf_counter(), state.images
+
+        def after_step() -> None:
+            progress.steps += 1
+            if self.clock is not None:  # a validation image takes no longer than a training image
+                seconds = (time.perf_counter() - begin) / (state.images - images_before)
+                self.clock.expect_validation(len(self.val_loader.dataset) * seconds)
+            self._handle_action(state, self.run.timer.poll(progress.steps))
+
+        keys = (self.run.seed, self.number, epoch)
+        return lr, trainer.train_one_epoch(loader, title, keys, state, after_step)
+
+    def _validate(self, epoch: int, title: str, state: EpochState) -> dict[str, Any]:
+        """Results of `Trainer.evaluate`; None for each if this epoch is not validated."""
+        trainer, clock, timer = self.trainer, self.clock, self.run.timer
+        # Not asked again after the validation, which may have taken less time than expected.
+        self.time_over = clock is not None and clock.share() >= 1
+        last = epoch == self.stage.epochs if clock is None else self.time_over
+        if epoch % self.run.validate_every and not last:
+            return {"loss": None, trainer.task.score: None}
+
+        def after_batch() -> None:
+            # Processes may have different numbers of batches; several ones stop at the end.
+            if trainer.world.size == 1 and timer.stop_signal():
+                self._handle_action(state, Action.STOP)
+
+        start = time.perf_counter()
+        results = trainer.evaluate(self.val_loader, f"{title} val", after_batch)
+        if clock is not None:
+            clock.validated(time.perf_counter() - start)
+        return results
+
+    def _finish_epoch(
+        self, record: dict[str, Any], score: float | None, validation_seconds: float
+    ) -> None:
+        """Save and log a finished epoch, and stop if a signal has arrived."""
+        progress, run = self.progress, self.run
         progress.records.append(record)
-        progress.epoch = epoch
-        score = scored[task.score]
+        progress.epoch = record["epoch"]
         improved = score is not None and score > progress.best_score
-        if improved:
+        if score is not None and improved:
             progress.best_score = score
         if self.main:
             self._require_finite()
             self._save_weights(improved)
             self._save(None)
-            self.run.log(self._line(record, improved, end - start))
-            if self.course.dashboard is not None:
-                self.course.dashboard.show(
-                    progress.records, task, trainer.eval_model, self.val_loader
-                )
-        if number := self.keeper.stop():
+            run.run_dir.log(self._line(record, improved, validation_seconds))
+            if run.logger is not None:
+                task, model = self.trainer.task, self.trainer.eval_model
+                run.logger.log(progress.records, task, model, self.val_loader)
+        if number := run.timer.stop_signal():
             raise TrainingStopped(number)
 
-    def _handle_action(self, tally: EpochState, order: int) -> None:
-        """Save in the middle of an epoch, and stop if that is the order."""
-        if not order:
+    def _handle_action(self, state: EpochState, action: Action) -> None:
+        """Save a checkpoint within an epoch, and stop, as `action` says."""
+        if action == Action.CONTINUE:
             return
-        state = tally.state(self.trainer.world)  # of all processes: each comes here
+        saved = state.state(self.trainer.world)  # a reduction: every process calls it
         if self.main:
             self._require_finite()
-            path = self._save(state)
-            if order > SAVE:
-                self.run.log(f"saved {path}; --resume goes on from it")
-        if order > SAVE:
-            raise TrainingStopped(order)
+            path = self._save(saved)
+            if action == Action.STOP:
+                self.run.run_dir.log(f"saved {path}; continue with --resume")
+        if action == Action.STOP:
+            raise TrainingStopped(self.run.timer.signal)
 
     def _require_finite(self) -> None:
-        """Save no weights that a step with a finite loss has made infinite.
+        """Check the weights before they are saved.
 
         Raises:
-            NonFiniteLoss: it has.
+            NonFiniteLoss: a step with a finite loss has made them infinite.
         """
-        if not all(value.isfinite().all() for value in self.course.net.state_dict().values()):
+        if not all(value.isfinite().all() for value in self.run.net.state_dict().values()):
             raise NonFiniteLoss(f"the weights are not finite after {self.progress.steps} steps")
 
-    def _damaged(self) -> dict[str, int]:
-        """How many damaged images were replaced so far, if they may be."""
+    def _count_corrupt(self) -> dict[str, int]:
+        """Number of corrupt images that have been replaced so far, if --skip-corrupt is given."""
         data, world = self.train_loader.dataset, self.trainer.world
         if not isinstance(data, SkipCorruptDataset):
             return {}
-        found = world.all_reduce_sum(
-            data.damaged.to(world.device, torch.int32)
-        )  # each process met its own
+        # Each process has read its own share of the images.
+        found = world.all_reduce_sum(data.damaged.to(world.device, torch.int32))
         names = [data.pairs[i].image.name for i in found.nonzero().flatten().tolist()]
         if not names:
             return {}
-        self.run.log(f"damaged and replaced by others: {', '.join(names)}")
+        self.run.run_dir.log(f"damaged and replaced by others: {', '.join(names)}")
         return {"damaged": len(names)}
 
     def _save_weights(self, improved: bool) -> None:
-        stage, epoch, meta, folder = self.stage, self.progress.epoch, self._meta(), self.run.path
-        scored = self.trainer.eval_model
+        """Write the best weights of the stage, and those of every n-th epoch."""
+        stage, epoch, meta = self.stage, self.progress.epoch, self._meta()
+        folder, model = self.run.run_dir.path, self.trainer.eval_model
         if improved:
-            save_checkpoint(folder / stage.best_file, scored, meta)
+            save_checkpoint(folder / stage.best_file, model, meta)
             if stage.encoder_file:
-                encoder = nn.ModuleDict({"encoder": scored.get_submodule("encoder")})
+                encoder = nn.ModuleDict({"encoder": model.get_submodule("encoder")})
                 save_checkpoint(folder / stage.encoder_file, encoder, meta)
-        if self.course.keep_every and epoch % self.course.keep_every == 0:
-            save_checkpoint(folder / f"{stage.name}_epoch{epoch:03d}.pth", scored, meta)
+        if self.run.keep_every and epoch % self.run.keep_every == 0:
+            save_checkpoint(folder / f"{stage.name}_epoch{epoch:03d}.pth", model, meta)
 
     def _save(self, tally: dict[str, Any] | None) -> Path:
-        """Write a checkpoint, and the log that belongs to it."""
+        """Write a checkpoint and the log up to it.
+
+        Args:
+            tally: state of an interrupted epoch; None between epochs.
+        """
         self.progress.tally, self.progress.seconds = tally, self.budget.elapsed
-        path = self.course.checkpoints.save(
+        path = self.run.checkpoints.save(
             self.progress.steps,
-            self.course.net,
+            self.run.net,
             self._meta(),
             trainer=self.trainer.state_dict(),
             progress=self.progress.state(),
         )
         self.progress.tally = None
-        self.run.write_records(self.progress.records)
+        self.run.run_dir.write_records(self.progress.records)
         return path
 
     def _meta(self) -> dict[str, Any]:
         records, score = self.progress.records, self.trainer.task.score
         return {
-            **self.course.meta,
+            **self.run.meta,
             "stage": self.stage.name,
             "epoch": self.progress.epoch,
             score: records[-1][f"val_{score}"] if records else None,
         }
 
     def _line(self, record: dict[str, Any], improved: bool, validation_seconds: float) -> str:
-        """What is printed of an epoch."""
+        """One line about a finished epoch, for the log."""
         score, epoch, epochs = self.trainer.task.score, record["epoch"], self.stage.epochs
-        left, rate, of_epochs = "", record["images_per_second"], f"/{epochs}"
+        remaining, rate, of_epochs = "", record["images_per_second"], f"/{epochs}"
         if self.clock is not None:
             seconds, of_epochs = max(0.0, self.clock.end - self.budget.elapsed), ""
-            left = f"  {timedelta(seconds=math.ceil(seconds))} left"
-        elif epoch < epochs and rate:  # resumed behind its last step, an epoch has no rate
+            remaining = f"  {timedelta(seconds=math.ceil(seconds))} left"
+        elif epoch < epochs and rate:  # 0 if the epoch was resumed after its last step
             seconds = len(self.train_loader.dataset) / rate + validation_seconds
-            left = f"  {timedelta(seconds=math.ceil(seconds * (epochs - epoch)))} left"
+            remaining = f"  {timedelta(seconds=math.ceil(seconds * (epochs - epoch)))} left"
         return (
             f"{record['stage']} {epoch:3d}{of_epochs}  lr {record['lr']:.2e}  "
-            f"loss {_show(record['train_loss'])} val {_show(record['val_loss'])}  "
-            f"{self.trainer.task.score_name} {_show(record[f'train_{score}'])} "
-            f"val {_show(record[f'val_{score}'])}  "
-            f"{rate:.1f} images/s{left}"
+            f"loss {_format(record['train_loss'])} val {_format(record['val_loss'])}  "
+            f"{self.trainer.task.score_name} {_format(record[f'train_{score}'])} "
+            f"val {_format(record[f'val_{score}'])}  "
+            f"{rate:.1f} images/s{remaining}"
             + (f"  {record['skipped']} steps skipped" if "skipped" in record else "")
             + ("  best" if improved else "")
         )
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:
-    """The most that the main process, and tensors on its GPU, took so far, in MB."""
+    """Peak memory of the main process and of tensors on its GPU, in MB (10^6 bytes)."""
     peaks = {"process_memory_mb": round(peak_memory_mb(torch.device("cpu")))}
     if device.type == "cuda":
         peaks["gpu_memory_mb"] = round(peak_memory_mb(device))
     return peaks
 
 
-def _show(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "  -  " if value is None else f"{value:.3f}"

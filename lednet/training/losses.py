@@ -1,4 +1,4 @@
-"""Class-weighted cross-entropy, and where the class weights come from."""
+"""Class-weighted cross-entropy, and class weights."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lednet.data.labels import IGNORE_INDEX
 
 WEIGHT_OFFSETS = {"encoder": 1.20, "decoder": 1.10}
-"""c of the weight 1 / ln(c + share), for each training stage (ENet, arXiv 1606.02147)."""
+"""The constant c of the weights 1 / ln(c + share) in each stage (ENet, arXiv 1606.02147)."""
 
 RELEASED_WEIGHTS: dict[str, tuple[float, ...]] = {
     "encoder": (
@@ -26,17 +26,17 @@ RELEASED_WEIGHTS: dict[str, tuple[float, ...]] = {
 
 
 def class_weights(shares: Sequence[float] | np.ndarray, offset: float) -> np.ndarray:
-    """1 / ln(offset + share) for each class: the rarer, the heavier.
+    """The weight 1 / ln(offset + share) of each class; rare classes have large weights.
 
     Args:
-        shares: of all pixels, void included in the total, in [0, 1].
-        offset: c; 1.02 to 1.2 in the literature, see `WEIGHT_OFFSETS`.
+        shares: share of each class of all pixels, void included, in [0, 1].
+        offset: the constant c, 1.02 to 1.2 in the literature; see `WEIGHT_OFFSETS`.
     """
     return 1.0 / np.log(offset + np.asarray(shares, dtype=np.float64))
 
 
 def resize_target(target: Tensor, size: Sequence[int]) -> Tensor:
-    """Nearest-neighbour labels at another size, each taken at its cell's centre.
+    """Resize labels by nearest-neighbour interpolation (pixel centres, "nearest-exact").
 
     target: (N, H, W) integers -> (N, *size)
     """
@@ -47,13 +47,13 @@ def resize_target(target: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class WeightedCrossEntropy(nn.Module):
-    """Cross-entropy whose mean is weighted by class; void pixels count nothing.
+    """Cross-entropy with class weights; void pixels are ignored.
 
-    It returns numerator and denominator, so that several processes can divide by
-    their joint denominator and get the gradient of the joint batch.
+    It returns numerator and denominator of the weighted mean, so that several processes can divide
+    by their joint denominator.
 
     Args:
-        weights: one for each class that counts; outputs beyond them (void) weigh 0.
+        weights: weight of each class; further outputs (void) have the weight 0.
         num_outputs: channels of the logits.
     """
 
@@ -70,13 +70,14 @@ class WeightedCrossEntropy(nn.Module):
         self.register_buffer("weight_by_value", by_value, persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Compute numerator and denominator of the loss.
+
         Args:
             logits: (N, num_outputs, h, w).
             target: (N, H, W) class indices, void `IGNORE_INDEX`; resized to (h, w).
 
         Returns:
-            Sum of the weighted losses, and sum of the weights (0 where all is void).
+            Sum of the weighted losses, and sum of the weights (0 if all pixels are void).
         """
         target = resize_target(target, logits.shape[-2:])
         losses = F.cross_entropy(

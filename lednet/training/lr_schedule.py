@@ -1,6 +1,6 @@
-"""Learning-rate schedules: a factor that depends on how far training has come, and on nothing else.
+"""Learning rate schedules: factors that depend on the progress of the training only.
 
-Resuming is exact because of it.
+Resumed runs therefore have the same learning rates.
 """
 
 import math
@@ -30,12 +30,13 @@ SCHEDULES = {"poly": poly, "exponential": exponential, "cosine": cosine}
 
 
 def lr_factor(schedule: str, done: float, num_epochs: int, warmup: int = 0) -> float:
-    """What the learning rate is multiplied by.
+    """The factor of the learning rate.
 
     Args:
         schedule: a key of `SCHEDULES`.
-        done: epochs behind this step, 0 <= done < num_epochs, with the part of the current one.
-        warmup: epochs in which it rises from near 0, a value a step; the schedule follows.
+        done: finished epochs, with the finished part of the current one; 0 <= done < num_epochs.
+        num_epochs: length of the schedule, warm-up included.
+        warmup: epochs of linear warm-up, which changes with every step.
     """
     if done < warmup:
         return WARMUP_START + (1 - WARMUP_START) * done / warmup

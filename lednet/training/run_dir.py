@@ -1,4 +1,4 @@
-"""A run's folder: its options, logs and checkpoints."""
+"""The folder of a training run: options, logs and checkpoints."""
 
 import json
 import platform
@@ -23,7 +23,7 @@ if sys.platform != "win32":
 
 
 def environment(repository: Path) -> dict[str, Any]:
-    """Versions and commit that a run depends on; the commit is None outside git."""
+    """Versions of the software that a run depends on. The commit is None outside of git."""
     git = ["git", "-C", str(repository)]
     try:
         commit = subprocess.run(
@@ -48,7 +48,7 @@ def environment(repository: Path) -> dict[str, Any]:
 
 
 def holds_run(path: Path) -> bool:
-    """Whether a run has saved anything in the folder `path`."""
+    """Whether the folder `path` contains a log or a checkpoint."""
     return (path / "log.jsonl").exists() or any(path.glob("checkpoint_*.pth"))
 
 
@@ -66,14 +66,14 @@ RENAMED_OPTIONS: dict[str, str] = {
     "val_names": "val_prefix",
     "skip_damaged": "skip_corrupt",
 }
-"""Options of version 0.1 under their present names."""
+"""Options of version 0.1, and their present names."""
 
 
 def read_options(path: Path) -> dict[str, Any]:
     """Options of the run in the folder `path`.
 
     Raises:
-        UserError: there is none, or its file is damaged.
+        UserError: there is no run, or its file is damaged.
     """
     require_run(path)
     content = read_json(path / "options.json")
@@ -84,10 +84,10 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Lines of the log of the run in the folder `path`, one an epoch.
+    """Records of the epochs of the run in the folder `path`.
 
     Raises:
-        UserError: there is no run, or none whose first epoch has ended.
+        UserError: there is no run, or its first epoch has not ended.
     """
     require_run(path)
     try:
@@ -97,37 +97,41 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             raise ValueError("a line is no record of an epoch")
         return records
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path / 'log.jsonl'} ({error}): train on") from error
+        raise UserError(
+            f"cannot read {path / 'log.jsonl'} ({error}): resume the training"
+        ) from error
 
 
 MEASURED_KEYS = ("images_per_second", "seconds", "process_memory_mb", "gpu_memory_mb")
-"""Of an epoch's record in log.jsonl, what differs between two runs that do the same. `seconds`
-are those of training and validation since the run was last started; memory is the most that the
-main process, and tensors on its GPU, took since then, in MB (10^6 bytes)."""
+"""Entries of a record in log.jsonl that differ between two equal runs.
+
+`seconds` of training and validation, and peak memory of the main process and of tensors on its GPU
+in MB (10^6 bytes), count from the last start of the run.
+"""
 
 
 class RunDir:
-    """Files of one training run.
+    """The folder of a training run.
 
-    | file | what |
+    | file | contents |
     |---|---|
     | `options.json` | command, options, versions, commit |
-    | `log.jsonl` | one line an epoch |
-    | `log.txt` | what was printed |
-    | `model.txt` | the network, layer by layer |
-    | `checkpoint_<steps>.pth` | to resume from; the last few |
-    | `best.pth`, `encoder_best.pth` ... | weights of the best validation score of each stage |
+    | `log.jsonl` | one line per epoch |
+    | `log.txt` | messages |
+    | `model.txt` | the layers of the network |
+    | `checkpoint_<steps>.pth` | the newest checkpoints |
+    | `best.pth`, `encoder_best.pth` ... | weights with the best validation score of each stage |
     | `curves.png` | loss and score |
-    | `tensorboard/` | event files, if asked for |
+    | `tensorboard/` | event files, with --tensorboard |
 
     Args:
-        path: the folder, made if need be.
-        resume: continue the run in it; otherwise a folder that holds one is refused.
-        main: whether this process writes; of many, one does.
+        path: the folder; created if it does not exist.
+        resume: resume the run in the folder; otherwise a folder with a run is refused.
+        main: whether this process writes files.
 
     Raises:
-        UserError: it cannot be written, holds a run already, or none to resume, or another
-            process is training in it.
+        UserError: the folder cannot be written, contains a run or no run to resume, or is used by
+            another process.
     """
 
     def __init__(self, path: str | Path, resume: bool = False, main: bool = True):
@@ -154,8 +158,11 @@ class RunDir:
         remove_leftovers(self.path)
 
     def _take_lock(self) -> None:
-        """Refuse a folder that another process writes to. The lock dies with its process,
-        and loading processes do not inherit it. Nothing is locked outside POSIX."""
+        """Lock the folder against other processes.
+
+        The lock ends with the process, and worker processes do not inherit it. Other systems than
+        POSIX have no lock.
+        """
         if sys.platform == "win32":
             return
         try:
@@ -167,10 +174,10 @@ class RunDir:
             ) from error
 
     def log(self, text: str) -> None:
-        """Print `text` and add it to `log.txt`.
+        """Print `text` and append it to `log.txt`.
 
         Raises:
-            UserError: the disk is full, or the folder gone.
+            UserError: the disk is full, or the folder has been removed.
         """
         if not self.main:
             return
@@ -181,13 +188,13 @@ class RunDir:
                 file.write(text + "\n")
         except OSError as error:
             raise UserError(
-                f"cannot write {path}: {error.strerror}; free some space and go on with --resume"
+                f"cannot write {path}: {error.strerror}; free some space and continue with --resume"
             ) from error
 
     def write_options(
         self, options: dict[str, Any], repository: Path, world: DistributedContext
     ) -> None:
-        """Record the command, every option, and what the run depends on and runs on."""
+        """Write `options.json`: command, options, versions and hardware."""
         if not self.main:
             return
         launcher = ["python"]
@@ -202,7 +209,7 @@ class RunDir:
         write_json(self.path / "options.json", record)
 
     def write_records(self, records: list[dict[str, Any]]) -> None:
-        """Write `log.jsonl` whole: it never disagrees with the checkpoint."""
+        """Rewrite `log.jsonl`, so that it agrees with the checkpoint."""
         if not self.main:
             return
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]

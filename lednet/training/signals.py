@@ -1,6 +1,7 @@
-"""Stopping between two steps instead of within one."""
+"""Stopping on signals, and the times at which checkpoints are saved."""
 
 import contextlib
+import enum
 import signal
 import time
 from collections.abc import Iterator
@@ -9,22 +10,27 @@ from types import FrameType
 from lednet.data.loaders import STOP_SIGNALS
 from lednet.distributed import DistributedContext
 
-SAVE = 1
-"""`CheckpointTimer.poll` returns it when only a checkpoint is due; signals have higher numbers."""
+REPEAT_SECONDS = 2
+"""A second signal within this time is taken for the same one: a scheduler's signal reaches a
+process both directly and through `torchrun`."""
 
-PATIENCE = 2
-"""Seconds within which another signal is the same once more: a scheduler's reaches a process both
-by itself and through `torchrun`."""
+SYNC_STEPS = 20
+"""Steps between two exchanges of the decision on GPUs, where each exchange makes them wait."""
 
-AGREE_EVERY = 20
-"""Steps between two questions to the other processes on GPUs, where each one makes them wait."""
+
+class Action(enum.IntEnum):
+    """What to do after an optimizer step. The larger action of all processes is taken."""
+
+    CONTINUE = 0
+    SAVE = 1
+    STOP = 2
 
 
 class TrainingStopped(Exception):
-    """The run has been saved, because a signal asked for its end.
+    """A signal asked the run to stop, and it has been saved.
 
     Attributes:
-        exit_status: 143 after SIGTERM, 130 after SIGINT (128 + the signal's number).
+        exit_status: 143 after SIGTERM, 130 after SIGINT (128 plus the number of the signal).
     """
 
     def __init__(self, number: int):
@@ -33,28 +39,28 @@ class TrainingStopped(Exception):
 
 
 class StopRequest:
-    """Whether SIGTERM or SIGINT has come; a later one ends the process at once.
+    """Records SIGTERM and SIGINT. A later signal ends the process at once.
 
     Attributes:
-        number: of the signal; 0 before there is one.
+        number: number of the first signal; 0 before it.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self._came = 0.0
+        self._received = 0.0
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.number:
-            self.number, self._came = number, now
-        elif now - self._came > PATIENCE:
+            self.number, self._received = number, now
+        elif now - self._received > REPEAT_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Note signals, instead of ending at once, while the block runs (main thread only)."""
-        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        """Record signals while the block runs, instead of ending (main thread only)."""
+        before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -63,13 +69,18 @@ class StopRequest:
 
 
 class CheckpointTimer:
-    """Says between two steps whether a checkpoint is due, or the end.
+    """Decides after each optimizer step whether to save a checkpoint or stop.
 
-    All processes get the same answer.
+    The decision is reduced over all processes.
 
     Args:
+        world: all processes.
+        request: signals of this process.
         every_steps: steps between checkpoints; 0 for no such rule.
         every_minutes: minutes between checkpoints; 0 for no such rule.
+
+    Attributes:
+        signal: number of the signal that stops the run, once it is known to all processes; or 0.
     """
 
     def __init__(
@@ -81,24 +92,29 @@ class CheckpointTimer:
     ):
         self.world, self.request = world, request
         self.every_steps, self.every_minutes = every_steps, every_minutes
+        self.signal = 0
         self._saved = time.monotonic()
 
-    def poll(self, step: int) -> int:
-        """0, `SAVE`, or the number of the signal that asks for the end.
+    def poll(self, step: int) -> Action:
+        """The action after a step.
 
         Args:
-            step: number of the step that is done, 1 for the first of all.
+            step: number of the finished step, counted from 1 over the whole run.
         """
         due = bool(self.every_steps) and step % self.every_steps == 0
         late = time.monotonic() - self._saved > 60 * self.every_minutes > 0
-        asked = due or self.world.device.type != "cuda" or step % AGREE_EVERY == 0
-        if self.world.size > 1 and not asked:
-            return 0
-        order = self.world.all_reduce_max(self.request.number or (SAVE if due or late else 0))
-        if order:
+        synchronized = due or self.world.device.type != "cuda" or step % SYNC_STEPS == 0
+        if self.world.size > 1 and not synchronized:
+            return Action.CONTINUE
+        # Numbers of signals are larger than that of a checkpoint.
+        decision = self.world.all_reduce_max(self.request.number or int(due or late))
+        if decision:
             self._saved = time.monotonic()
-        return order
+        if decision > Action.SAVE:
+            self.signal = decision
+        return Action(min(decision, Action.STOP))
 
-    def stop(self) -> int:
-        """Number of the signal that asks for the end, or 0."""
-        return self.world.all_reduce_max(self.request.number)
+    def stop_signal(self) -> int:
+        """Number of the signal that asks any of the processes to stop, or 0."""
+        self.signal = self.world.all_reduce_max(self.request.number)
+        return self.signal

@@ -1,4 +1,4 @@
-"""The stages of a run, one after the other in the same network."""
+"""Training stages of a run."""
 
 import re
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from lednet.hub import BEST_WEIGHTS
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage.
+    """A training stage.
 
     Attributes:
-        name: in logs and checkpoints; of one run, no two have the same.
-        title: in pictures.
-        epochs: how many.
-        best_file: file of its best weights, in the run's folder.
-        encoder_file: file of the encoder alone out of them; none if empty.
+        name: unique name in logs and checkpoints.
+        title: name in plots and messages.
+        epochs: number of epochs.
+        best_file: name of the file of its best weights in the run folder.
+        encoder_file: name of a file of the encoder's weights only; empty for none.
         part: "encoder" (with its 1x1 head) or "decoder" (the full network) in segmentation.
-        annotations: of its training data, a key of `TRAINING_PARTS`.
-        size: (height, width) in pixels that it shrinks images to; None leaves them.
+        annotations: annotations of its training data, a key of `TRAINING_PARTS`.
+        size: (height, width) in pixels that images are resized to; None keeps their size.
     """
 
     name: str
@@ -35,10 +35,13 @@ class Stage:
 
 
 def parse_curriculum(text: str) -> list[tuple[str, int]]:
-    """Annotations and epochs of each part of a curriculum such as "coarse:100,fine:200".
+    """Parse a curriculum such as "coarse:100,fine:200".
+
+    Returns:
+        Annotations and epochs of each part.
 
     Raises:
-        UserError: it has another form.
+        UserError: the text has another form.
     """
     parts = []
     for word in text.split(","):
@@ -53,11 +56,13 @@ def parse_curriculum(text: str) -> list[tuple[str, int]]:
 
 
 def parse_sizes(text: str) -> list[tuple[tuple[int, int], int]]:
-    """(height, width) and epochs of each part of a text such as "128x256:50,256x512:50"; none
-    of an empty one.
+    """Parse sizes and epochs such as "128x256:50,256x512:50".
+
+    Returns:
+        (height, width) and epochs of each part; an empty list for an empty text.
 
     Raises:
-        UserError: it has another form.
+        UserError: the text has another form.
     """
     if not text:
         return []
@@ -79,16 +84,18 @@ def plan_stages(
     encoder_epochs: int | None = None,
     smaller: Sequence[tuple[tuple[int, int], int]] = (),
 ) -> list[Stage]:
-    """The encoder on the first part's data, then the full network on it at smaller sizes, then
-    on each part's.
+    """Plan the stages of a run.
+
+    First the encoder is trained, then the full network at smaller sizes, both on the data of the
+    first part, then the full network on each part.
 
     Args:
-        parts: annotations and epochs, see `parse_curriculum`; one without a curriculum.
-        encoder_epochs: of the first stage; None leaves it out.
+        parts: annotations and epochs, see `parse_curriculum`; a single part without a curriculum.
+        encoder_epochs: epochs of the encoder stage; None for no such stage.
         smaller: sizes and epochs, see `parse_sizes`.
 
     Returns:
-        Stages; the last one's best weights are the run's.
+        The stages. The best weights of the last one are those of the run.
     """
     stages = []
     if encoder_epochs is not None:

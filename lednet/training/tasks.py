@@ -1,7 +1,4 @@
-"""What a model is trained for: how batches become inputs, what is lost, what is counted.
-
-The engine knows of no other difference between segmentation and classification.
-"""
+"""Tasks: augmentation, loss and metrics of segmentation and of classification."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, Self
@@ -18,11 +15,11 @@ from lednet.training.losses import WeightedCrossEntropy, resize_target
 
 
 class Task(Protocol):
-    """A module, on the device of the batches.
+    """What `Trainer` needs to know about a task.
 
     Attributes:
-        score: key of what `compute` returns that decides which epoch was best; more is better.
-        score_name: how people call it.
+        score: key of the result of `compute` that decides which epoch is best; more is better.
+        score_name: its name in plots and messages.
     """
 
     score: str
@@ -33,35 +30,35 @@ class Task(Protocol):
     def augment(
         self, images: Tensor, target: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """A training batch: what the loader gave, uint8, to the network's input and its target."""
+        """Turn a uint8 training batch into the input of the network and its target."""
 
     def normalize(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """A validation batch, without random changes."""
+        """Turn a uint8 validation batch into input and target, without augmentation."""
 
     def loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the losses, and sum of the weights that it is to be divided by."""
+        """The sum of the losses, and the sum of the weights by which it is to be divided."""
 
     def new_state(self) -> Tensor:
-        """Integers of a shape that the other methods know, all 0."""
+        """Statistics of no batch: integers, all 0."""
 
     def update(self, counts: Tensor, logits: Tensor, target: Tensor, exact: bool) -> None:
-        """Add a batch to `counts`.
+        """Add a batch to the statistics `counts`.
 
         Args:
-            exact: as results are published; otherwise, for training batches, the cheap way.
+            exact: as in published results; otherwise, for training batches, a faster way.
         """
 
     def compute(self, counts: Tensor) -> dict[str, Any]:
-        """What the counts come to, ready for JSON, a single number under `score`."""
+        """Metrics from the statistics, ready for JSON; a single number under `score`."""
 
 
 class Segmentation(nn.Module):
-    """A class for each pixel.
+    """Semantic segmentation.
 
     Args:
-        criterion: see `WeightedCrossEntropy`.
-        augmentation: of images (N, 3, H, W) and labels (N, H, W), both uint8.
-        classes: names of those that count.
+        criterion: the loss.
+        augmentation: augmentation of images (N, 3, H, W) and labels (N, H, W), both uint8.
+        classes: names of the classes, without void.
     """
 
     score, score_name = "miou", "mIoU"
@@ -85,7 +82,7 @@ class Segmentation(nn.Module):
         return ConfusionMatrix(len(self.classes), self.loss.weight.device).counts
 
     def update(self, counts: Tensor, logits: Tensor, target: Tensor, exact: bool) -> None:
-        """At the targets' size, or for stage 1's training batches at that of its logits."""
+        """Update at the size of the target or, if not `exact`, of the logits."""
         if exact:
             predicted = argmax_at(logits, target.shape[-2:])
         else:
@@ -93,7 +90,7 @@ class Segmentation(nn.Module):
         self._confusion(counts).update(predicted, target)
 
     def compute(self, counts: Tensor) -> dict[str, Any]:
-        """`miou`, and `class_iou` by name; None where absent."""
+        """ "miou", and "class_iou" by class name; None for absent classes."""
         confusion = self._confusion(counts)
         ious = [none_if_nan(iou) for iou in confusion.class_iou().tolist()]
         return {
@@ -103,11 +100,12 @@ class Segmentation(nn.Module):
 
 
 class Classification(nn.Module):
-    """A class for each image.
+    """Image classification.
 
     Args:
-        augmentation: of images (N, 3, S, S) uint8 and targets (N, 3); may return soft labels.
-        classes: names.
+        augmentation: augmentation of images (N, 3, S, S) uint8 and targets (N, 3); may return
+            soft labels.
+        classes: names of the classes.
         label_smoothing: share of each training target that is spread over all classes.
     """
 
@@ -148,11 +146,11 @@ class Classification(nn.Module):
         return total, total.new_tensor(float(len(logits)))
 
     def new_state(self) -> Tensor:
-        """(3,): images whose class is the first guess, among the first five, and all."""
+        """(3,) numbers of images: correct top-1, correct top-5, all."""
         return torch.zeros(3, dtype=torch.int64, device=self.augmentation.mean.device)
 
     def update(self, counts: Tensor, logits: Tensor, target: Tensor, exact: bool) -> None:
-        """Soft targets count as their greatest."""
+        """Soft targets count as their most probable class."""
         if target.ndim == 2:
             target = target.argmax(1)
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -162,7 +160,7 @@ class Classification(nn.Module):
         )
 
     def compute(self, counts: Tensor) -> dict[str, Any]:
-        """`top1` and `top5`, shares of the images in [0, 1]; None of none."""
+        """ "top1" and "top5" accuracy in [0, 1]; None without images."""
         first, five, total = counts.tolist()
         return {
             "top1": first / total if total else None,

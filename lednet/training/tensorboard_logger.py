@@ -1,77 +1,64 @@
-"""A run as event files for TensorBoard (`--tensorboard`)."""
+"""TensorBoard event files of a run (`--tensorboard`)."""
 
-import io
-import os
 import re
-import socket
-import time
+import threading
 from pathlib import Path
-from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import custom_scalars, image, scalar
+from torch.utils.tensorboard import SummaryWriter
 
-from lednet.training.loggers import PICTURES_TITLE, EpochSummary
+from lednet.training.loggers import IMAGES_TITLE, EpochSummary
 
 
 class TensorBoardBackend:
-    """A `LoggerBackend` in event files, in a folder for each stage: TensorBoard calls it a run.
+    """A `LoggerBackend` that writes event files, one folder (a TensorBoard run) for each stage.
 
-    The tag of a curve is "<chart>/<curve>", its steps are epochs; the tab "Custom scalars" has
-    charts of all their curves. A file that goes on with a stage takes back what others have of
-    its first epoch and later ones.
-
-    Each epoch's events are appended in one go, without the queue and the thread of PyTorch's
-    `SummaryWriter`: what goes wrong is raised here, not printed by the thread.
+    The tag of a curve is "<chart>/<curve>" and its steps are epochs. The tab "Custom scalars"
+    shows all curves of a chart together. After a resume, a new file hides the epochs in earlier
+    files that are trained again.
 
     Args:
-        folder: made if need be.
+        log_dir: folder of the event files. It is created if necessary.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.trouble = f"cannot write to {folder}"
-        self.stage, self.file = "", folder
-        self.titles: list[str] = []
+    def __init__(self, log_dir: Path):
+        self.log_dir = log_dir
+        self.failure = f"cannot write to {log_dir}"
+        self._stage, self._next_epoch = "", 1
+        self._writer: SummaryWriter | None = None
 
     def open(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        report = threading.excepthook
 
-    def show(self, view: EpochSummary) -> None:
-        buffer = io.BytesIO()
-        records = RecordWriter(buffer)
+        def hook(args: threading.ExceptHookArgs) -> None:
+            # `flush` raises errors of the writer's thread: no traceback is printed as well.
+            if not type(args.thread).__module__.startswith("tensorboard."):
+                report(args)
 
-        def add(**content: Any) -> None:
-            records.write(Event(wall_time=time.time(), **content).SerializeToString())
+        threading.excepthook = hook
 
-        first = view.epoch
-        if view.stage != self.stage:
-            folder = self.folder / view.stage
-            if not any(folder.glob("events.out.tfevents.*")):
-                first = 1  # a run that had no such display before
-            self.stage, self.titles = view.stage, []
-            self.file = self._new_file(folder)
-            add(step=first, file_version="brain.Event:2")
-            add(step=first, session_log=SessionLog(status=SessionLog.START))
-        if self.titles != (titles := list(view.charts)):
-            self.titles = titles
-            charts = {title: ["Multiline", [f"{re.escape(title)}/"]] for title in titles}
-            add(summary=custom_scalars({"Curves": charts}))
-        for title, curves in view.charts.items():
+    def log(self, summary: EpochSummary) -> None:
+        if self._writer is None or summary.stage != self._stage:
+            self._writer = self._open_stage(summary)
+        writer = self._writer
+        for title, curves in summary.charts.items():
             for name, curve in curves.items():
                 for epoch, value in curve:
-                    if epoch >= first:
-                        add(step=epoch, summary=scalar(f"{title}/{name}", value))
-        for number, picture in enumerate(view.pictures, 1):
-            tag = f"{PICTURES_TITLE}/{number}"
-            add(step=view.epoch, summary=image(tag, picture, dataformats="HWC"))
-        with open(self.file, "ab") as file:
-            file.write(buffer.getvalue())
+                    if epoch >= self._next_epoch:
+                        writer.add_scalar(f"{title}/{name}", value, epoch)
+        for number, image in enumerate(summary.images, 1):
+            tag = f"{IMAGES_TITLE}/{number}"
+            writer.add_image(tag, image, summary.epoch, dataformats="HWC")
+        layout = {title: ["Multiline", [f"{re.escape(title)}/"]] for title in summary.charts}
+        writer.add_custom_scalars({"Curves": layout})
+        writer.flush()  # raises errors of the writer's thread
+        self._next_epoch = summary.epoch + 1
 
-    @staticmethod
-    def _new_file(folder: Path) -> Path:
-        """Its name sorts behind those of the files before it: TensorBoard reads in this order."""
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-        return folder / name
+    def _open_stage(self, summary: EpochSummary) -> SummaryWriter:
+        if self._writer is not None:
+            self._writer.close()
+        folder = self.log_dir / summary.stage
+        has_events = any(folder.glob("events.out.tfevents.*"))
+        # A run without event files, begun without --tensorboard, gets its earlier epochs too.
+        self._stage, self._next_epoch = summary.stage, summary.epoch if has_events else 1
+        return SummaryWriter(str(folder), purge_step=self._next_epoch)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from lednet.distributed import DistributedContext
-from lednet.training.signals import AGREE_EVERY
+from lednet.training.signals import SYNC_STEPS
 
 
 class TimeBudget:
@@ -81,7 +81,7 @@ class StageClock:
                 they need not wait for each other at all others.
         """
         world = self.budget.world
-        if world.size > 1 and world.device.type == "cuda" and step % AGREE_EVERY:
+        if world.size > 1 and world.device.type == "cuda" and step % SYNC_STEPS:
             return self._share
         training = max(self.end - self.validation - self.start, 1e-3)
         share = (self.budget.elapsed - self.start) / training

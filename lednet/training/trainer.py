@@ -1,4 +1,4 @@
-"""One training engine for every stage: train an epoch, score, save, repeat."""
+"""Training and evaluation of a model, one epoch at a time."""
 
 import contextlib
 import functools
@@ -29,36 +29,35 @@ from lednet.training.time_budget import StageClock
 Weights = tuple[Tensor, ...] | list[Tensor]
 
 CHECK_EVERY = 20
-"""Steps whose losses are read together on a GPU; a CPU has each at once."""
+"""Steps between two checks of the loss on a GPU. On a CPU each loss is checked at once."""
 
 
 class NonFiniteLoss(UserError):
-    """The loss is infinite or no number; says in which step, and of which images."""
+    """The loss is infinite or NaN; the message names the step and its images."""
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How the weights move: the paper's way for segmentation, and what else may be asked for.
+    """Options of the optimization. The defaults are the paper's for segmentation.
 
     Attributes:
         optimizer: "adam" (betas 0.9 and 0.999, eps 1e-8) or "sgd" (momentum 0.9).
-        lr: before the schedule.
-        weight_decay: added to the gradient, of every weight.
+        lr: initial learning rate.
+        weight_decay: L2 penalty on all weights.
         schedule: a key of `lednet.training.lr_schedule.SCHEDULES`.
-        warmup_epochs: in which the learning rate rises, before the schedule.
+        warmup_epochs: epochs of linear warm-up before the schedule.
         precision: a key of `lednet.device.AMP_DTYPES`.
-        accumulate: batches whose gradients make one update, weighted as one large batch;
-            batch norm sees them one by one.
-        clip_norm: largest norm of all gradients together; None leaves them.
-        ema_decay: of an exponential moving average of the weights, which is then what is
-            scored and kept as best; None for no such average. In update n it is at most
-            (1 + n) / (10 + n).
-        channels_last: memory layout of weights and images.
-        compile: `torch.compile` the network.
-        cuda_graph: record forward pass, backward pass and update as one CUDA graph; where
-            that is not possible, steps are eager and `Trainer` says why.
-        skip_bad_steps: leave an update out when its loss is not finite, and go on; looks at
-            every step, which makes a GPU wait.
+        accumulate: batches whose gradients are accumulated for one step. They are weighted as
+            one large batch, except in batch norm.
+        clip_norm: maximum norm of the gradients; None for no clipping.
+        ema_decay: decay of an exponential moving average of the weights, which is then evaluated
+            and saved; None for no average. In step n the decay is at most (1 + n) / (10 + n).
+        channels_last: memory format of weights and images.
+        compile: compile the network with `torch.compile`.
+        cuda_graph: record forward pass, backward pass and optimizer step as one CUDA graph. If
+            that is not possible, steps are eager, and `Trainer` reports the reason.
+        skip_bad_steps: skip a step whose loss or gradients are not finite. This checks every
+            step, which makes a GPU wait.
     """
 
     optimizer: str = "adam"
@@ -78,13 +77,12 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """A part of a model that has been trained before.
+    """How a pretrained part of a model is trained.
 
     Attributes:
         part: the module.
-        lr_factor: its learning rate is so many times that of the rest.
-        frozen_epochs: in which it stays as it is, running statistics included, and without
-            dropout.
+        lr_factor: its learning rate relative to that of the other parameters.
+        frozen_epochs: epochs at the start in which it is frozen, in evaluation mode.
     """
 
     part: nn.Module
@@ -93,38 +91,37 @@ class FinetuneConfig:
 
 
 def _combine_seeds(keys: tuple[int, ...]) -> int:
-    """One seed for several numbers."""
+    """A single seed from several integers."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 
 def seed_everything(*keys: int) -> None:
-    """Seed PyTorch from `keys` alone.
+    """Seed PyTorch's global generators.
 
-    Every step does so from (seed, stage, epoch, step, rank): a resumed run needs no stored
-    random state to go on as if it had never stopped.
+    The trainer does so before every step, from (seed, stage, epoch, step, rank). A resumed run
+    therefore needs no stored random state.
     """
     torch.manual_seed(_combine_seeds(keys))
 
 
 def step_generator(*keys: int) -> torch.Generator:
-    """Randomness of one step's augmentation, on the CPU: it depends on `keys` alone.
+    """A CPU generator for the augmentation of one step, seeded from `keys`.
 
-    Every step makes its own from (seed, stage, epoch, step, rank), so that it comes out
-    the same whether or not the steps before it were run.
+    It does not depend on the steps before, so that a resumed run draws the same numbers.
     """
     return torch.Generator().manual_seed(_combine_seeds(keys))
 
 
 class EpochState:
-    """What this process has counted of an epoch so far.
+    """State of an epoch in this process.
 
     Attributes:
-        step: batches behind it.
-        images: of all processes behind it: where to go on, even with other batches or as
-            many other processes.
-        sums: (2,) sums of the loss and of its weights.
-        counts: of the training batches, see `PredictionJob.count`.
-        skipped: updates left out because of their loss.
+        step: batches trained so far.
+        images: images trained so far in all processes. A resumed epoch starts after them, with
+            any batch size and number of processes.
+        sums: (2,) sums of the losses and of their weights.
+        counts: statistics of the training batches, see `Task.update`.
+        skipped: steps skipped because they were not finite.
     """
 
     def __init__(self, counts: Tensor):
@@ -133,7 +130,7 @@ class EpochState:
         self.counts = counts
 
     def state(self, world: DistributedContext) -> dict[str, Any]:
-        """For a checkpoint: the sums of all processes."""
+        """Entries of a checkpoint, summed over all processes."""
         return {
             "step": self.step,
             "images": self.images,
@@ -143,7 +140,7 @@ class EpochState:
         }
 
     def restore(self, state: dict[str, Any], world: DistributedContext) -> None:
-        """Go on from `state`, which rank 0 takes to itself."""
+        """Restore a state from a checkpoint. Rank 0 takes over the sums of all processes."""
         self.step, self.images, self.skipped = state["step"], state["images"], state["skipped"]
         if world.is_main:
             self.sums.copy_(state["sums"])
@@ -151,13 +148,13 @@ class EpochState:
 
 
 class LossMonitor:
-    """Checks the losses of an epoch, on a GPU without making it wait.
+    """Checks the losses of an epoch without making a GPU wait.
 
-    There, the losses of `CHECK_EVERY` steps are copied together, and read when the next ones are
-    copied: the GPU is always a whole group of steps ahead.
+    On a GPU, the losses of `CHECK_EVERY` steps are copied together and read when the next group
+    is copied, while the GPU computes.
 
     Args:
-        check: called with (step, loss) of a group of steps, the same ones in every process.
+        check: called with (step, loss) pairs of a group of steps, the same in every process.
 
     Attributes:
         mean: weighted mean of the losses read so far; NaN before the first.
@@ -171,17 +168,18 @@ class LossMonitor:
         self._copied: tuple[list[int], Tensor, torch.cuda.Event | None] | None = None
 
     def add(self, step: int, loss: Tensor, sums: Tensor) -> None:
-        """
+        """Add the loss of a step.
+
         Args:
-            loss: of this step, a scalar.
-            sums: (2,) sums of loss and weights, of the epoch so far.
+            loss: scalar.
+            sums: (2,) sums of losses and weights in the epoch so far.
         """
         self._new.append((step, loss))
         if len(self._new) == (CHECK_EVERY if self._cuda else 1):
             self._copy(sums)
 
     def finish(self, sums: Tensor) -> None:
-        """Check what is left at the end of an epoch."""
+        """Check the remaining losses at the end of an epoch."""
         if self._new:
             self._copy(sums)
         self._read()
@@ -203,7 +201,7 @@ class LossMonitor:
             self._read()
 
     def _read(self) -> None:
-        """Check the values that were copied last."""
+        """Read and check the values that were copied last."""
         if self._copied is None:
             return
         steps, values, event = self._copied
@@ -216,15 +214,17 @@ class LossMonitor:
 
 
 class Trainer:
-    """A model with what moves it: loss, optimizer, schedule, loss scaling.
+    """Trains and evaluates a model: loss, optimizer, schedule, loss scaling.
 
     Args:
-        model: images (N, 3, H, W) -> logits (N, C, ...); already on `world.device`.
-        task: what it is trained for.
+        model: maps images (N, 3, H, W) to logits (N, C, ...); already on `world.device`.
+        task: augmentation, loss and metrics.
         num_epochs: length of the schedule.
-        count_training: count the training batches as well.
-        pretrained: a part of `model` that is to be treated with care.
-        notify: called with a sentence when steps cannot be done as `optimization` asks.
+        world: all processes.
+        config: options of the optimization.
+        count_training: compute metrics of the training batches too.
+        pretrained: a part of `model` with options of its own.
+        notify: called with a sentence if steps cannot be recorded as a CUDA graph.
     """
 
     def __init__(
@@ -233,22 +233,22 @@ class Trainer:
         task: Task,
         num_epochs: int,
         world: DistributedContext,
-        optimization: TrainerConfig,
+        config: TrainerConfig,
         count_training: bool = True,
         pretrained: FinetuneConfig | None = None,
         notify: Callable[[str], None] = print,
     ):
         device = world.device
-        self.model, self.world, self.optimization = model, world, optimization
+        self.model, self.world, self.config = model, world, config
         self.task, self.pretrained = task.to(device), pretrained
         self.num_epochs, self.count_training = num_epochs, count_training
         self.layout = torch.contiguous_format
-        if optimization.channels_last:
+        if config.channels_last:
             self.layout = torch.channels_last
             model.to(memory_format=self.layout)
         self.ema: AveragedModel | None = None
         self.updates = 0
-        if (decay := optimization.ema_decay) is not None:
+        if (decay := config.ema_decay) is not None:
             mix_in = functools.partial(self._ema_update, decay)
             self.ema = AveragedModel(model, multi_avg_fn=mix_in, use_buffers=True)
         self.epoch = 1
@@ -256,7 +256,7 @@ class Trainer:
         self.notify = notify
         self.clock: StageClock | None = None
         self.record: Recorder | None = None
-        if optimization.cuda_graph:
+        if config.cuda_graph:
             if obstacle := self._graph_obstacle():
                 self._step_eagerly(obstacle)
             else:
@@ -264,20 +264,20 @@ class Trainer:
         self._captured: CapturedStep | None = None
         self._freeze(self._frozen_in(self.epoch))
         self.optimizer = self._make_optimizer()
-        fp16 = optimization.precision == "fp16"
+        fp16 = config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
 
     def _ema_update(
         self, decay: float, averaged: Weights, current: Weights, _: Tensor | int
     ) -> None:
-        """Add weights to their average. In a short run a steep decay would keep the first ones:
-        it begins low, so that a ninth of what has been done counts (as TensorFlow's)."""
+        """Update the moving average. The decay starts low, so that a short run does not keep its
+        initial weights (as in TensorFlow's ExponentialMovingAverage)."""
         decay = min(decay, (1 + self.updates) / (10 + self.updates))
         get_ema_multi_avg_fn(decay)(averaged, current, _)
 
     def _make_optimizer(self) -> Optimizer:
-        """The rest of the model comes first, then what has been trained before."""
-        optimization, pretrained = self.optimization, self.pretrained
+        """The optimizer; its last parameter group is the pretrained part, if there is one."""
+        config, pretrained = self.config, self.pretrained
         known = {id(p) for p in pretrained.part.parameters()} if pretrained else set()
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.model.parameters() if id(p) not in known]}
@@ -285,11 +285,11 @@ class Trainer:
         if pretrained:
             groups.append({"params": list(pretrained.part.parameters())})
         options: dict[str, Any] = {
-            "lr": optimization.lr,
-            "weight_decay": optimization.weight_decay,
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
             "fused": self.world.device.type in ("cpu", "cuda"),
         }
-        if optimization.optimizer == "sgd":
+        if config.optimizer == "sgd":
             optimizer: Optimizer = SGD(groups, momentum=0.9, **options)
         else:
             optimizer = Adam(groups, betas=(0.9, 0.999), eps=1e-8, **options)
@@ -297,7 +297,7 @@ class Trainer:
         return optimizer
 
     def _make_capturable(self, optimizer: Optimizer) -> None:
-        """A CUDA graph reads the learning rate from the device's memory, other steps do not."""
+        """Keep the learning rate in device memory if steps are recorded as a CUDA graph."""
         for group in optimizer.param_groups:
             lr = float(group["lr"])
             captured = self.record is not None
@@ -307,16 +307,16 @@ class Trainer:
 
     def _graph_obstacle(self) -> str | None:
         """Why steps cannot be recorded as a CUDA graph; None if they can."""
-        optimization = self.optimization
+        config = self.config
         if self.world.device.type != "cuda":
             return "it needs an NVIDIA GPU"
         if self.world.size > 1:
             return "it needs a single process"
-        if optimization.precision == "fp16":
+        if config.precision == "fp16":
             return "the loss scaling of fp16 is not recorded"
-        if optimization.accumulate > 1:
+        if config.accumulate > 1:
             return "it does not go with --accumulate"
-        if optimization.skip_bad_steps:
+        if config.skip_bad_steps:
             return "it does not go with --skip-bad-steps"
         return None
 
@@ -328,22 +328,23 @@ class Trainer:
         return self.pretrained is not None and epoch <= self.pretrained.frozen_epochs
 
     def _freeze(self, frozen: bool) -> None:
-        """Freeze or unfreeze the pretrained part; DDP has to be told anew what has gradients."""
+        """Freeze or unfreeze the pretrained part, and wrap the model in DDP again, which needs to
+        know the parameters that have gradients."""
         if self.pretrained is not None:
             self.pretrained.part.requires_grad_(not frozen)
         self.frozen = frozen
         self._captured = None
         self.wrapped = self.world.wrap_ddp(self.model)
-        compiled = self.optimization.compile
+        compiled = self.config.compile
         self.parallel = torch.compile(self.wrapped) if compiled else self.wrapped
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model that is evaluated and kept: the averaged one where there is one."""
+        """The model that is evaluated and saved: the averaged one, if there is an average."""
         return self.model if self.ema is None else self.ema.module
 
     def state_dict(self) -> dict[str, Any]:
-        """State of optimizer, scaler and average; the model's is kept beside it."""
+        """State of optimizer, scaler and average. That of the model is saved separately."""
         state: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -358,12 +359,12 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             if "average" not in state:
-                raise UserError("the run was begun without --ema-decay: resume it without")
+                raise UserError("the run was started without --ema-decay: resume it without")
             self.ema.load_state_dict(state["average"])
             self.updates = state["updates"]
 
-    def keep_average(self) -> None:
-        """Go on from the averaged weights, if there are any: those that were scored."""
+    def copy_ema_to_model(self) -> None:
+        """Replace the weights by their average, if there is one."""
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
 
@@ -371,23 +372,27 @@ class Trainer:
         return EpochState(self.task.new_state())
 
     def start_epoch(self, epoch: int) -> float:
-        """Get ready for `epoch`, counted from 1; returns its first learning rate."""
+        """Prepare for `epoch`, counted from 1; returns its first learning rate."""
         self.epoch = epoch
         if self._frozen_in(epoch) != self.frozen:
             self._freeze(not self.frozen)
         return self._set_lr(0.0)
 
     def _set_lr(self, done: float, step: int = 0) -> float:
-        """Set the learning rate of a step, `done` being the part of the epoch behind it; with a
-        clock, the schedule follows the time instead."""
-        optimization, behind = self.optimization, self.epoch - 1 + done
+        """Set the learning rate of a step.
+
+        With a time limit, the schedule follows the time instead of the epochs.
+
+        Args:
+            done: finished part of the epoch, 0 to 1.
+            step: number of the step in the epoch.
+        """
+        config, epochs = self.config, self.epoch - 1 + done
         if self.clock is not None:
-            # Below the end, where schedules are not defined.
-            behind = min(self.clock.share(step), 1 - 1e-6) * self.num_epochs
-        factor = lr_factor(
-            optimization.schedule, behind, self.num_epochs, optimization.warmup_epochs
-        )
-        lr = optimization.lr * factor
+            # Schedules are not defined at the end itself.
+            epochs = min(self.clock.share(step), 1 - 1e-6) * self.num_epochs
+        factor = lr_factor(config.schedule, epochs, self.num_epochs, config.warmup_epochs)
+        lr = config.lr * factor
         factors = [1.0, self.pretrained.lr_factor] if self.pretrained else [1.0]
         for group, times in zip(self.optimizer.param_groups, factors, strict=True):
             if isinstance(group["lr"], Tensor):
@@ -397,39 +402,45 @@ class Trainer:
         return lr
 
     def _backward(self, images: Tensor, target: Tensor, update: bool) -> tuple[Tensor, Tensor, int]:
-        """Add a batch's gradients; returns logits, (loss sum, weight sum) and the number of
-        answers to an image, by which the loss was divided."""
+        """Accumulate the gradients of a batch.
+
+        Args:
+            update: whether an optimizer step follows; DDP reduces the gradients only then.
+
+        Returns:
+            Logits, (loss sum, weight sum), and the divisor of the loss: outputs per image.
+        """
         images = images.contiguous(memory_format=self.layout)
         together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not update and isinstance(self.wrapped, DistributedDataParallel):
             together = self.wrapped.no_sync()
         with together:
-            with autocast(self.world.device, self.optimization.precision):
+            with autocast(self.world.device, self.config.precision):
                 logits = self.parallel(images)
             loss_sum, weight_sum = self.task.loss(logits, target)
-            # One divisor for every batch and process, so that their gradients add up;
-            # `_update` brings the sum to the joint mean.
-            answers = math.prod(logits.shape[2:])
-            self.scaler.scale(loss_sum / answers).backward()
-        return logits.detach(), torch.stack((loss_sum.detach(), weight_sum)), answers
+            # All batches and processes have the same divisor, so that their gradients can be
+            # added; `_optimizer_step` rescales the sum to the joint mean.
+            divisor = math.prod(logits.shape[2:])
+            self.scaler.scale(loss_sum / divisor).backward()
+        return logits.detach(), torch.stack((loss_sum.detach(), weight_sum)), divisor
 
-    def _update(self, sums: Tensor, answers: int) -> bool:
-        """Move the weights by the gradients of all batches since the last time.
+    def _update(self, sums: Tensor, divisor: int) -> bool:
+        """Take an optimizer step with the accumulated gradients.
 
         Args:
-            sums: (loss sum, weight sum) of these batches in this process.
-            answers: as `_backward` returned it.
+            sums: (loss sum, weight sum) of the accumulated batches in this process.
+            divisor: as returned by `_backward`.
 
         Returns:
-            Whether it was done; not where loss or gradients are not finite and that may be
-            skipped.
+            Whether the step was taken. With `skip_bad_steps` it is skipped if loss or gradients
+            are not finite.
         """
         joint = self.world.all_reduce_sum(sums.clone())
         done = True
-        if self.optimization.skip_bad_steps:
+        if self.config.skip_bad_steps:
             done = self._all_finite(joint[0], self._gradients())
         if done:
-            self._move_weights(joint[1], answers)
+            self._optimizer_step(joint[1], divisor)
             self._average_weights()
         self.optimizer.zero_grad(set_to_none=True)
         return done
@@ -437,14 +448,18 @@ class Trainer:
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
-    def _move_weights(self, weight_sum: Tensor, answers: int) -> None:
-        """The optimizer's step; `weight_sum` is that of all processes."""
+    def _optimizer_step(self, weight_sum: Tensor, divisor: int) -> None:
+        """Rescale the gradients to those of the joint mean, clip them, and update the weights.
+
+        Args:
+            weight_sum: sum of the loss weights over all processes.
+        """
         # DDP averages gradients over the processes; the loss is the mean over the weights.
-        factor = self.world.size * answers / weight_sum.clamp(min=1e-12)
+        factor = self.world.size * divisor / weight_sum.clamp(min=1e-12)
         torch._foreach_mul_(self._gradients(), factor)
-        if self.optimization.clip_norm is not None:
+        if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.optimization.clip_norm)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -454,10 +469,13 @@ class Trainer:
             self.updates += 1
 
     def _whole_step(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward pass, backward pass and optimizer step, without waiting for the device: what a
-        CUDA graph records. Returns logits and (loss sum, weight sum)."""
-        logits, sums, answers = self._backward(images, target, update=True)
-        self._move_weights(sums[1], answers)
+        """The part of a step that a CUDA graph records; it does not wait for the device.
+
+        Returns:
+            Logits, and (loss sum, weight sum).
+        """
+        logits, sums, divisor = self._backward(images, target, update=True)
+        self._optimizer_step(sums[1], divisor)
         self.optimizer.zero_grad(set_to_none=True)
         return logits, sums
 
@@ -467,8 +485,10 @@ class Trainer:
         return [*self.model.parameters(), *self.model.buffers(), *kept]
 
     def _captured_step(self, images: Tensor, target: Tensor) -> CapturedStep | None:
-        """The recorded step, if there is one for batches of this shape. The first batch's shape
-        is recorded; a smaller last batch is stepped eagerly."""
+        """The recorded step, if there is one for batches of this shape.
+
+        The step is recorded for the shape of the first batch; a smaller last batch is eager.
+        """
         if self.record is None:
             return None
         if self._captured is None:
@@ -484,7 +504,7 @@ class Trainer:
         return self._captured if self._captured.fits(images, target) else None
 
     def _all_finite(self, loss: Tensor, gradients: list[Tensor]) -> bool:
-        """Of scaled gradients, the scaler leaves out what is not finite, and scales less."""
+        """Whether loss and gradients are finite. The scaler of fp16 checks gradients itself."""
         checked = loss if self.scaler.is_enabled() else loss + nn.utils.get_total_norm(gradients)
         return math.isfinite(checked)
 
@@ -493,35 +513,34 @@ class Trainer:
         loader: TrainBatches,
         title: str,
         keys: tuple[int, ...],
-        tally: EpochState | None = None,
-        after_update: Callable[[], None] = lambda: None,
+        state: EpochState | None = None,
+        after_step: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Train on every batch of `loader` once; with a `clock`, until its time is over.
 
         Args:
-            loader: gives images (N, 3, H, W) uint8 and their targets.
-            keys: (seed, stage, epoch). Whatever is random in a step follows from them, its
-                number and the process, so that nothing needs to be stored to go on.
-            tally: of the batches that an interrupted epoch has behind it, which `loader`
-                leaves out. It is brought forward.
-            after_update: called when weights and `tally` are in step.
+            loader: yields images (N, 3, H, W) uint8 and their targets.
+            title: of the progress bar.
+            keys: (seed, stage, epoch). The random numbers of a step depend on them, its number and
+                the process only, so that a resumed run needs no stored random state.
+            state: state of an interrupted epoch, whose batches `loader` leaves out; updated.
+            after_step: called after each optimizer step, when weights and `state` agree.
 
         Returns:
-            `loss` (mean over the epoch), the task's score (None unless asked for),
-            `images_per_second` and, if there were any, `skipped` updates.
+            "loss" (mean over the epoch), the task's score (None unless computed),
+            "images_per_second", and "skipped" steps if there were any.
 
         Raises:
-            NonFiniteLoss: unless such steps are to be skipped.
+            NonFiniteLoss: a loss is not finite, unless `skip_bad_steps` is set.
             RuntimeError: a loading process died; see `worker_failures`.
         """
-        device, rank = self.world.device, self.world.rank
-        tally = tally or self.new_epoch_state()
-        first, last = tally.step, tally.step + len(loader)
-        images_seen, start = 0, time.perf_counter()
-        group = torch.zeros(2, device=device)
+        state = state or self.new_epoch_state()
+        first, last = state.step, state.step + len(loader)
+        images_before, start = state.images, time.perf_counter()
+        group = torch.zeros(2, device=self.world.device)
         buffers = self._copied_buffers()
         monitor = LossMonitor(
-            device, lambda losses: self._require_finite(losses, loader, title, first)
+            self.world.device, lambda losses: self._require_finite(losses, loader, title, first)
         )
         self.model.train()
         if self.pretrained is not None and self.frozen:
@@ -529,57 +548,65 @@ class Trainer:
         with self._bar(loader, title) as bar:
             for step, batch in enumerate(loader, first):
                 lr = self._set_lr(step / last, step)
-                seed_everything(*keys, step, rank, 1)  # for dropout
-                images, target = self._received(batch)
-                generator = step_generator(*keys, step, rank)
-                images, target = self.task.augment(images, target, generator)
-                update = (step + 1) % self.optimization.accumulate == 0 or step + 1 == last
+                images, target = self._augmented(batch, keys, step)
+                update = (step + 1) % self.config.accumulate == 0 or step + 1 == last
                 captured = self._captured_step(images, target)
                 if captured is not None:
                     logits, sums = captured(images, target)
                     sums = sums.clone()
                     self._average_weights()
                 else:
-                    logits, sums, answers = self._backward(images, target, update)
+                    logits, sums, divisor = self._backward(images, target, update)
                 group += sums
-                if not self.optimization.skip_bad_steps:
-                    monitor.add(step, sums[0], tally.sums + group)
+                if not self.config.skip_bad_steps:
+                    monitor.add(step, sums[0], state.sums + group)
                 if self.count_training:
-                    self.task.update(tally.counts, logits, target, exact=False)
-                tally.step = step + 1
-                tally.images += len(images) * self.world.size
-                images_seen += len(images)
+                    self.task.update(state.counts, logits, target, exact=False)
+                state.step = step + 1
+                state.images += len(images) * self.world.size
                 if update:
-                    if captured is not None or self._update(group, answers):
-                        tally.sums += group
+                    if captured is not None or self._update(group, divisor):
+                        state.sums += group
                         buffers = self._copied_buffers()
                     else:
-                        tally.skipped += 1
+                        state.skipped += 1
                         self._restore_buffers(buffers)
                     group.zero_()
-                    after_update()
+                    after_step()
                 bar.update(len(images) * self.world.size)
                 bar.set_postfix(loss=f"{monitor.mean:.3f}", lr=f"{lr:.1e}", refresh=False)
                 if update and self.clock is not None and self.clock.share(step + 1) >= 1:
                     break
-        monitor.finish(tally.sums)
-        seconds = time.perf_counter() - start
+        monitor.finish(state.sums)
+        rate = (state.images - images_before) / (time.perf_counter() - start)
+        return self._epoch_results(state, rate)
+
+    def _augmented(
+        self, batch: Iterable[Tensor], keys: tuple[int, ...], step: int
+    ) -> tuple[Tensor, Tensor]:
+        """A training batch on the device, augmented; also seeds the dropout of the step."""
+        rank = self.world.rank
+        seed_everything(*keys, step, rank, 1)
+        images, target = self._received(batch)
+        return self.task.augment(images, target, step_generator(*keys, step, rank))
+
+    def _epoch_results(self, state: EpochState, images_per_second: float) -> dict[str, Any]:
+        """Results of `train_one_epoch`, over all processes."""
         self.world.broadcast_buffers(self.model)
         if self.ema is not None:
             self.world.broadcast_buffers(self.ema)
-        state = tally.state(self.world)
-        score = self.task.score
-        scores = self.task.compute(state["counts"]) if self.count_training else {score: None}
+        joint, score = state.state(self.world), self.task.score
+        scores = self.task.compute(joint["counts"]) if self.count_training else {score: None}
         return {
-            "loss": _mean(state["sums"]),
+            "loss": _mean(joint["sums"]),
             score: scores[score],
-            "images_per_second": images_seen * self.world.size / seconds,
-            **({"skipped": tally.skipped} if tally.skipped else {}),
+            "images_per_second": images_per_second,
+            **({"skipped": state.skipped} if state.skipped else {}),
         }
 
     def _copied_buffers(self) -> list[Tensor]:
-        """The running statistics, which a step that is skipped has already changed."""
-        if not self.optimization.skip_bad_steps:
+        """Copies of the running statistics, which a skipped step has already changed."""
+        if not self.config.skip_bad_steps:
             return []
         return [buffer.clone() for buffer in self.model.buffers()]
 
@@ -590,8 +617,12 @@ class Trainer:
     def _require_finite(
         self, losses: list[tuple[int, float]], loader: TrainBatches, title: str, first: int
     ) -> None:
-        """Look at the losses of some steps, `first` being the loader's first; where one process
-        stops, all do."""
+        """Raise `NonFiniteLoss` in all processes if a loss is not finite in one of them.
+
+        Args:
+            losses: (step, loss) pairs.
+            first: number of the first step of `loader`.
+        """
         bad = [(step, value) for step, value in losses if not math.isfinite(value)]
         if not self.world.all_reduce_max(len(bad)):
             return
@@ -605,16 +636,17 @@ class Trainer:
 
     @torch.inference_mode()
     def evaluate(
-        self, loader: Batches, title: str, between: Callable[[], None] = lambda: None
+        self, loader: Batches, title: str, after_batch: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
-        """Score the model, in evaluation mode, on every image of `loader`.
+        """Evaluate the model on every image of `loader`.
 
         Args:
-            loader: as for training.
-            between: called after each batch.
+            loader: yields images (N, 3, H, W) uint8 and their targets.
+            title: of the progress bar.
+            after_batch: called after each batch.
 
         Returns:
-            `loss` and the task's scores, over all processes.
+            "loss" and the task's scores, over all processes.
         """
         model, task = self.eval_model, self.task
         was_training = model.training
@@ -623,12 +655,12 @@ class Trainer:
         with self._bar(loader, title) as bar:
             for batch in loader:
                 images, target = task.normalize(*self._received(batch))
-                with autocast(self.world.device, self.optimization.precision):
+                with autocast(self.world.device, self.config.precision):
                     logits = model(images.contiguous(memory_format=self.layout))
                 logits = logits.float()
                 sums += torch.stack(task.loss(logits, target))
                 task.update(counts, logits, target, exact=True)
-                between()
+                after_batch()
                 bar.update(len(images) * self.world.size)
         model.train(was_training)
         sums = self.world.all_reduce_sum(sums)
@@ -638,11 +670,11 @@ class Trainer:
         }
 
     def _received(self, batch: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The batch on this process's device; bytes, so that it is soon there."""
+        """The tensors of a batch on this process's device."""
         return (part.to(self.world.device, non_blocking=True) for part in batch)
 
     def _bar(self, loader: Batches, title: str) -> tqdm:
-        """Progress in images, with rate and ETA; one bar for all processes."""
+        """A progress bar in images, shown by the main process for all."""
         return tqdm(
             total=len(loader.sampler) * self.world.size,
             desc=title,

@@ -1,25 +1,29 @@
-"""A run on a visdom server (`--visualize`)."""
+"""Charts of a run on a visdom server (`--visualize`)."""
 
 import logging
 
 import numpy as np
 import visdom
 
-from lednet.training.loggers import PICTURES_TITLE, EpochSummary
+from lednet.training.loggers import IMAGES_TITLE, EpochSummary
 
 
 class VisdomBackend:
-    """A `LoggerBackend` in the windows of a visdom server, each drawn anew after each epoch: one
-    that was restarted, or shows a resumed run, has all points once.
+    """A `LoggerBackend` that draws windows on a visdom server.
+
+    All windows are redrawn after each epoch, so that each point appears once, also after a
+    resume or a restart of the server.
 
     Args:
         name: visdom environment, shown in the page's selector.
+        server: URL of the server without the port.
+        port: port of the server.
     """
 
     def __init__(self, name: str, server: str = "http://localhost", port: int = 8097):
         logging.getLogger("visdom").setLevel(logging.CRITICAL)  # it would print a traceback
         self.name, self.server, self.port = name, server, port
-        self.trouble = f"no visdom server answers at {server}:{port}"
+        self.failure = f"no visdom server at {server}:{port}"
 
     def open(self) -> None:
         self.client = visdom.Visdom(
@@ -27,13 +31,12 @@ class VisdomBackend:
             raise_exceptions=True,
         )  # fmt: skip
 
-    def show(self, view: EpochSummary) -> None:
-        for title, curves in view.charts.items():
-            numbered = [*enumerate(curves.values(), 1)]
-            window = f"{view.stage} {title}"
+    def log(self, summary: EpochSummary) -> None:
+        for title, curves in summary.charts.items():
+            window = f"{summary.stage} {title}"
             self.client.scatter(
                 X=np.array([point for curve in curves.values() for point in curve]),
-                Y=np.array([number for number, curve in numbered for _ in curve]),
+                Y=np.repeat(range(1, len(curves) + 1), [len(curve) for curve in curves.values()]),
                 win=window,
                 opts={
                     "title": window,
@@ -43,7 +46,7 @@ class VisdomBackend:
                     "legend": list(curves),
                 },
             )
-        if view.pictures:
-            window = f"{view.stage}: {PICTURES_TITLE}"
-            stack = np.stack(view.pictures).transpose(0, 3, 1, 2)
+        if summary.images:
+            window = f"{summary.stage}: {IMAGES_TITLE}"
+            stack = np.stack(summary.images).transpose(0, 3, 1, 2)
             self.client.images(stack, nrow=1, win=window, opts={"title": window})

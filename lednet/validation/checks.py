@@ -1,10 +1,11 @@
-"""Examine a data set: every file looked at once, and what was found in plain words.
+"""Checks of a data set: files, label values, classes, alignment, duplicates across splits.
 
-Nothing here ends at a damaged file: that is a finding.
+Damaged files are reported as issues; they do not stop the checks.
 """
 
 import os
-from collections.abc import Iterable, Set
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,13 @@ import numpy as np
 
 from lednet.data.dataset import pixel_shares
 from lednet.data.labels import IGNORE_INDEX
-from lednet.data.pairs import Sample, list_examples, require_file
+from lednet.data.pairs import list_examples
 from lednet.validation.alignment import edge_alignment
 from lednet.validation.duplicates import (
     NearDuplicate,
     find_copies,
     find_near_duplicates,
-    most_telling,
+    most_similar,
 )
 from lednet.validation.inspection import inspect_pairs
 from lednet.validation.issues import (
@@ -29,226 +30,215 @@ from lednet.validation.issues import (
     counted,
     relative_name,
 )
-from lednet.validation.splits import BLANK, Split
+from lednet.validation.splits import Split
 
-MIXED_UP = 0.1
-"""Share of a split's pairs from which they count as mixed up: pairs whose image most other labels
-fit better. Of pairs made at random it is half; of CamVid 0.01, of Cityscapes none."""
+MAX_MISALIGNED = 0.1
+"""Share of a split's pairs that may be aligned better with most of the other labels. It is 0.5 for
+random pairs, 0.01 for CamVid, 0 for Cityscapes."""
 
-VOID = 0.5
-"""Share of void pixels worth a warning; CamVid has 0.04, Cityscapes 0.11."""
+MAX_VOID = 0.5
+"""Share of void pixels above which there is a warning; CamVid has 0.04, Cityscapes 0.11."""
 
-_ENOUGH = 20  # pairs, to judge whether they are mixed up
-_LIMIT = 12  # classes or values named in a sentence
+_MIN_PAIRS = 20  # for a meaningful share of misaligned pairs
+_MAX_NAMES = 12  # classes or values in a message
 
 
 @dataclass
 class ValidationReport:
-    """Of a data set.
+    """Result of `validate_dataset`.
 
     Attributes:
-        findings: the gravest first.
-        lookalikes: (split, other split) -> images of the one that show what the other shows.
+        root: the data set's folder.
+        splits: with the inspections of their files.
+        issues: most severe first.
+        near_duplicates: (split, other split) -> images of the split that also occur in the other.
     """
 
     root: Path
     splits: list[Split]
-    findings: list[Issue]
-    lookalikes: dict[tuple[str, str], list[NearDuplicate]]
+    issues: list[Issue]
+    near_duplicates: dict[tuple[str, str], list[NearDuplicate]]
 
     def count(self, severity: str) -> int:
-        return sum(finding.severity == severity for finding in self.findings)
+        """Number of issues of a severity."""
+        return sum(issue.severity == severity for issue in self.issues)
 
     @property
     def shares(self) -> np.ndarray | None:
-        """Share of each class of all pixels trained on, void last; None without a label."""
-        counts = [split.class_counts for split in self.splits if not split.held_back]
-        return pixel_shares(np.concatenate(counts)) if np.any([c.any() for c in counts]) else None
+        """Share of each class of all training pixels, void last; None without any label."""
+        counts = [split.class_counts for split in self.splits if not split.is_heldout]
+        return pixel_shares(np.concatenate(counts)) if any(c.any() for c in counts) else None
 
 
 def validate_dataset(
-    root: str | os.PathLike, splits: list[Split], findings: Iterable[Issue] = (), workers: int = 0
+    root: str | os.PathLike, splits: list[Split], issues: Iterable[Issue] = (), workers: int = 0
 ) -> ValidationReport:
-    """Look at every pair; shows progress bars.
+    """Inspect every pair and run all checks. Shows progress bars.
 
     Args:
-        splits, findings: of `open_splits`; what is seen is added to the splits.
+        root: the data set's folder.
+        splits, issues: from `open_splits`. The splits are filled with their inspections.
         workers: decoding processes; 0 decodes in this one.
     """
-    root, findings = Path(root), list(findings)
-    looks = inspect_pairs([pair for split in splits for pair in split.pairs], workers)
-    for split in splits:
-        split.looks = [next(looks) for _ in split.pairs]
-    next(looks, None)  # the bar's end
-    lookalikes = {}
+    root, issues = Path(root), list(issues)
+    inspections = list(inspect_pairs([pair for split in splits for pair in split.pairs], workers))
+    near_duplicates = {}
     for i, split in enumerate(splits):
+        split.inspections = inspections[: len(split.pairs)]
+        del inspections[: len(split.pairs)]
         found = IssueCollector(root, split.name)
-        _check_files(split, found)
-        _check_values(split, found)
-        _check_classes(split, found)
-        _check_fit(split, found)
-        _check_copies(split, found)
-        for other in splits[:i] if split.held_back else ():
-            alike = _near_duplicates(split, other)
-            lookalikes[split.name, other.name] = alike
-            _report_near_duplicates(split, other, alike, found)
-        findings += found
-    findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    return ValidationReport(root, splits, findings, lookalikes)
+        for check in (_check_files, _check_values, _check_classes, _check_alignment, _check_copies):
+            check(split, found)
+        for other in splits[:i] if split.is_heldout else ():
+            duplicates = _check_near_duplicates(split, other, found)
+            near_duplicates[split.name, other.name] = duplicates
+        issues += found
+    issues.sort(key=lambda issue: SEVERITIES.index(issue.severity))
+    return ValidationReport(root, splits, issues, near_duplicates)
 
 
 def _check_files(split: Split, found: IssueCollector) -> None:
-    """What is known of files without a class scheme."""
-    problems: dict[str, list[tuple[Path, str]]] = {}
-    for i, look in enumerate(split.looks):
-        for kind, path, remark in look.problems:
-            problems.setdefault(kind, []).append((path, remark))
+    """Report unreadable files, blank images, unusual modes and differing sizes."""
+    problems = defaultdict(list)
+    for i, inspection in enumerate(split.inspections):
+        for kind, path, remark in inspection.problems:
+            problems[kind].append((path, remark))
             if ISSUE_TYPES[kind].severity == "error":
-                split.unsound.add(i)
+                split.invalid.add(i)
     for kind in ISSUE_TYPES:
-        found.add(kind, problems.get(kind, ()))
-    pairs = list(zip(split.pairs, split.looks, strict=True))
-    blank = [
-        pair.image
-        for pair, look in pairs
-        if look.thumbnail is not None and np.ptp(look.thumbnail) <= BLANK
-    ]
-    found.add("blank", [(path, "") for path in blank])
+        found.add(kind, problems[kind])
+    shown = set(split.thumbnails()[0].tolist())
+    found.add(
+        "blank",
+        (
+            split.pairs[i].image
+            for i, inspection in enumerate(split.inspections)
+            if inspection.thumbnail is not None and i not in shown
+        ),
+    )
+    pairs = list(zip(split.pairs, split.inspections, strict=True))
     for mode in split.modes("image"):
         if mode != "RGB":
-            files = [(pair.image, "") for pair, look in pairs if look.image_mode == mode]
-            found.add("mode", files, noun="image", mode=mode, reading=_reading(mode))
-    palettes = [(_label(pair), "") for pair, look in pairs if look.label_mode == "P"]
-    found.add("mode", palettes, noun="label", mode="P", reading="it counts by index, not by colour")
+            images = [pair.image for pair, inspection in pairs if inspection.image_mode == mode]
+            found.add("mode", images, noun="image", mode=mode, reading=_reading(mode))
+    palettes = [split.label(i) for i, (_, item) in enumerate(pairs) if item.label_mode == "P"]
+    found.add("mode", palettes, noun="label", mode="P", reading="values are palette indices")
     if len(split.sizes) > 1:
         sizes = sorted(split.sizes, key=lambda size: size[0] * size[1])
         smallest, largest = ("{}x{}".format(*sizes[i]) for i in (0, -1))
-        found.say("sizes", f"images of {len(sizes)} sizes, {smallest} to {largest}")
-
-
-def _label(pair: Sample) -> Path:
-    return require_file(pair.label, "labels")
+        found.add_message("sizes", f"images of {len(sizes)} sizes, {smallest} to {largest}")
 
 
 def _reading(mode: str) -> str:
     if mode.startswith("I;16"):
-        return "it is brought to 8 bits"
-    return "its transparency is dropped" if mode.endswith("A") else "it is read as RGB"
+        return "values are reduced to 8 bits"
+    return "transparency is dropped" if mode.endswith("A") else "it is converted to RGB"
 
 
 def _check_values(split: Split, found: IssueCollector) -> None:
-    """What the labels' values say about the scheme that they are read with."""
-    other, taken = _other_encoding(split)
-    inside = "labelIds" if taken == "labelTrainIds" else "labelTrainIds"
-    files = [(_label(split.pairs[i]), "") for i in sorted(other)]
-    found.add("encoding", files, inside=inside, taken=taken)
-    unknown = []
-    for i, (pair, look) in enumerate(zip(split.pairs, split.looks, strict=True)):
-        values = [value for value in look.ids if split.scheme.lut[value] < 0]
+    """Report label values that the scheme does not define, and labels in the other encoding."""
+    other, expected = _other_encoding(split)
+    actual = "labelIds" if expected == "labelTrainIds" else "labelTrainIds"
+    found.add("encoding", map(split.label, sorted(other)), found=actual, expected=expected)
+    undefined = []
+    for i, histogram in enumerate(split.histograms):
+        values = np.flatnonzero((histogram > 0) & (split.scheme.lut < 0)).tolist()
         if values and i not in other:
-            more = f" and {len(values) - _LIMIT} more" if len(values) > _LIMIT else ""
-            unknown.append((_label(pair), " ".join(map(str, values[:_LIMIT])) + more))
-            split.unsound.add(i)
-    found.add("id", unknown, scheme=split.scheme.name)
-    split.unsound |= other
+            more = f" and {len(values) - _MAX_NAMES} more" if len(values) > _MAX_NAMES else ""
+            undefined.append((split.label(i), " ".join(map(str, values[:_MAX_NAMES])) + more))
+            split.invalid.add(i)
+    found.add("id", undefined, scheme=split.scheme.name)
+    split.invalid |= other
 
 
-def _other_encoding(split: Split) -> tuple[Set[int], str]:
-    """Of Cityscapes, the labels whose values are those of the other encoding, and the one that
-    was expected.
+def _other_encoding(split: Split) -> tuple[set[int], str]:
+    """Indices of the Cityscapes labels in the other encoding, and the encoding expected.
 
-    Only labelIds has 19 to 33, only labelTrainIds 255. A split of labelIds without a value above
-    18 would have no car, no person, no sky and no tree.
+    Only labelIds contain 19 to 33, only labelTrainIds 255. A split of labelIds without any value
+    above 18 would contain no car, person, sky or tree.
     """
-    taken = "labelTrainIds" if IGNORE_INDEX in split.scheme.file_ids else "labelIds"
+    expected = "labelTrainIds" if IGNORE_INDEX in split.scheme.file_ids else "labelIds"
     if split.scheme.name != "Cityscapes":
-        return set(), taken
-    values = {i: look.ids.keys() for i, look in enumerate(split.looks) if look.ids}
-    high = {i for i, ids in values.items() if any(19 <= value <= 33 for value in ids)}
-    void = {i for i, ids in values.items() if IGNORE_INDEX in ids}
-    if taken == "labelTrainIds":
-        return high - void, taken
-    return (values.keys() if len(values) > 2 and not high else void - high), taken
+        return set(), expected
+    present = split.histograms > 0
+    ids, train_ids = present[:, 19:34].any(axis=1), present[:, IGNORE_INDEX]
+    readable = present.sum(axis=1) > 0
+    other = ids & ~train_ids if expected == "labelTrainIds" else train_ids & ~ids
+    if expected == "labelIds" and readable.sum() > 2 and not ids.any():
+        other = readable
+    return set(np.flatnonzero(other).tolist()), expected
 
 
 def _check_classes(split: Split, found: IssueCollector) -> None:
+    """Report labels without any class, a large share of void, and absent classes."""
     counts = split.class_counts
     if not counts.any():
         return
     empty = (counts[:, :-1].sum(axis=1) == 0) & (counts[:, -1] > 0)
-    found.add("all-void", [(_label(split.pairs[i]), "") for i in empty.nonzero()[0]])
+    found.add("all-void", map(split.label, np.flatnonzero(empty).tolist()))
     void = counts[:, -1].sum() / counts.sum()
-    if void > VOID:
-        found.say("void", f"{100 * void:.0f} % of the labels' pixels are void")
-    absent = [
-        name
-        for name, pixels in zip(split.scheme.classes, counts[:, :-1].sum(axis=0), strict=True)
-        if not pixels
-    ]
+    if void > MAX_VOID:
+        found.add_message("void", f"{100 * void:.0f} % of the labels' pixels are void")
+    pixels = counts[:, :-1].sum(axis=0)
+    absent = [split.scheme.classes[i] for i in np.flatnonzero(pixels == 0)]
     if absent:
-        noun = counted(len(absent), "class")
-        found.say(
-            "unscored" if split.held_back else "absent",
-            f"{noun} without a pixel ({list_examples(absent, _LIMIT)})",
-            files=absent,
-        )
+        kind = "unscored" if split.is_heldout else "absent"
+        names = list_examples(absent, _MAX_NAMES)
+        found.add_message(kind, f"{counted(len(absent), 'class')} without a pixel ({names})",
+                          files=absent)  # fmt: skip
 
 
-def _check_fit(split: Split, found: IssueCollector) -> None:
-    split.fit = np.full(len(split.pairs), np.nan, np.float32)
-    split.misfit = split.fit.copy()
-    sound = [
-        (i, look.thumbnail, look.regions)
-        for i, look in enumerate(split.looks)
-        if look.thumbnail is not None and look.regions is not None
+def _check_alignment(split: Split, found: IssueCollector) -> None:
+    """Compute `Split.alignment` and `Split.better_share`, and report mixed-up pairs."""
+    split.alignment = np.full(len(split.pairs), np.nan, np.float32)
+    split.better_share = split.alignment.copy()
+    complete = [
+        (i, item.thumbnail, item.regions)
+        for i, item in enumerate(split.inspections)
+        if item.thumbnail is not None and item.regions is not None
     ]
-    if not sound:
+    if not complete:
         return
-    seen = [i for i, _, _ in sound]
-    thumbnails = np.stack([thumbnail for _, thumbnail, _ in sound])
-    regions = np.stack([regions for _, _, regions in sound])
-    split.fit[seen], split.misfit[seen] = edge_alignment(thumbnails, regions)
-    worse = (split.misfit > 0.5).nonzero()[0]
-    if len(seen) >= _ENOUGH and len(worse) > MIXED_UP * len(seen):
-        found.add("mixed-up", [(split.pairs[i].image, "") for i in worse])
+    indices, thumbnails, regions = zip(*complete, strict=True)
+    scores = edge_alignment(np.stack(thumbnails), np.stack(regions))
+    split.alignment[list(indices)], split.better_share[list(indices)] = scores
+    misaligned = np.flatnonzero(split.better_share > 0.5)
+    if len(indices) >= _MIN_PAIRS and len(misaligned) > MAX_MISALIGNED * len(indices):
+        found.add("mixed-up", (split.pairs[i].image for i in misaligned))
 
 
 def _check_copies(split: Split, found: IssueCollector) -> None:
+    """Report images that occur more than once in the split."""
     indices, thumbnails = split.thumbnails()
-    copies = [
-        (split.pairs[indices[j]].image, f"as {split.pairs[indices[i]].image.name}")
-        for i, j in find_copies(thumbnails)
+    images = [split.pairs[i].image for i in indices]
+    copies = find_copies(thumbnails)
+    found.add("copy", [(images[j], f"same as {images[i].name}") for i, j in copies])
+
+
+def _check_near_duplicates(
+    split: Split, other: Split, found: IssueCollector
+) -> list[NearDuplicate]:
+    """Report images of `split` that also occur in `other`. Indices are those of the pairs."""
+    (own_indices, own), (other_indices, others) = split.thumbnails(), other.thumbnails()
+    duplicates = [
+        one._replace(image=int(own_indices[one.image]), other=int(other_indices[one.other]))
+        for one in find_near_duplicates(own, others)
     ]
-    found.add("copy", copies)
+    if not duplicates:
+        return []
 
+    def describe(one: NearDuplicate) -> str:
+        paths = split.pairs[one.image].image, other.pairs[one.other].image
+        names = " ~ ".join(relative_name(path, found.root) for path in paths)
+        return f"{names}: {one.similarity:.2f}"
 
-def _near_duplicates(split: Split, other: Split) -> list[NearDuplicate]:
-    """`find_near_duplicates` by the indices of the pairs."""
-    (mine, images), (theirs, others) = split.thumbnails(), other.thumbnails()
-    return [
-        one._replace(image=int(mine[one.image]), other=int(theirs[one.other]))
-        for one in find_near_duplicates(images, others)
-    ]
-
-
-def _report_near_duplicates(
-    split: Split, other: Split, alike: list[NearDuplicate], found: IssueCollector
-) -> None:
-    if not alike:
-        return
-
-    def named(one: NearDuplicate) -> str:
-        here, there = split.pairs[one.image].image, other.pairs[one.other].image
-        names = (relative_name(path, found.root) for path in (here, there))
-        return "{} ~ {}: {:.2f}".format(*names, one.similarity)
-
-    direct = sum(one.direct for one in alike)
-    nearest = "; ".join(map(named, most_telling(alike, 3)))
+    direct = sum(one.direct for one in duplicates)
+    examples = "; ".join(map(describe, most_similar(duplicates, 3)))
     sentence = (
-        f"{len(alike)} of {len(split.pairs)} images show what {other.name} shows too, "
-        f"{direct} of them directly ({nearest})"
+        f"{len(duplicates)} of {len(split.pairs)} images show places that {other.name} shows too, "
+        f"{direct} of them directly ({examples})"
     )
-    if len(alike) > direct:
-        sentence += ", the others following on these, frame by frame"
-    next_step = ISSUE_TYPES["leak"].next_step.format(split=split.name)
-    found.say("leak", sentence, next_step, [named(one) for one in alike])
+    if len(duplicates) > direct:
+        sentence += ", the others through a chain of similar images"
+    found.add_message("leak", sentence, files=list(map(describe, duplicates)))
+    return duplicates

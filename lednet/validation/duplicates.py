@@ -1,8 +1,8 @@
-"""Images that look alike: copies, and frames that one drive took a moment apart.
+"""Near-duplicate images: copies, and frames of one recording a moment apart.
 
-They are compared as small grey thumbnails, whose contrasts are evened out first, so that
-neither light nor shadow nor the sky above every street decides. A camera that drives on
-sees the middle of its picture enlarged: each image is compared with crops of the other.
+Images are compared as small grey thumbnails after local contrast normalization, so that
+illumination, shadows and the sky have little influence. A forward-moving camera enlarges the
+centre of its image, so each image is also compared with crops of the other.
 """
 
 import itertools
@@ -16,34 +16,34 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
 THUMBNAIL = (48, 64)
-"""(height, width) of a thumbnail in pixels, whatever the image's proportions."""
+"""(height, width) of a thumbnail in pixels, for any aspect ratio of the image."""
 
-SAME = 0.98
-"""Similarity from which two images are copies of each other, changed in light, size or codec."""
+COPY_SIMILARITY = 0.98
+"""Least similarity of copies, which may differ in illumination, size or compression."""
 
-CLOSE = 0.45
-"""Similarity from which they show one place. Of 100,000 pairs of unrelated streets (CamVid's
-recordings and cities of Cityscapes, against each other) none has more than 0.35; two frames of
-CamVid that are a second apart have 0.47 (median)."""
+MIN_SIMILARITY = 0.45
+"""Least similarity of images of the same place. Of 100,000 pairs of unrelated streets (recordings
+of CamVid and cities of Cityscapes) none exceeds 0.35; the median of CamVid frames one second apart
+is 0.47."""
 
-OUTSTANDING = 8.0
-"""And by how many deviations above the median of all pairs it must lie: of a camera that stands
-still, or of images that are drawn, any two look somewhat alike."""
+MIN_DEVIATIONS = 8.0
+"""Robust standard deviations above the median of all pairs that are also required. With a fixed
+camera, or with drawings, any two images are similar to some degree."""
 
-_COMPARED = (24, 32)  # (height, width) that crops are compared at
+_COMPARED = (24, 32)  # (height, width) at which crops are compared
 _ZOOMS = (1, 1.1, 1.2, 1.35, 1.5, 1.7)
-_SHIFTS = (-0.08, 0, 0.08)  # of a crop's middle, in units of the picture
+_SHIFTS = (-0.08, 0, 0.08)  # of a crop's centre, as a share of the image's size
 _BLOCK = 64
 
 
 class NearDuplicate(NamedTuple):
-    """An image of one split that shows what an image of another one shows.
+    """An image of one split that shows the same place as an image of another.
 
     Attributes:
-        image, other: indices; `other` is the most similar one.
+        image, other: indices; `other` is the most similar image.
         similarity: of the two, up to 1.
-        direct: whether that is enough by itself; otherwise the image follows, in the chain of
-            similar images of its own split, on one for which it is.
+        direct: whether the similarity exceeds the threshold. Otherwise the image is linked to one
+            for which it does by a chain of similar images in its own split.
     """
 
     image: int
@@ -53,9 +53,12 @@ class NearDuplicate(NamedTuple):
 
 
 def find_near_duplicates(images: np.ndarray, others: np.ndarray) -> list[NearDuplicate]:
-    """Those among `images` of one split that also show what `others`, another split, show.
+    """Find the images of one split that show the same place as an image of another split.
 
-    images, others: thumbnails, (N, *THUMBNAIL) uint8. Shows a progress bar.
+    Shows a progress bar.
+
+    Args:
+        images, others: thumbnails of the two splits, (N, *THUMBNAIL) uint8.
     """
     if not len(images) or not len(others):
         return []
@@ -74,25 +77,25 @@ def find_near_duplicates(images: np.ndarray, others: np.ndarray) -> list[NearDup
     ]
 
 
-def most_telling(lookalikes: list[NearDuplicate], count: int) -> list[NearDuplicate]:
-    """The most similar of the direct ones, one for each of the other images."""
-    direct = [one for one in lookalikes if one.direct]
+def most_similar(duplicates: list[NearDuplicate], count: int) -> list[NearDuplicate]:
+    """The most similar direct duplicates, at most one for each of the other images."""
+    direct = [one for one in duplicates if one.direct]
     best = {one.other: one for one in sorted(direct, key=lambda one: one.similarity)}
     return sorted(best.values(), key=lambda one: -one.similarity)[:count]
 
 
 def find_copies(images: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, of the same picture among thumbnails (N, *THUMBNAIL) uint8.
+    """Find pairs (i, j), i < j, of copies among thumbnails (N, *THUMBNAIL) uint8.
 
-    Of several copies each but the first is paired with the one before it.
+    Each of several copies but the first is paired with the previous one.
     """
     if not len(images):
         return []
-    whole = _crops(_even(images), [_WHOLE])[:, 0]
+    whole = _crops(_normalize_contrast(images), [_WHOLE])[:, 0]
     pairs = []
     for start in range(0, len(whole), _BLOCK):
         rows = whole[start : start + _BLOCK] @ whole[: start + _BLOCK].T
-        for i, similar in enumerate((rows >= SAME).numpy(), start):
+        for i, similar in enumerate((rows >= COPY_SIMILARITY).numpy(), start):
             before = similar[:i].nonzero()[0]
             if len(before):
                 pairs.append((int(before[-1]), i))
@@ -100,15 +103,15 @@ def find_copies(images: np.ndarray) -> list[tuple[int, int]]:
 
 
 def similarities(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Similarity of each image to each other one, (len(images), len(others)) float32."""
-    mine, theirs = _even(images), _even(others)
+    """Pairwise similarities, (len(images), len(others)) float32."""
+    mine, theirs = _normalize_contrast(images), _normalize_contrast(others)
     with tqdm(total=len(mine) + len(theirs), desc="comparing", unit="image", leave=False) as bar:
         forward = _best_crop(theirs, mine, bar).T
         return np.maximum(forward, _best_crop(mine, theirs, bar))
 
 
 def _best_crop(images: Tensor, others: Tensor, bar: tqdm) -> np.ndarray:
-    """Of each image, as a whole, to the most similar crop of each other."""
+    """Similarity of each whole image to the most similar crop of each other image."""
     whole = _crops(images, [_WHOLE])[:, 0]  # (N, D)
     columns = []
     for block in others.split(_BLOCK):
@@ -120,23 +123,20 @@ def _best_crop(images: Tensor, others: Tensor, bar: tqdm) -> np.ndarray:
 
 def _threshold(similarity: np.ndarray) -> float:
     median = np.median(similarity)
-    deviation = 1.4826 * np.median(np.abs(similarity - median))  # of a normal distribution
-    return float(np.clip(median + OUTSTANDING * deviation, CLOSE, SAME))
+    deviation = 1.4826 * np.median(np.abs(similarity - median))  # robust standard deviation
+    return float(np.clip(median + MIN_DEVIATIONS * deviation, MIN_SIMILARITY, COPY_SIMILARITY))
 
 
-def _even(thumbnails: np.ndarray) -> Tensor:
-    """What is lighter or darker than its surroundings, in units of their contrast.
-
-    thumbnails: (N, h, w) uint8 -> (N, 1, h, w) float32
-    """
+def _normalize_contrast(thumbnails: np.ndarray) -> Tensor:
+    """Local contrast normalization, (N, h, w) uint8 -> (N, 1, h, w) float32."""
     pixels = torch.from_numpy(thumbnails)[:, None].float()
     detail = pixels - gaussian_blur(pixels, [9, 9], [2.0, 2.0])
     contrast = gaussian_blur(detail.square(), [17, 17], [4.0, 4.0]).sqrt()
-    return detail / (contrast + 6)  # so that noise in an even area stays small
+    return detail / (contrast + 6)  # limits noise in uniform areas
 
 
 def _boxes() -> list[tuple[int, int, int, int]]:
-    """Top, bottom, left and right of every crop in a thumbnail."""
+    """(top, bottom, left, right) of every crop of a thumbnail."""
     height, width = THUMBNAIL
     boxes = set()
     for zoom, down, right in itertools.product(_ZOOMS, _SHIFTS, _SHIFTS):
@@ -151,13 +151,13 @@ _WHOLE = (0, THUMBNAIL[0], 0, THUMBNAIL[1])
 _BOXES = _boxes()
 
 
-def _crops(pictures: Tensor, boxes: list[tuple[int, int, int, int]]) -> Tensor:
-    """Each crop of each picture as a vector of length 1; one without contrast is shorter.
+def _crops(images: Tensor, boxes: list[tuple[int, int, int, int]]) -> Tensor:
+    """Crops as standardized vectors, (N, 1, h, w) -> (N, len(boxes), D).
 
-    pictures: (N, 1, h, w) -> (N, len(boxes), D)
+    They have length 1; crops of little contrast are shorter.
     """
     parts = [
-        F.interpolate(pictures[..., top:bottom, left:right], _COMPARED, mode="bilinear",
+        F.interpolate(images[..., top:bottom, left:right], _COMPARED, mode="bilinear",
                       antialias=True)
         for top, bottom, left, right in boxes
     ]  # fmt: skip

@@ -1,13 +1,12 @@
-"""One look at each pair of files: everything that is to be known of them, in little memory."""
+"""Inspection of image and label files: each is decoded once and reduced to a few kilobytes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lednet.data.image_io import exif_transpose_op, open_header, to_rgb
@@ -15,26 +14,24 @@ from lednet.data.pairs import Sample, require_file
 from lednet.errors import UserError
 from lednet.validation.duplicates import THUMBNAIL
 
-Item = TypeVar("Item")
-
 LABEL_MODES = ("L", "P")
 
-_SIZE = THUMBNAIL[::-1]  # (width, height), as PIL has it
-_JPEG_SIZE = (256, 192)
-"""A JPEG is decoded at the smallest fraction of its size that is not below this."""
+_SIZE = THUMBNAIL[::-1]  # (width, height), the order of PIL
+_MIN_JPEG_SIZE = (256, 192)
+"""JPEGs are decoded at the smallest scale that is not below this size."""
 
 
 @dataclass
 class FileInspection:
-    """What was seen of a pair.
+    """Properties of an image and its label.
 
     Attributes:
-        problems: (kind of `lednet.validation.issues.OUTPUTS`, file, remark).
-        image_size, label_size: (width, height) in pixels, None where it cannot be read.
-        image_mode, label_mode: as PIL names them.
-        ids: pixels of each value of the label.
-        thumbnail: the image, (*THUMBNAIL) uint8 grey.
-        regions: values of the label at the thumbnail's pixels, (*THUMBNAIL) uint8.
+        problems: (key of `lednet.validation.issues.ISSUE_TYPES`, file, remark).
+        image_size, label_size: (width, height) in pixels; None if unreadable.
+        image_mode, label_mode: PIL modes; "" if unreadable.
+        histogram: (256,) int64, pixels of each label value.
+        thumbnail: the image, (*THUMBNAIL) uint8 grey; None if unreadable.
+        regions: label values at the thumbnail's pixels, (*THUMBNAIL) uint8; None if unreadable.
     """
 
     problems: list[tuple[str, Path, str]] = field(default_factory=list)
@@ -42,79 +39,69 @@ class FileInspection:
     image_mode: str = ""
     label_size: tuple[int, int] | None = None
     label_mode: str = ""
-    ids: dict[int, int] = field(default_factory=dict)
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     thumbnail: np.ndarray | None = None
     regions: np.ndarray | None = None
 
 
 def inspect_pair(pair: Sample) -> FileInspection:
-    """Decode image and label once each; whatever their bytes are, this returns."""
-    look = FileInspection()
-    for file, see in ((pair.image, _see_image), (pair.label, _see_label)):
+    """Decode an image and its label. Unreadable files are recorded in `problems`, not raised."""
+    result = FileInspection()
+    for file, inspect in ((pair.image, _inspect_image), (pair.label, _inspect_label)):
         if file is None:
             continue
         try:
-            see(look, file)
-        except Exception as error:  # parsers of many kinds, on bytes of any kind
+            inspect(result, file)
+        except Exception as error:  # decoders raise any type on damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
-            look.problems.append(("damaged", file, reason.replace(str(file), "it")))
-    if look.label_size and look.image_size and look.label_size != look.image_size:
-        remark = "{}x{}, the image {}x{}".format(*look.label_size, *look.image_size)
-        look.problems.append(("size", require_file(pair.label, "labels"), remark))
-    return look
+            result.problems.append(("damaged", file, reason.replace(str(file), "it")))
+    if result.label_size and result.image_size and result.label_size != result.image_size:
+        remark = "{}x{}, the image {}x{}".format(*result.label_size, *result.image_size)
+        result.problems.append(("size", require_file(pair.label, "labels"), remark))
+    return result
 
 
-def _see_image(look: FileInspection, file: Path) -> None:
+def _inspect_image(result: FileInspection, file: Path) -> None:
     with open_header(file) as image:
         size, mode = image.size, image.mode
-        image.draft(None, _JPEG_SIZE)
+        image.draft(None, _MIN_JPEG_SIZE)
         image.load()
         if exif_transpose_op(image):
-            look.problems.append(("turned", file, ""))
-        plain: Image.Image = image
+            result.problems.append(("turned", file, ""))
+        readable: Image.Image = image
         if mode not in ("L", "RGB"):
             try:
-                plain = Image.fromarray(to_rgb(image, upright=False))
+                readable = Image.fromarray(to_rgb(image, upright=False))
             except UserError:
-                look.problems.append(("image-mode", file, mode))
+                result.problems.append(("image-mode", file, mode))
                 return
-        grey = plain.resize(_SIZE, Image.Resampling.BOX).convert("L")
-    look.image_size, look.image_mode, look.thumbnail = size, mode, np.array(grey)
+        grey = readable.resize(_SIZE, Image.Resampling.BOX).convert("L")
+    result.image_size, result.image_mode, result.thumbnail = size, mode, np.array(grey)
 
 
-def _see_label(look: FileInspection, file: Path) -> None:
+def _inspect_label(result: FileInspection, file: Path) -> None:
     with open_header(file) as label:
         label.load()
-        look.label_size, look.label_mode = label.size, label.mode
+        result.label_size, result.label_mode = label.size, label.mode
         if label.mode not in LABEL_MODES:
-            look.problems.append(("label-mode", file, label.mode))
+            result.problems.append(("label-mode", file, label.mode))
             return
-        look.ids = {value: count for value, count in enumerate(label.histogram()) if count}
-        look.regions = np.array(label.resize(_SIZE, Image.Resampling.NEAREST))
-
-
-class _Inspections(Dataset):
-    def __init__(self, pairs: Sequence[Sample]):
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> FileInspection:
-        return inspect_pair(self.pairs[index])
-
-
-def _identity(sample: Item) -> Item:
-    return sample
+        result.histogram = np.array(label.histogram())
+        result.regions = np.array(label.resize(_SIZE, Image.Resampling.NEAREST))
 
 
 def inspect_pairs(pairs: Sequence[Sample], workers: int) -> Iterator[FileInspection]:
-    """A look at each pair, in order; shows a progress bar.
+    """Inspect pairs in order, with a progress bar.
 
     Args:
-        workers: decoding processes, each a few pairs ahead; 0 decodes in this one.
+        pairs: files to inspect.
+        workers: decoding processes; 0 decodes in this one.
     """
-    loader = DataLoader(
-        _Inspections(pairs), batch_size=None, num_workers=workers, collate_fn=_identity
+    # Without batches, `collate_fn` is applied to each item in the worker process.
+    loader: DataLoader = DataLoader(
+        list(pairs),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=inspect_pair,  # type: ignore[arg-type]
     )
-    yield from tqdm(loader, "looking", len(pairs), unit="pair", dynamic_ncols=True)
+    yield from tqdm(loader, "inspecting", len(pairs), unit="pair", dynamic_ncols=True)

@@ -1,12 +1,12 @@
-"""What can be wrong with a data set, in plain words. Severities:
+"""Types of data-set issues, their messages and severities.
 
-error    training or scoring stops there, or takes it for something else
-warning  it runs, and what comes out is worse than it could be, or flatters
-note     good to know
+error    training or scoring fails, or reads the data wrongly
+warning  training and scoring run, but results are worse than they could be, or too optimistic
+note     for information
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,8 @@ SEVERITIES = ("error", "warning", "note")
 
 
 class IssueType(NamedTuple):
+    """Severity and message of a type of issue: "<count> <noun> <what> (<files>): <next step>"."""
+
     severity: str
     noun: str
     what: str
@@ -32,48 +34,53 @@ ISSUE_TYPES = {
     "no-label": _error("image", "without a label", "add the label, or remove the image"),
     "no-image": _error("label", "without an image", "add the image, or remove the label"),
     "name": _error("image", "with a label of another name",
-                 "name each label as its image, with .png behind it"),
-    "double": _error("file", "beside another of the same name", "keep one of each"),
-    "image-mode": _error("image", "in a mode that cannot be read", "save it as 8-bit RGB"),
-    "label-mode": _error("label", "not of 8-bit ids",
-                       "save class ids, not colours, as 8-bit grey or palette PNG"),
-    "size": _error("label", "of another size than the image", "both must have one size"),
-    "id": _error("label", "with values that {scheme} does not have",
-               "correct the file, or declare what it holds (--labels, or the class file)"),
-    "encoding": _error("label", "with {inside} inside, taken for {taken}",
-                     "declare it with --labels, and give all files of the split one kind"),
-    "leak": _warning("image", "of what {other} shows too",
-                 "a score on {split} flatters; hold out a whole recording instead (--val-names), "
-                 "or say so beside the score"),
-    "mixed-up": _warning("pair", "in which most other labels would fit the image better",
-                     "see on the contact sheet whether the labels belong to other images"),
-    "copy": _warning("image", "twice in the split", "keep one of each"),
-    "turned": _warning("image", "turned by EXIF",
-                   "pixels are taken as they are stored; see whether the label lies that way too"),
-    "blank": _warning("image", "of one even colour", "look, and remove the pair"),
-    "all-void": _warning("label", "void everywhere",
-                     "nothing is learned or scored there; annotate it, or remove the pair"),
+                   "give each label the name of its image, with the suffix .png"),
+    "double": _error("file", "with the same name as another file", "keep one of them"),
+    "image-mode": _error("image", "in an unsupported mode", "save it as 8-bit RGB"),
+    "label-mode": _error("label", "in an unsupported mode",
+                         "save class ids, not colours, as 8-bit grey or palette PNG"),
+    "size": _error("label", "with a size other than its image's",
+                   "image and label must have the same size"),
+    "id": _error("label", "with values that {scheme} does not define",
+                 "correct the file, or declare the values (--labels, or the class file)"),
+    "encoding": _error("label", "with values of {found}, read as {expected}",
+                       "declare the encoding with --labels, and use one for the whole split"),
+    "leak": _warning("", "",
+                     "scores on {split} are too optimistic; hold out a whole recording instead "
+                     "(--val-prefix), or state the overlap with the score"),
+    "mixed-up": _warning("image", "aligned better with most of the other labels",
+                         "check on the contact sheet whether the labels belong to other images"),
+    "copy": _warning("image", "duplicated within the split", "keep one of them"),
+    "turned": _warning("image", "with an EXIF rotation",
+                       "pixels are read as stored; check that the label has the same orientation"),
+    "blank": _warning("image", "of a single colour", "check the image, or remove the pair"),
+    "all-void": _warning("label", "with void only",
+                         "it adds nothing to training or scores; annotate it, or remove the pair"),
     "void": _warning("", "",
-                 "nothing is learned or scored there; annotate more, or see what is ignored"),
+                     "void adds nothing to training or scores; annotate more, or check which "
+                     "values are ignored"),
     "absent": _warning("class", "without a pixel",
-                   "none can be learned; add images of them, or take them out of the classes"),
-    "not-taken": _warning("picture", "not taken, for name or format",
-                      "images are png, jpg or webp, labels png; convert, rename or remove it"),
-    "unscored": _note("class", "without a pixel", "no IoU will be given for these"),
+                       "they cannot be learned; add images of them, or remove the classes"),
+    "not-taken": _warning("file", "ignored because of name or format",
+                          "images are png, jpg or webp, labels png; convert, rename or remove it"),
+    "unscored": _note("class", "without a pixel", "no IoU is reported for them"),
     "mode": _note("{noun}", "of mode {mode}", "{reading}"),
-    "sizes": _note("", "", "each is brought to the working size, whatever its proportions"),
+    "sizes": _note("", "", "all are resized to the working size, ignoring the aspect ratio"),
 }
 # fmt: on
-"""Everything that is looked for: how grave, what is counted, what of it, and the next step."""
+"""Every type of issue by its name in reports. Types without a noun have their own messages."""
 
 
 class Issue(NamedTuple):
-    """Something to know about a split.
+    """An issue of a split.
 
     Attributes:
-        kind: a key of `OUTPUTS`.
-        sentence: what, with the first of `files`.
-        files: all of them, relative to the data set's folder, with a remark; or classes.
+        kind: key of `ISSUE_TYPES`.
+        severity: one of `SEVERITIES`.
+        split: name of the split.
+        sentence: what is wrong, naming the first of `files`.
+        next_step: what to do.
+        files: all of them, relative to the data set's folder, with remarks; or class names.
     """
 
     kind: str
@@ -88,38 +95,47 @@ class Issue(NamedTuple):
 
 
 class IssueCollector(list[Issue]):
-    """Those of one split of the data set in `root`."""
+    """The issues of one split of the data set in `root`."""
 
     def __init__(self, root: Path, split: str):
         super().__init__()
         self.root, self.split = root, split
 
-    def add(self, kind: str, files: Sequence[tuple[Path, str]], **words: str) -> None:
-        """Nothing where `files`, each with a remark or "", are none; words fill the kind's text."""
-        if not files:
-            return
-        names = [relative_name(file, self.root) for file, _ in files]
-        marked = [
-            f"{name}: {remark}" if remark else name
-            for name, (_, remark) in zip(names, files, strict=True)
-        ]
-        text = IssueType(*(part.format(**words, split=self.split) for part in ISSUE_TYPES[kind]))
-        sentence = f"{counted(len(files), text.noun)} {text.what} ({list_examples(marked)})"
-        self.say(kind, sentence, text.next_step, marked)
+    def add(self, kind: str, files: Iterable[Path | tuple[Path, str]], **values: str) -> None:
+        """Append an issue about files; nothing if there are none.
 
-    def say(self, kind: str, sentence: str, next_step: str = "", files: Sequence[str] = ()) -> None:
-        """In words of one's own."""
-        kind_of = ISSUE_TYPES[kind]
-        step = next_step or kind_of.next_step
-        self.append(Issue(kind, kind_of.severity, self.split, sentence, step, tuple(files)))
+        Args:
+            kind: key of `ISSUE_TYPES`.
+            files: paths, or paths with a remark.
+            values: for the placeholders in the type's message.
+        """
+        entries = [(file, "") if isinstance(file, Path) else file for file in files]
+        if not entries:
+            return
+        named = [
+            relative_name(path, self.root) + (f": {remark}" if remark else "")
+            for path, remark in entries
+        ]
+        _, noun, what, next_step = (part.format(**values) for part in ISSUE_TYPES[kind])
+        sentence = f"{counted(len(named), noun)} {what} ({list_examples(named)})"
+        self.add_message(kind, sentence, next_step, named)
+
+    def add_message(
+        self, kind: str, sentence: str, next_step: str = "", files: Sequence[str] = ()
+    ) -> None:
+        """Append an issue with its own sentence; the next step defaults to the type's."""
+        severity, *_, default = ISSUE_TYPES[kind]
+        next_step = next_step or default.format(split=self.split)
+        self.append(Issue(kind, severity, self.split, sentence, next_step, tuple(files)))
 
 
 def relative_name(path: Path, root: Path) -> str:
-    """Name of a file below the root, and one that would break a line as its code."""
+    """Path relative to `root`; names with unprintable characters are escaped."""
     name = os.path.relpath(path, root)
     return name if name.isprintable() else ascii(name)
 
 
 def counted(count: int, noun: str) -> str:
+    """A count with its noun, such as "1 image" or "2 classes"."""
     plural = "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{plural if count != 1 else ''}"

@@ -1,4 +1,4 @@
-"""The official Cityscapes archives, and whether a tree holds all that they hold."""
+"""The official Cityscapes archives, and a check that an extracted tree is complete."""
 
 import re
 from collections.abc import Iterable
@@ -7,43 +7,39 @@ from typing import NamedTuple
 
 from lednet.data.cityscapes import CITYSCAPES_ARCHIVES, archive_of
 from lednet.data.pairs import list_examples
-from lednet.data.prepare.zips import Archive, ZipLimits
+from lednet.data.prepare.zips import Archive
 from lednet.errors import UserError
 
 FRAMES = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
-"""Images of each split, as published."""
+"""Published number of images in each split."""
 
 SPLITS = {
     "leftImg8bit": ("train", "val", "test", "train_extra"),
     "gtFine": ("train", "val", "test"),
     "gtCoarse": ("train", "val", "train_extra"),
 }
-"""Of each kind of files. The labels of test are void but for the car itself and the border."""
+"""Splits of each kind of file. Labels of test are void except for the ego vehicle and border."""
 
 BLACK_FRAME = "troisdorf_000000_000073"
-"""Of train_extra; published as a black image with an empty label."""
-
-LIMITS = ZipLimits(file=2**24, total=100 * 10**9)
-"""The pixels of a colour label take 8 MB, the largest archive unpacks to 44 GB. Polygons shrink to
-a twentieth when they are packed, the images beside them hardly."""
+"""A frame of train_extra that is published as a black image with an empty label."""
 
 _ANNOTATION = r"_(?:(?:color|instanceIds|labelIds)\.png|polygons\.json)"
 _MEMBER = re.compile(
     "|".join(
-        rf"{kind}/(?:{'|'.join(splits)})/(?P<{kind}>[a-z-]+)/(?P={kind})_[0-9]{{6}}_[0-9]{{6}}_{kind}"
+        rf"{kind}/(?:{'|'.join(splits)})/(?P<{kind}>[a-z-]{{1,40}})/(?P={kind})_[0-9]{{6}}_[0-9]{{6}}_{kind}"
         + (r"\.png" if kind == "leftImg8bit" else _ANNOTATION)
         for kind, splits in SPLITS.items()
     )
     + r"|README|license\.txt"
 )
-"""Files of the tree: the city stands in the name of each."""
+"""Names of the files to extract: the name of each contains that of its folder, the city."""
 
 
 def find_archives(sources: Iterable[Path]) -> list[Path]:
-    """Zips that are named one by one, and the official ones in folders.
+    """Paths of zips: files among `sources`, and the official zips in folders among them.
 
     Raises:
-        UserError: there is no such file or folder, or a folder without any.
+        UserError: a source does not exist, or is a folder without an official zip.
     """
     found: list[Path] = []
     for source in sources:
@@ -63,12 +59,12 @@ def find_archives(sources: Iterable[Path]) -> list[Path]:
 
 
 def open_archive(path: Path) -> Archive:
-    """One of the official archives, its directory checked.
+    """Open one of the official archives.
 
     Raises:
-        UserError: see `Archive`; or it holds nothing of Cityscapes.
+        UserError: see `Archive`, or it has no files of Cityscapes.
     """
-    archive = Archive(path, _MEMBER, LIMITS)
+    archive = Archive(path, _MEMBER)
     if not any("/" in member.filename for member in archive.files):
         raise UserError(
             f"{path} holds no files of Cityscapes' tree (leftImg8bit, gtFine, gtCoarse): give the "
@@ -78,12 +74,12 @@ def open_archive(path: Path) -> Archive:
 
 
 class Tree(NamedTuple):
-    """What lies in a Cityscapes tree.
+    """Content of a Cityscapes tree.
 
     Attributes:
-        counts: frames of each kind of file and split; only of folders that are there.
-        problems: a sentence for each thing that is incomplete.
-        notes: sentences of what is good to know.
+        counts: number of frames by kind of file and split, for folders that exist.
+        problems: a sentence for each incomplete folder.
+        notes: sentences of information.
     """
 
     counts: dict[str, dict[str, int]]
@@ -102,21 +98,26 @@ class Tree(NamedTuple):
 def check_tree(root: Path) -> Tree:
     """Compare a tree with the published numbers, and its images with its labels.
 
-    A folder that is not there at all is not missed: any of the archives will do.
+    A folder that does not exist is no problem, since any subset of the archives may be used.
     """
     tree = Tree({}, [], [])
-    images = _frames(root, "leftImg8bit", "leftImg8bit.png")
-    _compare_counts(root, "leftImg8bit", "leftImg8bit.png", images, tree)
+    images = _check_counts(root, "leftImg8bit", "leftImg8bit.png", tree)
     for kind in ("gtFine", "gtCoarse"):
-        labels = _frames(root, kind, f"{kind}_labelIds.png")
-        _compare_counts(root, kind, f"{kind}_labelIds.png", labels, tree)
+        labels = _check_counts(root, kind, f"{kind}_labelIds.png", tree)
         polygons = _frames(root, kind, f"{kind}_polygons.json")
-        if any(polygons.values()):  # training reads none
-            tree.counts[f"{kind}_polygons.json"] = _counts(polygons)
+        if any(polygons.values()):  # optional, since training does not read them
+            tree.counts[f"{kind}_polygons.json"] = {s: len(polygons[s]) for s in polygons}
         for split in (split for split in labels if split in images):
-            pairs = f"leftImg8bit/{split}", f"{kind}/{split}"
-            _compare_frames(*pairs, images[split] - labels[split], "images", "label", tree)
-            _compare_frames(*pairs[::-1], labels[split] - images[split], "labels", "image", tree)
+            image, label = ("leftImg8bit", images[split]), (kind, labels[split])
+            for (here, names), (there, partners), what in (
+                (image, label, "images of {} have no label"),
+                (label, image, "labels of {} have no image"),
+            ):
+                if lone := names - partners:
+                    tree.problems.append(
+                        f"{len(lone):,} {what.format(f'{here}/{split}')} in {there}/{split} "
+                        f"({list_examples(lone)}): unpack {archive_of(there, split)} again"
+                    )
     black = root / f"leftImg8bit/train_extra/troisdorf/{BLACK_FRAME}_leftImg8bit.png"
     if black.exists():
         tree.notes.append(
@@ -126,7 +127,7 @@ def check_tree(root: Path) -> Tree:
 
 
 def _frames(root: Path, kind: str, ending: str) -> dict[str, set[str]]:
-    """Names of the frames that have a file of this ending, by the splits that are there."""
+    """Names of the frames that have a file with this ending, by existing split."""
     return {
         split: {path.name.removesuffix(f"_{ending}") for path in folder.glob(f"*/*_{ending}")}
         for split in SPLITS[kind]
@@ -134,29 +135,16 @@ def _frames(root: Path, kind: str, ending: str) -> dict[str, set[str]]:
     }
 
 
-def _counts(frames: dict[str, set[str]]) -> dict[str, int]:
-    return {split: len(names) for split, names in frames.items()}
-
-
-def _compare_counts(
-    root: Path, kind: str, ending: str, frames: dict[str, set[str]], tree: Tree
-) -> None:
+def _check_counts(root: Path, kind: str, ending: str, tree: Tree) -> dict[str, set[str]]:
+    """Count the frames that have a file with this ending, and return their names by split."""
+    frames = _frames(root, kind, ending)
     if frames:
-        tree.counts[ending] = _counts(frames)
+        tree.counts[ending] = {split: len(names) for split, names in frames.items()}
     for split, names in frames.items():
-        may_be_removed = {BLACK_FRAME} if split == "train_extra" else set()
-        if len(names | may_be_removed) != FRAMES[split]:
+        removable = {BLACK_FRAME} if split == "train_extra" else set()
+        if len(names | removable) != FRAMES[split]:
             tree.problems.append(
                 f"{root / kind / split} holds {len(names):,} *_{ending} of {FRAMES[split]:,}: "
                 f"unpack {archive_of(kind, split)} again"
             )
-
-
-def _compare_frames(
-    here: str, there: str, lone: set[str], what: str, partner: str, tree: Tree
-) -> None:
-    if lone:
-        tree.problems.append(
-            f"{len(lone):,} {what} of {here} have no {partner} in {there} ({list_examples(lone)}): "
-            f"unpack {archive_of(*there.split('/'))} again"
-        )
+    return frames

@@ -1,7 +1,7 @@
-"""Cityscapes' polygons, and the label images that they draw.
+"""Polygons of Cityscapes annotations, and the label images drawn from them.
 
-The authority is `json2labelImg` of the official package `cityscapesscripts`: the images are its,
-pixel for pixel.
+The images equal those of `json2labelImg` of the official package `cityscapesscripts`, pixel for
+pixel.
 """
 
 import json
@@ -20,9 +20,9 @@ from lednet.io import max_pixels, write_atomically
 
 ENDING = "_polygons.json"
 MAX_BYTES = 16 * 2**20
-"""Of a file; the largest published one has under 1 MB."""
-FARTHEST = 10**6
-"""Largest coordinate. Points may lie outside of the image, the published ones by a few pixels."""
+"""Limit of a file's size; the largest published file has less than 1 MB."""
+MAX_COORDINATE = 10**6
+"""Limit of coordinates, which may lie outside the image, by a few pixels in published files."""
 
 _NAMES = {label.name for label in CITYSCAPES_LABELS}
 
@@ -30,86 +30,69 @@ Point = tuple[float, float]
 
 
 class Annotation(NamedTuple):
-    """What a file of polygons says.
+    """The content of a `*_polygons.json`.
 
     Attributes:
         size: (height, width) of the image in pixels.
-        objects: name of the label and corners (x, y), what is drawn later lying on top. Deleted
-            ones are left out.
+        objects: label name and corners (x, y) of each object that is not deleted, in drawing order.
     """
 
     size: tuple[int, int]
     objects: list[tuple[str, list[Point]]]
 
 
-class _Malformed(Exception):
-    """What is wrong in a file."""
-
-
 def read_polygons(path: str | os.PathLike) -> Annotation:
     """Read a `*_polygons.json`.
 
     Raises:
-        UserError: no such file, or not in the published form: names what is wrong.
+        UserError: the file does not exist, or is not in the published format: names the error.
     """
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise _Malformed(f"more than {MAX_BYTES} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return _annotation(content)
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        return _parse_annotation(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; check the path") from error
-    except RecursionError as error:
-        raise UserError(f"{path} is no annotation (nested too deep): unpack it again") from error
-    except (ValueError, _Malformed) as error:  # ValueError: no UTF-8, no JSON, endless digits
-        raise UserError(f"{path} is no annotation ({error}): unpack it again") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{path} is not a Cityscapes annotation ({reason}): unpack it again"
+        ) from error
 
 
-def _annotation(content: Any) -> Annotation:
-    height, width = (_field(content, key, int) for key in ("imgHeight", "imgWidth"))
-    if min(height, width) < 1 or height * width > max_pixels():
-        raise _Malformed(f"an image of no pixels, or of more than {max_pixels():,}")
-    objects = []
-    for number, row in enumerate(_field(content, "objects", list)):
-        try:
-            name, corners = _field(row, "label", str), _field(row, "polygon", list)
-            if row.get("deleted"):
-                continue
-            if len(corners) < 2:
-                raise _Malformed("a polygon of fewer than two corners")
-            objects.append((_label_name(name), [_point(corner) for corner in corners]))
-        except _Malformed as error:
-            raise _Malformed(f"object {number}: {error}") from error
-    return Annotation((height, width), objects)
-
-
-def _field(content: Any, key: str, kind: type) -> Any:
-    value = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise _Malformed(f"no {key} that is {kind.__name__}")
-    return value
+def _parse_annotation(content: Any) -> Annotation:
+    """Convert parsed JSON. Content in another format raises any of several errors."""
+    height, width = size = content["imgHeight"], content["imgWidth"]
+    if type(height) is not int or type(width) is not int or min(size) < 1:
+        raise ValueError("imgHeight and imgWidth must be positive integers")
+    if height * width > max_pixels():
+        raise ValueError(f"the image has more than {max_pixels():,} pixels")
+    if not isinstance(content["objects"], list):
+        raise TypeError("objects must be a list")
+    rows = [row for row in content["objects"] if not row.get("deleted")]
+    return Annotation(size, [(_label_name(r["label"]), _corners(r["polygon"])) for r in rows])
 
 
 def _label_name(name: str) -> str:
-    """As in the label table, which does not have all groups (cargroup) of its labels."""
+    """The name in the label table, which lacks the group names (cargroup) of some labels."""
     single = name if name in _NAMES else name.removesuffix("group")
     if single not in _NAMES:
-        raise _Malformed(f"the label {name[:40]!r} is none of Cityscapes'")
+        raise ValueError(f"{name[:40]!r} is not a Cityscapes label")
     return single
 
 
-def _point(corner: Any) -> Point:
-    if not isinstance(corner, list) or len(corner) != 2:
-        raise _Malformed("a corner is not [x, y]")
-    for value in corner:
-        if type(value) not in (int, float) or not abs(value) <= FARTHEST:  # nor NaN
-            raise _Malformed(f"a corner is not of numbers up to {FARTHEST}")
-    return corner[0], corner[1]
+def _corners(polygon: list[list[float]]) -> list[Point]:
+    corners = [(x, y) for x, y in polygon]
+    if len(corners) < 2:
+        raise ValueError("a polygon has fewer than two corners")
+    if not all(abs(value) <= MAX_COORDINATE for corner in corners for value in corner):  # nor NaN
+        raise ValueError(f"a coordinate is not a number up to {MAX_COORDINATE:,}")
+    return [(float(x), float(y)) for x, y in corners]
 
 
 def draw_labels(annotation: Annotation, encoding: str = "labelIds") -> np.ndarray:
-    """The label image of polygons, (H, W) uint8.
+    """Draw the label image of an annotation, (H, W) uint8.
 
     Args:
         encoding: "labelIds" (0..33) or "labelTrainIds" (0..18, void 255).
@@ -117,7 +100,7 @@ def draw_labels(annotation: Annotation, encoding: str = "labelIds") -> np.ndarra
     values = {
         label.name: label.id if encoding == "labelIds" else label.train_id
         for label in CITYSCAPES_LABELS
-        if label.id >= 0  # a license plate is left to what it is on
+        if label.id >= 0  # license plates keep the label of what they are on
     }
     height, width = annotation.size
     image = Image.new("L", (width, height), values["unlabeled"])
@@ -129,12 +112,12 @@ def draw_labels(annotation: Annotation, encoding: str = "labelIds") -> np.ndarra
 
 
 def write_missing_labels(root: Path, encoding: str = "labelIds") -> tuple[int, list[str]]:
-    """Draw the label images that are not beside their polygons in a Cityscapes tree.
+    """Draw the label images that are missing beside the polygon files of a Cityscapes tree.
 
-    Shows a progress bar. Files that cannot be read stop nothing.
+    Shows a progress bar, and skips files that cannot be read.
 
     Returns:
-        How many were written, and a sentence for each file that could not be read.
+        How many images were written, and a sentence for each file that could not be read.
 
     Raises:
         UserError: the disk is full.

@@ -1,23 +1,24 @@
 const score = (value) => (value === null ? "–" : value.toFixed(3));
 
-// The confusion matrix
+// Confusion matrix
 const matrix = element("matrix");
-const cells = [...matrix.querySelectorAll(".cell")];
-let current = -1;
+const cells = [...matrix.querySelectorAll("tbody td")];
+const columns = matrix.tBodies[0].rows[0].cells.length - 1;
+let current = 0;
 
-function readOut(index) {
+function select(index) {
+  cells[current].classList.remove("current");
   current = index;
-  element("readout").textContent = cells[index].textContent;
-  element("marker").setAttribute("d", cells[index].getAttribute("d"));
+  cells[current].classList.add("current");
+  element("readout").textContent = cells[current].title;
 }
 
 matrix.addEventListener("pointerover", (event) => {
-  const index = cells.indexOf(event.target.closest(".cell"));
-  if (index >= 0) readOut(index);
+  const index = cells.indexOf(event.target);
+  if (index >= 0) select(index);
 });
-matrix.addEventListener("focus", () => readOut(Math.max(current, 0)));
+matrix.addEventListener("focus", () => select(current));
 matrix.addEventListener("keydown", (event) => {
-  const columns = Number(matrix.dataset.columns);
   const column = current % columns;
   const step = {
     ArrowLeft: column > 0 ? -1 : 0,
@@ -28,35 +29,35 @@ matrix.addEventListener("keydown", (event) => {
   if (step === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
   event.preventDefault();
   if (!cells[current + step]) return;
-  readOut(current + step);
+  select(current + step);
   cells[current].scrollIntoView({ block: "nearest", inline: "nearest" });
 });
 
-// The images
+// List of images
 const list = element("rows");
 const classes = [...element("class").options].slice(1).map((option) => option.text);
 const rows = [...list.children].map((item) => ({
   item,
   name: item.dataset.name,
-  miou: number(item.dataset.miou),
-  iou: item.dataset.iou.split(",").map(number),
+  miou: JSON.parse(item.dataset.miou),
+  iou: JSON.parse(item.dataset.iou),
 }));
 let shown = rows;
 
 const byName = (a, b) => (a.name < b.name ? -1 : a.name > b.name ? 1 : 0);
 
 function update() {
-  const chosen = number(element("class").value);
+  const chosen = JSON.parse(element("class").value);
   const text = element("text").value.toLowerCase();
   const order = element("order").value;
   const value = (row) => (chosen === null ? row.miou : row.iou[chosen]);
-  const fits = (row) =>
+  const matches = (row) =>
     row.name.toLowerCase().includes(text) && (chosen === null || row.iou[chosen] !== null);
   const sign = order === "worst" ? 1 : -1;
   rows.sort((a, b) => (order === "name" ? 0 : compare(value(a), value(b), sign)) || byName(a, b));
-  shown = rows.filter(fits);
+  shown = rows.filter(matches);
   for (const row of rows) {
-    row.item.hidden = !fits(row);
+    row.item.hidden = !matches(row);
     row.item.querySelector(".class-score").textContent =
       chosen === null ? "" : `${classes[chosen]} ${score(row.iou[chosen])}`;
   }
@@ -68,7 +69,7 @@ function update() {
 for (const id of ["order", "class", "text"]) element(id).addEventListener("input", update);
 update();
 
-// The large view
+// Large view
 const large = element("large");
 const swatches = document.querySelectorAll(".legend .swatch");
 let position = 0;
@@ -103,5 +104,5 @@ large.addEventListener("keydown", (event) => {
   if (event.key === "ArrowLeft") show(position - 1);
   if (event.key === "ArrowRight") show(position + 1);
 });
-// Back to the image last looked at, which need not be the one that was opened.
+// Return the focus to the image viewed last, which need not be the one opened first.
 large.addEventListener("close", () => shown[position].item.querySelector(".panes").focus());

@@ -1,0 +1,28 @@
+"""Stand-ins for parts that tests do not exercise."""
+
+from lednet.training.loggers import EpochSummary
+
+
+class FakeLoggerBackend:
+    """A `LoggerBackend` that keeps the summaries.
+
+    Args:
+        fails_at: "open", or the number of the call of `log`, from 1, that raises an error.
+    """
+
+    failure = "fake backend failed"
+
+    def __init__(self, fails_at: int | str | None = None):
+        self.fails_at = fails_at
+        self.summaries: list[EpochSummary] = []
+
+    def open(self) -> None:
+        self._fail_at("open")
+
+    def log(self, summary: EpochSummary) -> None:
+        self._fail_at(len(self.summaries) + 1)
+        self.summaries.append(summary)
+
+    def _fail_at(self, moment: int | str) -> None:
+        if moment == self.fails_at:
+            raise OSError(0, "out of paper")

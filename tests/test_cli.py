@@ -1,0 +1,92 @@
+"""Flags that the scripts share: help without PyTorch, earlier spellings, defaults, choices."""
+
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from lednet.cli import common
+from lednet.data.registry import DATASETS, TRAINING_PARTS
+from lednet.data.transforms import PRESETS
+from lednet.device import AMP_DTYPES
+from lednet.inference.backends import BACKENDS
+from lednet.inference.writers import OUTPUTS
+from lednet.model import VARIANTS
+from lednet.training.lr_schedule import SCHEDULES
+
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("train", "imagenet", "test", "utils", "datasets")
+    for path in (ROOT / folder).glob("*.py")
+    if "build_parser" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_does_not_import_torch(script):
+    code = (
+        "import runpy, sys\n"
+        "try:\n"
+        f"    sys.argv = [{script!r}, '--help']\n"
+        f"    runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    sys.stderr.write(str('torch' in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "False")
+    assert done.stdout.startswith("usage: ")
+
+
+def test_package_import_does_not_import_torch():
+    code = "import sys, lednet; dir(lednet); assert 'torch' not in sys.modules, 'imported'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_have_one_spelling_and_show_their_defaults(script):
+    parser = runpy.run_path(str(ROOT / script))["build_parser"]()
+    for action in parser._actions:
+        if action.default not in (None, False, "==SUPPRESS==") and action.option_strings:
+            shown = parser._get_formatter()._expand_help(action)
+            assert "(default: " in shown, action.option_strings
+    old = {"--val-every", "--val-names", "--what", "--photo", "--at", "--sheet", "--workers"}
+    assert not set(re.findall(r"--[\w-]+", parser.format_help())) & old
+
+
+def test_choices_are_those_of_the_library():
+    assert tuple(DATASETS) == common.DATASETS
+    assert tuple(TRAINING_PARTS) == common.ANNOTATIONS
+    assert tuple(VARIANTS) == common.VARIANTS
+    assert tuple(AMP_DTYPES) == common.PRECISIONS
+    assert common.BACKENDS == BACKENDS
+    assert tuple(SCHEDULES) == common.SCHEDULES
+    assert common.AUGMENTATIONS == PRESETS
+    assert common.OUTPUTS == OUTPUTS
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1", 1), ("12", 12), ("0", None), ("-1", None), ("1.5", None), ("x", None)]
+)
+def test_positive_numbers_are_parsed_and_others_refused(text, value, capsys):
+    parser = common.make_parser("text")
+    parser.add_argument("--count", type=common.POSITIVE)
+    if value is not None:
+        assert parser.parse_args([f"--count={text}"]).count == value
+        return
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args([f"--count={text}"])
+    assert stop.value.code == 2
+    assert f"{text!r} is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_earlier_spellings_set_the_same_options():
+    parser = common.make_parser("text")
+    common.add_dataset_flags(parser)
+    common.add_num_workers_flag(parser, 2)
+    old = parser.parse_args(["--val-every", "3", "--val-names", "a", "--workers", "1"])
+    new = parser.parse_args(["--val-stride", "3", "--val-prefix", "a", "--num-workers", "1"])
+    assert old == new and (old.val_stride, old.val_prefix, old.num_workers) == (3, "a", 1)

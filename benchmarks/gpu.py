@@ -13,6 +13,7 @@ weights.pth, log.jsonl and curves.png. The exit status is 0 if every leg has run
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -364,14 +365,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+MODULES = {"machine": "gpu_legs", "proof": "gpu_proof", "inference": "gpu_speed",
+           "training": "gpu_speed", "run": "gpu_legs"}  # fmt: skip
+"""Where the function of each leg, of the same name, is."""
+
+
 def run_in_this_process(args: argparse.Namespace) -> NoReturn:
     """Run one leg, and end the process."""
-    from benchmarks import gpu_legs, gpu_proof, gpu_speed
-
-    legs = {"machine": gpu_legs.machine, "proof": gpu_proof.proof, "run": gpu_legs.run,
-            "inference": gpu_speed.inference, "training": gpu_speed.training}  # fmt: skip
-    leg = gpu_legs.open_leg(args)
-    legs[args.leg](leg)
+    function = getattr(importlib.import_module(f"benchmarks.{MODULES[args.leg]}"), args.leg)
+    leg = importlib.import_module("benchmarks.gpu_legs").open_leg(args)
+    function(leg)
     leg.save(finished=True)
     sys.stdout.flush()
     os._exit(0)  # without waiting for threads, whose processes are ended by the parent

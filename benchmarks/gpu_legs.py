@@ -444,7 +444,7 @@ def train(leg: Leg) -> Row:
     out = Path(leg.args.out)
     with tempfile.TemporaryDirectory(dir=leg.args.work) as name:
         folder = Path(name) / "run"
-        seconds = 6.0 if leg.dry else leg.left() - OVERHEAD
+        seconds = 3.0 if leg.dry else leg.left() - OVERHEAD
         if seconds <= 0:
             raise UserError(f"only {leg.left():.0f} s are left: give the leg more --minutes")
         flags = run_flags(leg, folder, seconds / 60)

@@ -69,26 +69,29 @@ def at_least(value: float, limit: float | None, **facts: Any) -> Row:
 def proof(leg: Leg) -> None:
     """Whether the results are right on this device."""
     torch.backends.cudnn.benchmark = False
-    with background_checks(leg) as checks:
-        for variant in ("d20", "d128"):
-            leg.measure(f"tests/golden {variant} fp32", partial(committed_error, leg, variant))
-            for precision in PRECISIONS if leg.args.golden else ():
-                leg.measure(
-                    f"golden {variant} {precision}", partial(golden_error, leg, variant, precision),
-                    cuda=precision in ("tf32", "fp16"),
-                )  # fmt: skip
-        leg.measure("gradients of a step, fp32", partial(gradient_error, leg))
-        leg.measure("folded against plain, fp32", partial(fold_error, leg))
-        leg.measure("captured step against eager, fp32", partial(captured_error, leg), cuda=True)
-        compare = LabelComparison(leg)
-        for backend, precision in PREDICTORS:
-            collect(leg, checks)
-            leg.measure(
-                f"Predictor {backend} {precision}", partial(compare, backend, precision),
-                cuda=backend != "eager" or precision in ("tf32", "fp16"), limit=90.0,
-                needs=30.0 if backend == "compiled" else 5.0,
-            )  # fmt: skip
-        collect(leg, checks, wait=True)
+    checks: list[tuple[str, Callable[[], Row], bool, float]] = []
+    for variant in ("d20", "d128"):
+        committed = partial(committed_error, leg, variant)
+        checks.append((f"tests/golden {variant} fp32", committed, False, 1.0))
+        for precision in PRECISIONS if leg.args.golden else ():
+            error = partial(golden_error, leg, variant, precision)
+            checks.append((f"golden {variant} {precision}", error, precision != "fp32", 1.0))
+    checks += [
+        ("gradients of a step, fp32", partial(gradient_error, leg), False, 5.0),
+        ("folded against plain, fp32", partial(fold_error, leg), False, 2.0),
+        ("captured step against eager, fp32", partial(captured_error, leg), True, 5.0),
+    ]
+    compare = LabelComparison(leg)
+    for backend, precision in PREDICTORS:
+        gpu_only = (backend, precision) != ("eager", "fp32")
+        needs = 30.0 if backend == "compiled" else 3.0
+        name = f"Predictor {backend} {precision}"
+        checks.append((name, partial(compare, backend, precision), gpu_only, needs))
+    with background_checks(leg) as background:
+        for name, check, gpu_only, needs in checks:
+            leg.measure(name, check, cuda=gpu_only, needs=needs, limit=90.0)
+            collect(leg, background)
+        collect(leg, background, wait=True)
 
 
 PREDICTORS = (
@@ -304,15 +307,15 @@ def toy_command(leg: Leg, folder: Path, *flags: str) -> list[str]:
     return command
 
 
-def start(leg: Leg, words: Sequence[str]) -> subprocess.Popen[str]:
+def start(words: Sequence[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
-def finish(leg: Leg, process: subprocess.Popen[str]) -> str:
-    """Output of a process that must succeed in the time that is left."""
+def finish(leg: Leg, process: subprocess.Popen[str], must_succeed: bool = True) -> str:
+    """Output of a process, which gets the time that is left."""
     try:
         output = process.communicate(timeout=max(leg.left() - 3, 1))[0]
     except subprocess.TimeoutExpired:
@@ -321,17 +324,22 @@ def finish(leg: Leg, process: subprocess.Popen[str]) -> str:
         raise
     if process.returncode:
         print(output, flush=True)
-        raise RuntimeError(f"exit status {process.returncode}: {' '.join(output.split())[-200:]}")
+        if must_succeed:
+            text = " ".join(output.split())[-200:]
+            raise RuntimeError(f"exit status {process.returncode}: {text}")
     return output
 
 
 def resumed_difference(leg: Leg, deterministic: bool) -> Row:
     """Final weights of a run that is killed and resumed, against those of one left alone."""
-    with tempfile.TemporaryDirectory(dir=leg.args.work) as name:
+    work = tempfile.TemporaryDirectory(dir=leg.args.work, ignore_cleanup_errors=True)
+    with work as name, contextlib.ExitStack() as ending:
         whole, killed = Path(name) / "whole", Path(name) / "killed"
         flags = ["--save-steps", "3"] + ["--deterministic"] * deterministic
-        alone = start(leg, toy_command(leg, whole, *flags))
-        victim = start(leg, toy_command(leg, killed, *flags))
+        alone = start(toy_command(leg, whole, *flags))
+        victim = start(toy_command(leg, killed, *flags))
+        for process in (alone, victim):
+            ending.callback(process.kill)
         while victim.poll() is None and not Checkpoints(killed).paths():
             time.sleep(0.01)
         if victim.poll() is not None:
@@ -340,7 +348,7 @@ def resumed_difference(leg: Leg, deterministic: bool) -> Row:
         victim.kill()
         victim.communicate()
         at = int(Checkpoints(killed).paths()[0].stem[-9:])
-        finish(leg, start(leg, [*toy_command(leg, killed, *flags), "--resume"]))
+        finish(leg, start([*toy_command(leg, killed, *flags), "--resume"]))
         finish(leg, alone)
         states = [
             load_checkpoint(Checkpoints(folder).paths()[0])["state_dict"]
@@ -359,7 +367,7 @@ def fp16_run(leg: Leg) -> Row:
     with tempfile.TemporaryDirectory(dir=leg.args.work) as name:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
         flags = ["--precision", "fp16", "--ema-decay", "0.9", "--sync-batch-norm"]
-        finish(leg, start(leg, [*launcher, *toy_command(leg, Path(name) / "run", *flags)]))
+        finish(leg, start([*launcher, *toy_command(leg, Path(name) / "run", *flags)]))
         lines = (Path(name) / "run/log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train_loss"] for line in lines]
     last: float = losses[-1]
@@ -371,13 +379,7 @@ def gpu_tests(leg: Leg) -> Row:
     files = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py"))
              if "mark.gpu" in p.read_text(encoding="utf-8")]  # fmt: skip
     command = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    process = start(leg, [*command, "--continue-on-collection-errors", *files])
-    try:
-        output = process.communicate(timeout=max(leg.left() - 3, 1))[0]
-    except subprocess.TimeoutExpired:
-        process.kill()
-        print(process.communicate()[0], flush=True)
-        raise
-    print(output, flush=True)
+    process = start([*command, "--continue-on-collection-errors", *files])
+    output = finish(leg, process, must_succeed=False)
     summary = output.strip().splitlines()[-1].strip("= ") if output.strip() else "no output"
     return {"value": summary, "limit": "all pass", "passed": process.returncode == 0}

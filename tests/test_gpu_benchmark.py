@@ -17,7 +17,7 @@ from benchmarks.gpu_legs import Leg
 from lednet import LEDNet
 
 ONLY = (
-    "^copy|^fp32 product|tests/golden d20|resumes, --deter|^as published, eager, fp32; .* x1$"
+    "^copy|^fp32 product|tests/golden d20|^as published, eager, fp32; .* x1$"
     "|^folded, graph.* x1$|^device, fp32, eager.* x2$|^training run$"
 )
 """Measurements of the dry run: a few of each leg."""
@@ -36,7 +36,6 @@ def test_dry_run_of_every_leg(run_script, tmp_path):
     rows = {row["name"]: row for leg in legs.values() for row in leg["rows"]}
     assert not [row for row in rows.values() if "error" in row]
     assert rows["tests/golden d20 fp32"]["passed"]
-    assert rows["killed run resumes, --deterministic"]["value"] == 0
     published = rows["as published, eager, fp32; labels 64x128 x1"]
     assert published["equal_labels"] == 1 and 0 < published["floor_ms"] < published["p50_ms"]
     assert rows["device, fp32, eager 64x128 x2"]["images_per_second"] > 0

@@ -131,7 +131,12 @@ def run_on_pretended_gpu(module: nn.Module, *inputs: tuple[tuple[int, ...], torc
         values = {name: fake(*shape) for name, shape in shapes.items()}
         given = tuple(fake(*shape) for shape in inputs)
         with Devices() as devices:
-            output = torch.func.functional_call(module, values, given)
+            try:
+                output = torch.func.functional_call(module, values, given)
+            except RuntimeError as error:
+                if "driver" in str(error):  # 2.6 asks it in an interpolation
+                    pytest.skip("this version of PyTorch cannot pretend a GPU")
+                raise
     assert output.device.type == "cuda"
     return set(devices.found)
 

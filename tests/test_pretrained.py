@@ -174,6 +174,7 @@ def test_training_goes_on_from_released_weights_and_says_so(run_inside, camvid, 
 
 RELEASED = {
     "camvid-d20": (922_535, camvid_scheme().classes),
+    "cityscapes-d20": (925_663, cityscapes_scheme().classes),
     "cityscapes-demo-d20": (925_663, cityscapes_scheme().classes),
 }
 """Parameters and classes of each, as its card states them."""

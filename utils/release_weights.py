@@ -180,6 +180,9 @@ def describe(score: dict[str, Any], splits: str) -> str:
 def card(name: str, config: dict[str, Any], parameters: int) -> str:
     meta = config["meta"]
     training, scores, encoder = meta["training"], meta["scores"], meta["encoder_from"]
+    start = f"From the encoder of {encoder}" if encoder else "From scratch"
+    if state := meta.get("started_from"):
+        start = f"From the weights {state}"
     rows = [
         "| " + " | ".join(["class", *map(heading, scores)]) + " |",
         "|---" * (1 + len(scores)) + "|",
@@ -200,7 +203,7 @@ def card(name: str, config: dict[str, Any], parameters: int) -> str:
         width=meta["size"][1],
         terms=meta["terms"],
         images=meta["images"],
-        start=f"From the encoder of {encoder}" if encoder else "From scratch",
+        start=start,
         epochs=", then ".join(stage for t in training for stage in t["stages"]),
         commands="\n".join(
             f"- `{t['command']}` (commit {t['commit']}, torch {t['torch']}, {t['hardware']})"
@@ -244,11 +247,13 @@ def main() -> None:
         )
     scheme, terms = DATA[meta["dataset"]]
     require_classes(net, meta, scheme(), args.runs[-1])
+    earlier = meta.pop("earlier", [])
     meta |= {
-        "training": meta.pop("earlier", []) + training_of(args.runs),
+        "training": earlier + training_of(args.runs),
         "scores": scores_of(args.scores, meta),
         "terms": terms,
         "encoder_from": read_options(args.runs[0]).get("pretrained_encoder"),
+        "started_from": None if earlier else read_options(args.runs[0]).get("state"),
         "images": args.images or training_images(args.runs),
         "limits": args.limits,
     }

@@ -19,7 +19,7 @@ from benchmarks import gpu_proof
 from benchmarks.gpu_legs import Leg
 from lednet import LEDNet
 from lednet.data.transforms import PRESETS, Augmentation
-from lednet.export.wrappers import BytesToLabels, BytesToLogits
+from lednet.export.wrappers import OUTPUTS, EndToEndModel
 from lednet.training.losses import WeightedCrossEntropy
 from lednet.training.tasks import Segmentation
 
@@ -149,10 +149,11 @@ def test_forward_pass_makes_no_tensor_on_the_cpu(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("graph", [BytesToLogits, BytesToLabels])
+@pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("fold", [True, False])
-def test_folded_graphs_make_no_tensor_on_the_cpu(variant, graph, fold):
-    module = graph(LEDNet(20, variant).eval(), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), fold).eval()
+def test_folded_graphs_make_no_tensor_on_the_cpu(variant, output, fold):
+    net = LEDNet(20, variant).eval()
+    module = EndToEndModel(net, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), output=output, fold=fold).eval()
     assert run_on_pretended_gpu(module, ((2, 72, 104, 3), torch.uint8)) == {"cuda"}
 
 

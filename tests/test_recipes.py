@@ -105,9 +105,9 @@ def test_recipe_has_its_say_in_where_the_run_lies(monkeypatch, tmp_path):
     write(tmp_path / "paper.yaml", "{dataset: cityscapes}")
     write(tmp_path / "camvid.yaml", "{dataset: camvid}")
     mine = argparse.ArgumentParser()
-    for flag in ("--dataset", "--resume", "--ema-decay"):
+    for flag in ("--dataset", "--resume"):
         mine.add_argument(flag)
-    add_recipe_flags(mine.add_argument_group())
+    add_recipe_flags(mine.add_argument_group(), "Adam")
     monkeypatch.setattr("sys.argv", ["main.py", "--recipe", "camvid", "--resume", "auto"])
     asked = []
     args = parse_flags(mine, lambda args: asked.append(args.dataset) or tmp_path / "none", tmp_path)

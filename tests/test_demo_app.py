@@ -433,7 +433,7 @@ def test_other_weights_label_anew(open_page):
     wait_for_result(page, "toy_street.png")
     assert "class 0" in shares(page)
     offered = choose(page, "Weights", "camvid-d20")
-    assert offered == ["w.pth", "camvid-d20", "cityscapes-demo-d20"]
+    assert offered == ["w.pth", "camvid-d20", "cityscapes-d20", "cityscapes-demo-d20"]
     page.locator(".class-name", has_text="bicyclist").wait_for()
     assert_shows(page, "camvid-d20", np.asarray(Image.open(STREET).convert("RGB")))
 

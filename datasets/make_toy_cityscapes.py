@@ -2,11 +2,10 @@
 
     python datasets/make_toy_cityscapes.py --out datasets/toy_cityscapes
 
-150 street scenes, 512x256, in about 15 seconds on two cores. All 19 evaluated
-classes occur in train and in val. Every tool that reads Cityscapes reads this set:
-file names, ids, colours, 16-bit instances and polygons follow
-https://github.com/mcordts/cityscapesScripts. As in Cityscapes, the annotation of
-test is a dummy (all "out of roi"), and train_extra has coarse annotations only.
+150 street scenes, 512x256, in about 15 seconds on two cores. All 19 evaluated classes occur in
+train and in val. Every tool that reads Cityscapes reads this set: file names, ids, colours, 16-bit
+instances and polygons follow https://github.com/mcordts/cityscapesScripts. As in Cityscapes, the
+annotation of test is a dummy (all "out of roi"), and train_extra has coarse annotations only.
 """
 
 import argparse
@@ -18,16 +17,41 @@ import os
 import random
 from pathlib import Path
 
+from lednet.cli.common import add_num_workers_flag, make_parser, print_help_early
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTS = {"train": 96, "val": 24, "test": 6, "train_extra": 24}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "datasets" / "toy_cityscapes",
+        help="folder to write (default: datasets/toy_cityscapes in the repository)",
+    )
+    for split, count in COUNTS.items():
+        flag = f"--{split.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=count, help=f"scenes in {split}")
+    parser.add_argument("--width", type=int, default=512, help="width in pixels")
+    parser.add_argument("--height", type=int, default=256, help="height in pixels")
+    parser.add_argument("--seed", type=int, default=1, help="random seed")
+    add_num_workers_flag(parser, min(os.cpu_count() or 1, 8), "drawing processes")
+    return parser
+
+
+if __name__ == "__main__":
+    print_help_early(build_parser)
+
 import numpy as np
 from PIL import Image
-from toy_scene import Annotation, Scene, annotate, draw_scene
+from toy_scene import Scene, annotate, draw_scene
 from tqdm import tqdm
 
 from lednet.data.labels import CITYSCAPES_LABELS
 from lednet.errors import UserError, exit_on_user_error
 from lednet.io import read_json, write_atomically, write_json, write_text
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 DRAWING = 1
 """Version of the drawing; increased when the same seed gives other images."""
@@ -40,12 +64,8 @@ CITIES = {
     "test": ("atlantis", "eldorado"),
     "train_extra": ("wonderland", "schilda"),
 }
-ANNOTATED = {  # split -> annotations on disk
-    "train": ("gtFine", "gtCoarse"),
-    "val": ("gtFine", "gtCoarse"),
-    "test": ("gtFine",),
-    "train_extra": ("gtCoarse",),
-}
+ANNOTATIONS = {"test": ("gtFine",), "train_extra": ("gtCoarse",)}
+"""Annotations on disk of a split; of the others both."""
 
 
 def frame_name(split: str, index: int) -> str:
@@ -57,12 +77,6 @@ def frame_name(split: str, index: int) -> str:
 def toy_scene(seed: int, split: str, index: int, width: int, height: int) -> Scene:
     """Scene number `index` of a split; it depends on the arguments alone."""
     return draw_scene(random.Random(f"{seed}/{split}/{index}"), width, height)
-
-
-def out_of_roi(width: int, height: int) -> Annotation:
-    """The annotation of the test split: everything is ignored."""
-    corners = [[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]]
-    return annotate([{"label": "out of roi", "polygon": corners}], width, height)
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
@@ -80,34 +94,31 @@ def colors() -> np.ndarray:
     return table
 
 
-def write_annotation(folder: Path, stem: str, truth: Annotation) -> None:
-    """The four files of one annotation; `stem` ends in _gtFine or _gtCoarse."""
-    height, width = truth.label_ids.shape
-    polygons = {"imgHeight": height, "imgWidth": width, "objects": truth.objects}
-    write_png(folder / f"{stem}_labelIds.png", truth.label_ids)
-    write_png(folder / f"{stem}_instanceIds.png", truth.instance_ids)
-    write_png(folder / f"{stem}_color.png", colors()[truth.label_ids])
-    write_text(folder / f"{stem}_polygons.json", json.dumps(polygons) + "\n")
-
-
 def write_scene(root: Path, seed: int, width: int, height: int, item: tuple[str, int]) -> None:
-    """Draw scene `item` = (split, index) and write its image and its annotations."""
+    """Draw scene `item` = (split, index) and write its image and the files of its annotations."""
     split, index = item
     scene, name = toy_scene(seed, split, index, width, height), frame_name(split, index)
     within = Path(split) / name.split("_")[0]
     truths = {"gtFine": scene.fine, "gtCoarse": scene.coarse}
     if split == "test":
-        truths["gtFine"] = out_of_roi(width, height)
+        corners = [[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]]
+        outline = {"label": "out of roi", "polygon": corners}
+        truths["gtFine"] = annotate([outline], width, height)
     write_png(root / "leftImg8bit" / within / f"{name}_leftImg8bit.png", scene.image)
-    for kind in ANNOTATED[split]:
-        write_annotation(root / kind / within, f"{name}_{kind}", truths[kind])
+    for kind in ANNOTATIONS.get(split, truths):
+        truth, stem = truths[kind], f"{root / kind / within / name}_{kind}"
+        write_png(Path(f"{stem}_labelIds.png"), truth.label_ids)
+        write_png(Path(f"{stem}_instanceIds.png"), truth.instance_ids)
+        write_png(Path(f"{stem}_color.png"), colors()[truth.label_ids])
+        polygons = {"imgHeight": height, "imgWidth": width, "objects": truth.objects}
+        write_text(f"{stem}_polygons.json", json.dumps(polygons) + "\n")
 
 
 def claim(root: Path, options: dict) -> bool:
     """Mark `root` as a toy set by toy.json; False if the finished set already exists.
 
-    Raises:
-        UserError: `root` contains something else.
+    Temporary files of an interrupted run are removed. Raises a `UserError` if `root` contains
+    something else.
     """
     marker = root / "toy.json"
     if marker.exists():
@@ -117,20 +128,17 @@ def claim(root: Path, options: dict) -> bool:
                 f"{root} holds a toy set with other options (see its toy.json); "
                 "remove it or choose another --out"
             )
-        return not found.get("complete", False)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if found.get("complete", False):
+            return False
+        for pattern in (".*_leftImg8bit.*", ".*_gtFine_*", ".*_gtCoarse_*"):
+            for path in root.rglob(pattern):
+                path.unlink()
+    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(
             f"{root} exists and is not a toy set, so it may be real data; choose another --out"
         )
     write_json(marker, {"options": options, "complete": False})
     return True
-
-
-def remove_leftovers(root: Path) -> None:
-    """Remove temporary files of an interrupted run, named as by `write_atomically`."""
-    for pattern in (".*_leftImg8bit.*", ".*_gtFine_*", ".*_gtCoarse_*"):
-        for path in root.rglob(pattern):
-            path.unlink()
 
 
 def write_toy_cityscapes(
@@ -153,7 +161,7 @@ def write_toy_cityscapes(
         width, height: pixels.
 
     Returns:
-        False if the same set already exists; nothing is written then.
+        False if the same set already exists.
 
     Raises:
         UserError: sizes or counts out of range, or `root` contains something else.
@@ -169,7 +177,6 @@ def write_toy_cityscapes(
     options = {**counts, "width": width, "height": height, "seed": seed, "drawing": DRAWING}
     if not claim(root, options):
         return False
-    remove_leftovers(root)
     items = [(split, index) for split, count in counts.items() for index in range(count)]
     work = functools.partial(write_scene, root, seed, width, height)
     with multiprocessing.Pool(workers) if workers > 1 else contextlib.nullcontext() as pool:
@@ -180,41 +187,11 @@ def write_toy_cityscapes(
     return True
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=REPOSITORY / "datasets" / "toy_cityscapes",
-        help="folder to write; default: datasets/toy_cityscapes in the repository",
-    )
-    for split, count in (("train", 96), ("val", 24), ("test", 6), ("train-extra", 24)):
-        parser.add_argument(
-            f"--{split}", type=int, default=count, help=f"scenes in {split}; default: {count}"
-        )
-    parser.add_argument("--width", type=int, default=512, help="pixels; default: 512")
-    parser.add_argument("--height", type=int, default=256, help="pixels; default: 256")
-    parser.add_argument(
-        "--seed", type=int, default=1, help="random seed of all streets; default: 1"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=min(os.cpu_count() or 1, 8),
-        help="processes; default: one a core, at most 8",
-    )
-    return parser.parse_args()
-
-
 def main() -> None:
-    options = vars(parse_arguments())
-    root = options.pop("out")
-    if write_toy_cityscapes(root, **options):
-        print(f"wrote {root}")
-    else:
-        print(f"already there: {root}")
+    options = vars(build_parser().parse_args())
+    root, workers = options.pop("out"), options.pop("num_workers")
+    written = write_toy_cityscapes(root, **options, workers=workers)
+    print(f"wrote {root}" if written else f"already there: {root}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,12 @@ if __name__ == "__main__":
     print_help_early(build_parser)
 
 from lednet.data.pairs import list_examples
-from lednet.data.prepare.cityscapes_tree import check_tree, find_archives, open_archive
+from lednet.data.prepare.cityscapes_tree import (
+    BLACK_FRAME,
+    check_tree,
+    find_archives,
+    open_archive,
+)
 from lednet.data.prepare.polygons import write_missing_labels
 from lednet.data.prepare.zips import extract_all
 from lednet.errors import UserError, exit_on_user_error, raise_if_problems
@@ -53,35 +58,37 @@ from lednet.errors import UserError, exit_on_user_error, raise_if_problems
 
 def main() -> None:
     args = build_parser().parse_args()
+    root = args.datadir
     archives = [open_archive(path) for path in find_archives(args.zips)]
     for archive in archives:
-        if archive.left_out:
-            names = list_examples(archive.left_out)
-            print(f"{archive.path}: {len(archive.left_out)} files are not part of the tree and are "
-                  f"not unpacked ({names})")  # fmt: skip
+        if names := archive.left_out:
+            print(f"{archive.path}: {len(names)} files are not part of the tree and are not "
+                  f"unpacked ({list_examples(names)})")  # fmt: skip
     if archives:
-        written = extract_all(archives, args.datadir)
+        written = extract_all(archives, root)
         files = sum(len(archive.files) for archive in archives)
-        print(f"{args.datadir}: {written:,} files written, {files - written:,} existed already")
-    elif not args.datadir.is_dir():
-        raise UserError(f"no folder {args.datadir}: name the official zips, or --datadir")
-    problems = []
+        print(f"{root}: {written:,} files written, {files - written:,} existed already")
+    elif not root.is_dir():
+        raise UserError(f"no folder {root}: name the official zips, or --datadir")
+    problems: dict[str, None] = {}
     for encoding, wanted in (
         ("labelIds", args.labels_from_polygons),
         ("labelTrainIds", args.train_ids_from_polygons),
     ):
         if wanted:
-            drawn, unread = write_missing_labels(args.datadir, encoding)
-            print(f"{args.datadir}: {drawn:,} {encoding} drawn from polygons")
-            problems += [problem for problem in unread if problem not in problems]
-    tree = check_tree(args.datadir)
-    if not tree.counts:
-        raise UserError(f"{args.datadir} holds no files of Cityscapes: name the official zips")
-    print(tree.table())
-    for note in tree.notes:
-        print(note)
-    raise_if_problems([*problems, *tree.problems])
-    print(f"{args.datadir}: all unpacked folders are complete")
+            drawn, unread = write_missing_labels(root, encoding)
+            print(f"{root}: {drawn:,} {encoding} drawn from polygons")
+            problems |= dict.fromkeys(unread)
+    table, incomplete = check_tree(root)
+    if not table:
+        raise UserError(f"{root} holds no files of Cityscapes: name the official zips")
+    print(table)
+    black = root / f"leftImg8bit/train_extra/troisdorf/{BLACK_FRAME}_leftImg8bit.png"
+    if black.exists():
+        print(f"{black} is black, as published, and its coarse label empty: leave both or remove "
+              "both")  # fmt: skip
+    raise_if_problems([*problems, *incomplete])
+    print(f"{root}: all unpacked folders are complete")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from lednet import UserError
 from lednet.checkpoint import load_checkpoint
 from lednet.data import cache, dataset
-from lednet.data.cache import CachedDataset, build_cache
+from lednet.data.cache import MANIFEST, CachedDataset, build_cache
 from lednet.data.dataset import SegmentationDataset
 from lednet.data.registry import open_dataset, open_training_data
 from lednet.io import write_text
@@ -100,23 +100,20 @@ def decoded(monkeypatch) -> list[str]:
 # equality with the files
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    ("name", "root", "split", "options", "val_options"),
+    ("name", "root", "split", "options", "workers"),
     [
-        ("cityscapes", "toy_cityscapes", "train", {}, {}),
-        ("cityscapes", "toy_cityscapes", "train_extra", {"annotations": "coarse"}, {}),
-        ("camvid", "camvid", "train", {}, {}),
-        ("folders", "own_data", "train", {"val_stride": 3}, {"val_stride": 3}),
+        ("cityscapes", "toy_cityscapes", "train_extra", {"annotations": "coarse"}, 0),
+        ("camvid", "camvid", "train", {}, 2),
+        ("folders", "own_data", "train", {"val_stride": 3}, 0),
     ],
 )
-def test_cached_pairs_equal_those_of_the_files(
-    name, root, split, options, val_options, workers, request, tmp_path
-):
+def test_getitem_equals_source(name, root, split, options, workers, request, tmp_path):
     root = request.getfixturevalue(root)
+    val = {key: value for key, value in options.items() if key == "val_stride"}
     splits = {
         "train": open_source(root, split, name=name, **options),
-        "val": open_source(root, "val", name=name, **val_options),
+        "val": open_source(root, "val", name=name, **val),
     }
     build_cache(tmp_path, splits, workers, shard_pairs=2)
     for split, source in splits.items():
@@ -125,7 +122,7 @@ def test_cached_pairs_equal_those_of_the_files(
         assert cached.scheme == source.scheme
 
 
-def test_format_of_version_2_is_kept(built, source):
+def test_build_cache_writes_format_version_2(built, source):
     """Earlier and later code must read the same files."""
     manifest = json.loads((built / "train/manifest.json").read_text())
     assert manifest == {"version": 2, **source.cache_options(), "shard_pairs": 2, "shards": 3}
@@ -135,20 +132,19 @@ def test_format_of_version_2_is_kept(built, source):
     digest = hashlib.blake2b(data + json.dumps(entry["facts"]).encode()).hexdigest()
     assert (entry["bytes"], entry["checksum"]) == (len(data), digest[:32])
     for stamp, pair in zip(entry["stamps"], source.pairs[2:4], strict=True):
-        states = [
-            (f"{p.parent.name}/{p.name}", p.stat().st_size, p.stat().st_mtime_ns) for p in pair
-        ]
-        assert stamp == [*states[0], *states[1]]
+        states = [(f"{p.parent.name}/{p.name}", p.stat()) for p in pair]
+        expected = [value for name, s in states for value in (name, s.st_size, s.st_mtime_ns)]
+        assert stamp == expected
 
 
-def test_real_images_are_cached_bit_for_bit(real_data, tmp_path):
+def test_getitem_real_images_equal_source(real_data, tmp_path):
     root = real_data / "data/cityscapes_sample"
     val = open_source(root, "val", (512, 1024), name="cityscapes")
     build_cache(tmp_path, {"train": val})
     assert_same_pairs(open_cached(tmp_path, val), val)
 
 
-def test_working_size_without_flags_is_that_of_the_data_set(camvid, own_data):
+def test_open_training_data_default_size_is_that_of_the_data_set(camvid, own_data):
     assert open_training_data("camvid", camvid)[0].size == (360, 480)
     assert open_training_data("camvid", camvid, height=100)[1].size == (100, 480)
     assert open_training_data("folders", own_data, val_stride=3)[1].size == (32, 48)
@@ -163,14 +159,12 @@ def test_cached_dataset_can_be_pickled_loaded_and_indexed(built, source):
     cached[0][0].zero_()  # a copy
     assert_same_pairs(cached, source)
     assert len(pickle.dumps(cached)) == unread
-    assert_same_pairs(pickle.loads(pickle.dumps(cached)), source)
-    loaders = [DataLoader(data, batch_size=3, num_workers=2) for data in (cached, source)]
-    for ours, theirs in zip(*loaders, strict=True):
-        assert all(map(torch.equal, ours, theirs))
+    batches = DataLoader(pickle.loads(pickle.dumps(cached)), batch_size=5, num_workers=1)
+    assert all(map(torch.equal, next(iter(batches)), next(iter(DataLoader(source, 5)))))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
-def test_memory_does_not_grow_with_the_number_of_pairs(camvid, tmp_path):
+def test_build_cache_memory_does_not_grow_with_the_number_of_pairs(camvid, tmp_path):
     one = open_source(camvid, size=(300, 400))
     many = SegmentationDataset(one.pairs[:1] * 150, one.scheme, one.size)  # 72 MB in all
     one.pairs = one.pairs[:1]
@@ -192,10 +186,8 @@ def test_memory_does_not_grow_with_the_number_of_pairs(camvid, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(
-    ("moves", "left"), [(0, 5), (1, 5), (2, 5), (3, 3), (4, 3), (5, 1), (6, 1)]
-)
-def test_killed_build_is_resumed(built, source, tmp_path, decoded, moves, left):
+@pytest.mark.parametrize(("moves", "left"), [(0, 5), (1, 5), (2, 5), (3, 3), (6, 1)])
+def test_build_cache_after_kill_resumes(built, source, tmp_path, decoded, moves, left):
     """Killed before a file is renamed: the manifest, then each shard and its JSON file."""
     folder, child = tmp_path / "killed", os.fork()
     if child == 0:
@@ -214,15 +206,14 @@ def test_killed_build_is_resumed(built, source, tmp_path, decoded, moves, left):
 
 
 @pytest.mark.parametrize(
-    ("workers", "fault", "words"),
+    ("fault", "words"),
     [
-        (0, OSError(errno.ENOSPC, "disk full"), r"cannot write .*000001\.npy: disk full"),
-        (0, UserError("a.png is damaged"), r"^a\.png is damaged$"),
-        (1, UserError("a.png is damaged"), r"^a\.png is damaged$"),
+        (OSError(errno.ENOSPC, "disk full"), r"cannot write .*000001\.npy: disk full"),
+        (UserError("a.png is damaged"), r"^a\.png is damaged$"),
     ],
 )
-def test_failed_build_keeps_finished_shards(
-    built, source, tmp_path, monkeypatch, decoded, workers, fault, words
+def test_build_cache_after_error_resumes(
+    built, source, tmp_path, monkeypatch, decoded, fault, words
 ):
     folder, read = tmp_path / "other", SegmentationDataset.read
 
@@ -234,32 +225,32 @@ def test_failed_build_keeps_finished_shards(
     with monkeypatch.context() as patch:
         patch.setattr(SegmentationDataset, "read", failing)
         with pytest.raises(UserError, match=words):
-            build(folder, source, workers=workers)
-    assert {*content(folder)} == {
-        f"train/{n}" for n in ("manifest.json", "000000.json", "000000.npy")
-    }
+            build(folder, source, workers=int(isinstance(fault, UserError)))
+    assert {*content(folder)} == {f"train/{n}" for n in (MANIFEST, "000000.json", "000000.npy")}
     decoded.clear()
     build(folder, source)
     assert len(decoded) == 3 and content(folder) == content(built)
 
 
-def test_small_disk_is_refused_before_decoding(built, source, tmp_path, monkeypatch, decoded):
+def test_build_cache_small_disk_is_refused_before_decoding(
+    built, source, tmp_path, monkeypatch, decoded
+):
     needed = sum(path.stat().st_size for path in built.rglob("*.npy"))
     usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"the cache needs .* GB, and the disk of .*free some"):
         build(tmp_path / "other", source)
     assert not decoded and not list((tmp_path / "other").rglob("*.npy"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    usage = usage._replace(free=needed)
     build(tmp_path / "other", source)
 
 
-def test_finished_cache_is_not_written_again(built, source, decoded):
-    before = content(built)
-    times = {path: path.stat().st_mtime_ns for path in built.rglob("*.npy")}
+def test_build_cache_finished_cache_is_not_written_again(built, source, decoded):
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in built.rglob("*.npy")}
     build(built, source)
-    assert content(built) == before and not decoded
-    assert {path: path.stat().st_mtime_ns for path in built.rglob("*.npy")} == times
+    assert not decoded
+    for path, expected in before.items():
+        assert (path.read_bytes(), path.stat().st_mtime_ns) == expected
 
 
 # stale and damaged caches
@@ -313,17 +304,14 @@ SHARD, ENTRY, CHANGED = "cache/train/000001.npy", "cache/train/000001.json", "tr
         (ENTRY, edit(facts=[[0] * 11] * 2), "000001.json", False),
         (ENTRY, edit(facts=[[0] * 12]), "000001.json", False),
         (ENTRY, edit(stamps=[3, 4]), "000001.json", False),
-        (ENTRY, edit(stamps=None), "000001.json", False),
         (ENTRY, edit(checksum=None), "000001.json", False),
         (ENTRY, truncate, "000001.json", False),
-        (ENTRY, Path.unlink, "000001.json", False),
         (f"camvid/train/{CHANGED}", flip_image, f"train/{CHANGED}", False),
         (f"camvid/train/{CHANGED}", touch, f"train/{CHANGED}", False),
-        (f"camvid/trainannot/{CHANGED}", touch, f"trainannot/{CHANGED}", False),
         (f"camvid/trainannot/{CHANGED}", grow, f"trainannot/{CHANGED}", False),
     ],
 )
-def test_stale_or_damaged_file_is_named_and_only_its_shard_rebuilt(
+def test_open_damaged_file_is_named_and_only_its_shard_rebuilt(
     built, source, tmp_path, decoded, file, fault, named, verify
 ):
     before = content(built)
@@ -338,8 +326,8 @@ def test_stale_or_damaged_file_is_named_and_only_its_shard_rebuilt(
     assert_same_pairs(cached, source)
 
 
-@pytest.mark.parametrize("value", [None, 0, -2, True, "2", 2.0, [2]])
-def test_damaged_shard_size_in_manifest_is_named(built, source, decoded, value):
+@pytest.mark.parametrize("value", [None, 0, True, "2"])
+def test_open_damaged_shard_size_in_manifest_is_named(built, source, decoded, value):
     edit(shard_pairs=value)(built / "train/manifest.json")
     assert_stale(built, source, "manifest.json")
     build(built, source)
@@ -347,7 +335,7 @@ def test_damaged_shard_size_in_manifest_is_named(built, source, decoded, value):
     assert_same_pairs(open_cached(built, source), source)
 
 
-def test_removed_and_added_pairs_are_named(built, own_camvid):
+def test_open_removed_and_added_pairs_are_named(built, own_camvid):
     for folder in ("train", "trainannot"):
         (own_camvid / folder / "train_001.png").unlink()
     fewer = open_source(own_camvid)
@@ -363,12 +351,12 @@ def test_removed_and_added_pairs_are_named(built, own_camvid):
     assert_stale(built, back, "train/train_000.png")
 
 
-def test_moved_data_set_is_recognized(built, own_camvid):
+def test_open_moved_data_set_is_recognized(built, own_camvid):
     moved = open_source(own_camvid.rename(own_camvid.with_name("elsewhere")))
     assert_same_pairs(open_cached(built, moved), moved)
 
 
-def test_file_changed_while_decoding_is_named(source, own_camvid, tmp_path, monkeypatch):
+def test_open_file_changed_while_decoding_is_named(source, own_camvid, tmp_path, monkeypatch):
     read, path = SegmentationDataset.read, own_camvid / "train/train_003.png"
 
     def watched(self, index):
@@ -383,7 +371,7 @@ def test_file_changed_while_decoding_is_named(source, own_camvid, tmp_path, monk
     assert_stale(tmp_path / "cache", source, "train/train_003.png")
 
 
-def test_different_decoding_by_libraries_is_refused(built, source, monkeypatch):
+def test_open_other_decoding_by_libraries_is_refused(built, source, monkeypatch):
     def nearest(size):
         return v2.Compose([v2.Resize(size, v2.InterpolationMode.NEAREST), v2.ToPureTensor()])
 
@@ -406,12 +394,11 @@ def variant(source: SegmentationDataset, size=SIZE, **changes: object) -> Segmen
         (r"size \(\[36, 44\], not \[24, 40\]\)", None, {"size": (24, 40)}),
         (r"version \(1, not 2\)", edit(version=1, shards={"000000.npy": {"counts": [0]}}), {}),
         (r"version \(None, not 2\)", truncate, {}),
-        (r"version \(None, not 2\)", lambda path: path.write_text("[2]"), {}),
         ("classes", None, {"classes": tuple("abcdefghijk")}),
         ("label values", None, {"file_ids": {i: 10 - i for i in range(11)} | {11: 255}}),
     ],
 )
-def test_cache_of_other_options_is_kept_until_rebuild(built, source, option, fault, changes):
+def test_build_cache_of_other_options_is_kept_until_rebuild(built, source, option, fault, changes):
     if fault:
         fault(built / "train/manifest.json")
     source, before = variant(source, **changes), content(built)
@@ -424,7 +411,7 @@ def test_cache_of_other_options_is_kept_until_rebuild(built, source, option, fau
     assert_same_pairs(open_cached(built, source), source)
 
 
-def test_interrupted_rebuild_leaves_no_shards_of_other_options(built, source, monkeypatch):
+def test_build_cache_interrupted_rebuild_leaves_no_old_shards(built, source, monkeypatch):
     def write_and_stop(path, text):
         write_text(path, text)
         raise KeyboardInterrupt
@@ -437,7 +424,7 @@ def test_interrupted_rebuild_leaves_no_shards_of_other_options(built, source, mo
     assert_stale(built, source, "000000.json")
 
 
-def test_folder_with_other_files_is_not_touched(source, tmp_path):
+def test_build_cache_folder_with_other_files_is_not_changed(source, tmp_path):
     (tmp_path / "mine/train").mkdir(parents=True)
     np.save(tmp_path / "mine/train/000000.npy", np.zeros(3))
     for rebuild in (False, True):
@@ -449,7 +436,7 @@ def test_folder_with_other_files_is_not_touched(source, tmp_path):
 # the scripts
 
 
-def test_training_from_cache_equals_training_from_files(run_inside, camvid, tmp_path):
+def test_train_from_cache_equals_training_from_files(run_inside, camvid, tmp_path):
     """Class weights counted from the labels, both stages, workers and none."""
     data = ("--dataset", "camvid", "--datadir", camvid, "--height", 40, "--width", 64)
     recipe = ("--num-epochs", 1, "--batch-size", 2, "--device", "cpu")

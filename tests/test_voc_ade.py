@@ -1,4 +1,4 @@
-"""Pascal VOC and ADE20K: official trees and tables, their traps, the whole flow on toy trees."""
+"""Pascal VOC and ADE20K: official trees and tables, invalid ones, all steps on toy trees."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,7 @@ def ade20k(tmp_path) -> Path:
 # Tables
 
 
-def test_voc_table_is_the_official_one():
+def test_voc_class_file_equals_official_table():
     scheme = read_class_file(CLASS_FILES / "VOC.yaml")
     assert scheme.name == "VOC"
     assert scheme.classes == ("background", *_VOC_CATEGORIES[1:])
@@ -107,7 +107,7 @@ def test_voc_table_is_the_official_one():
         assert color == tuple(sum(b << (7 - turn) for turn, b in enumerate(row)) for row in bits)
 
 
-def test_ade20k_table_has_the_rows_of_the_official_one():
+def test_ade20k_class_file_has_rows_of_official_table():
     scheme = read_class_file(CLASS_FILES / "ADE20K.yaml")
     assert scheme.name == "ADE20K" and len(set(scheme.classes)) == scheme.num_classes == 150
     assert all(scheme.lut[i + 1] == i for i in range(150))
@@ -116,13 +116,7 @@ def test_ade20k_table_has_the_rows_of_the_official_one():
     for index, name, color in (
         (1, "wall", (120, 120, 120)),
         (3, "sky", (6, 230, 230)),
-        (13, "person", (150, 5, 61)),
-        (21, "car", (0, 102, 200)),
         (45, "chest of drawers", (6, 51, 255)),
-        (50, "fireplace", (250, 10, 15)),
-        (90, "television", (0, 255, 194)),
-        (105, "fountain", (8, 184, 170)),
-        (126, "pot", (245, 0, 255)),
         (150, "flag", (92, 0, 255)),
     ):
         assert scheme.classes[index - 1] == name and rows[name] == color
@@ -138,7 +132,7 @@ def stems(data: SegmentationDataset) -> list[str]:
     return [pair.image.stem for pair in data.pairs]
 
 
-def test_voc_split_is_what_its_list_names(voc):
+def test_open_voc_split_has_the_images_of_its_list(voc):
     for folder in (voc, voc.parent, voc.parent.parent):
         for split, names in VOC_SPLITS.items():
             assert stems(open_dataset("voc", folder, split)) == names
@@ -147,32 +141,31 @@ def test_voc_split_is_what_its_list_names(voc):
     write_list(voc, "test", ["2007_000027"])
     (pair,) = open_dataset("voc", voc, "test").pairs
     assert pair.label is None
-
-
-def test_voc_palette_counts_by_index_and_its_border_is_void(voc):
-    image, label = open_dataset("voc", voc, "train").read(0)
+    image, label = open_dataset("voc", voc, "train").read(0)  # palette indices, border void
     assert image.shape == (*SIZES[0], 3) and label.dtype == np.uint8
     assert np.array_equal(label, bands([0, 1, IGNORE_INDEX, 20], SIZES[0]))
 
 
-def test_ade20k_id_0_is_void_and_the_first_class_is_1(ade20k):
+def test_open_ade20k_id_0_is_void_and_the_first_class_is_1(ade20k):
     for folder in (ade20k, ade20k.parent):
         data = open_dataset("ade20k", folder, "train")
         assert len(data) == 4 and len(open_dataset("ade20k", folder, "val")) == 2
     assert np.array_equal(data.read(0)[1], bands([IGNORE_INDEX, 0, 149, 74], SIZES[0]))
     assert data.read(1)[0].shape == (*SIZES[1], 3)  # of a grey JPEG
+    (ade20k / "annotations/training/ADE_train_00000003.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 4 images have no label \(ADE_train_00000003\)"):
+        open_dataset("ade20k", ade20k, "train")
 
 
 @pytest.mark.parametrize("name", ["voc", "ade20k"])
-def test_images_of_many_sizes_are_brought_to_one(name, request):
-    root = request.getfixturevalue(name)
-    train, val = open_training_data(name, root)
+def test_open_training_data_resizes_images_to_one_size(name, request):
+    train, val = open_training_data(name, request.getfixturevalue(name))
     assert train.size == val.size == (512, 512)
     train.size = (32, 24)
     assert {tuple(plane.shape[-2:] for plane in pair) for pair in train} == {((32, 24), (32, 24))}
 
 
-def test_augmented_voc_trains_on_its_own_list_and_labels_and_validates_on_val(augmented):
+def test_open_training_data_augmented_voc(augmented):
     train, val = open_training_data("voc", augmented, annotations="aug")
     assert stems(train) == ["2007_000027", *VOC_SPLITS["train"]]
     assert {pair.label.parent.name for pair in train.pairs} == {"SegmentationClassAug"}
@@ -180,61 +173,40 @@ def test_augmented_voc_trains_on_its_own_list_and_labels_and_validates_on_val(au
     assert stems(val) == VOC_SPLITS["val"]
     assert {pair.label.parent.name for pair in val.pairs} == {"SegmentationClass"}
     assert stems(open_training_data("voc", augmented)[0]) == VOC_SPLITS["train"]
-
-
-def test_list_of_paths_is_read_as_names(augmented):
-    names = ["2007_000027", "2007_000032"]
+    names = ["2007_000027", "2007_000032"]  # some copies of the list hold paths
     lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in names]
     write_list(augmented, "trainaug", lines)
-    assert stems(open_dataset("voc", augmented, "train", annotations="aug")) == sorted(names)
+    assert stems(open_dataset("voc", augmented, "train", annotations="aug")) == names
 
 
-# Refusals
+# Errors
 
 
-def test_folders_that_hold_no_tree_or_two_are_refused(voc, ade20k, tmp_path):
+def test_open_dataset_folders_with_no_tree_or_two_are_refused(voc, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"VOC2012: unpack VOCtrainval_11-May-2012\.tar there"):
         open_dataset("voc", tmp_path / "empty", "train")
     with pytest.raises(UserError, match=r"unpack ADEChallengeData2016\.zip there"):
         open_dataset("ade20k", tmp_path / "empty", "train")
-    with pytest.raises(UserError, match=r"no folder .*nowhere: give the data set's folder"):
-        open_dataset("voc", tmp_path / "nowhere", "train")
     data = voc.parent.parent
     (data / "VOC2012/ImageSets/Segmentation").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"both .* hold ImageSets/Segmentation: name the one"):
+    with pytest.raises(UserError, match=r"both .* hold ImageSets/Segmentation: choose one"):
         open_dataset("voc", data, "train")
 
 
-def test_files_that_a_voc_list_names_must_be_there(voc):
+def test_open_voc_files_of_the_list_must_exist_once(voc, tmp_path):
     (voc / "SegmentationClass/2007_000039.png").unlink()
     with pytest.raises(UserError, match=r"train\.txt: 1 of 3 images have no label \(2007_000039\)"):
         open_dataset("voc", voc, "train")
-    (voc / "JPEGImages/2007_000039.jpg").unlink()  # neither image nor label: still told
+    (voc / "JPEGImages/2007_000039.jpg").unlink()  # neither image nor label: still an error
     with pytest.raises(UserError, match=r"names 1 images that are not in .* \(2007_000039\)"):
         open_dataset("voc", voc, "train")
-
-
-def test_images_of_voc_and_ade20k_may_be_webp(voc, ade20k):
-    for name, root, folder in (
-        ("voc", voc, voc / "JPEGImages"),
-        ("ade20k", ade20k, ade20k / "images/validation"),
-    ):
-        before = open_dataset(name, root, "val").pairs
-        for path in folder.glob("*.jpg"):
-            Image.open(path).save(path.with_suffix(".WebP"), "WEBP")
-            path.unlink()
-        data = open_dataset(name, root, "val")
-        assert [pair.label for pair in data.pairs] == [pair.label for pair in before]
-        assert {pair.image.suffix for pair in data.pairs} == {".WebP"}
-        for i, pair in enumerate(before):
-            assert data.pairs[i].image == pair.image.with_suffix(".WebP")
-            assert data.read(i)[0].shape[:2] == data.read(i)[1].shape
-
-
-def test_image_of_a_voc_list_in_two_formats_is_refused(voc):
     save_image(voc / "JPEGImages/2007_000033.webp", np.zeros(SIZES[0], np.uint8))
-    with pytest.raises(UserError, match=r"1 images stand twice .*2007_000033"):
+    with pytest.raises(UserError, match=r"1 images have the name of another one .*2007_000033"):
+        open_dataset("voc", voc, "val")
+    save_image(tmp_path / "secret.jpg", np.zeros(SIZES[0], np.uint8))
+    write_list(voc, "val", ["../../../../secret"])  # does not lead out of the tree
+    with pytest.raises(UserError, match=r"names 1 images that are not in .* \(secret\)"):
         open_dataset("voc", voc, "val")
 
 
@@ -242,42 +214,37 @@ def test_image_of_a_voc_list_in_two_formats_is_refused(voc):
     ("content", "words"),
     [
         (None, r"no file .*val\.txt: unpack"),
-        (b"", r"val\.txt names no images: unpack"),
         (b"\n \n", r"val\.txt names no images: unpack"),
         (b"\xff", r"cannot read .*val\.txt"),
     ],
 )
-def test_lists_without_names_are_refused(voc, content, words):
+def test_open_voc_list_without_names_is_refused(voc, content, words):
     path = voc / "ImageSets/Segmentation/val.txt"
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError, match=words):
         open_dataset("voc", voc, "val")
 
 
-def test_lists_cannot_lead_out_of_the_tree(voc, tmp_path):
-    save_image(tmp_path / "secret.jpg", np.zeros(SIZES[0], np.uint8))
-    write_list(voc, "val", ["../../../../secret"])
-    with pytest.raises(UserError, match=r"names 1 images that are not in .* \(secret\)"):
-        open_dataset("voc", voc, "val")
+@pytest.mark.parametrize(
+    ("name", "annotations", "words"),
+    [
+        ("voc", "aug", r"no file .*trainaug\.txt: add SBD's"),
+        ("voc", "coarse", "voc has no coarse annotations: choose fine or aug"),
+        ("ade20k", "aug", "ade20k has no aug annotations: choose fine$"),
+        ("camvid", "both", "camvid has no coarse annotations: choose fine$"),
+        ("own_data", "coarse", "folders has no coarse annotations: choose fine$"),
+        ("toy_cityscapes", "aug", "cityscapes has no aug annotations: choose fine or coarse$"),
+    ],
+)
+def test_open_training_data_unavailable_annotations_are_refused(name, annotations, words, request):
+    root = request.getfixturevalue(name)
+    name = {"own_data": "folders", "toy_cityscapes": "cityscapes"}.get(name, name)
+    options = {"val_stride": 3} if name == "camvid" else {}
+    with pytest.raises(UserError, match=words):
+        open_training_data(name, root, annotations=annotations, **options)
 
 
-def test_what_a_data_set_does_not_have_is_refused(voc, ade20k, camvid, toy_cityscapes):
-    with pytest.raises(UserError, match=r"no file .*trainaug\.txt: add SBD's"):
-        open_training_data("voc", voc, annotations="aug")
-    with pytest.raises(UserError, match="voc has no coarse annotations: choose fine or aug"):
-        open_training_data("voc", voc, annotations="coarse")
-    for name, root, kinds in (
-        ("ade20k", ade20k, "fine"),
-        ("camvid", camvid, "fine"),
-        ("cityscapes", toy_cityscapes, "fine or coarse"),
-    ):
-        with pytest.raises(UserError, match=f"{name} has no aug annotations: choose {kinds}$"):
-            open_training_data(name, root, annotations="aug")
-    with pytest.raises(UserError, match=r"no folder .*images/test"):
-        open_dataset("ade20k", ade20k, "test")
-
-
-def test_images_both_trained_on_and_validated_are_refused(augmented):
+def test_open_training_data_shared_images_are_refused(augmented):
     write_list(augmented, "val", [VOC_SPLITS["train"][0], *VOC_SPLITS["val"]])
     with pytest.raises(UserError, match=r"1 of 3 validation images .* \(2007_000032\.jpg\)"):
         open_training_data("voc", augmented)
@@ -288,95 +255,70 @@ def test_images_both_trained_on_and_validated_are_refused(augmented):
     assert stems(val) == ["2007_000039"] and len(train) == 3
 
 
-@pytest.mark.parametrize(
-    ("label", "words"),
-    [
-        (np.full(SIZES[0], 21, np.uint8), "holds the id 21, which VOC does not have"),
-        (np.zeros(SIZES[0], np.uint16), "has mode I;16, not 8-bit ids"),
-        (np.zeros((*SIZES[0], 3), np.uint8), "has mode RGB, not 8-bit ids"),
-        (np.zeros((8, 8), np.uint8), "both must have one size"),
-    ],
-)
-def test_labels_that_are_none_are_refused(voc, label, words):
-    Image.fromarray(label).save(voc / "SegmentationClass/2007_000032.png")
-    with pytest.raises(UserError, match=f"2007_000032.*{words}"):
-        open_dataset("voc", voc, "train").read(0)
-
-
-def test_ade20k_pairs_by_name(ade20k):
-    (ade20k / "annotations/training/ADE_train_00000003.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 4 images have no label \(ADE_train_00000003\)"):
-        open_dataset("ade20k", ade20k, "train")
-
-
-# The whole flow
+# All steps
 
 
 @pytest.mark.parametrize(
     ("name", "annotations", "classes"), [("voc", "aug", 21), ("ade20k", "fine", 150)]
 )
-def test_from_the_tree_to_predictions(name, annotations, classes, request, run_inside, tmp_path):
+def test_scripts_from_tree_to_predictions(
+    name, annotations, classes, request, run_inside, tmp_path
+):
     root = request.getfixturevalue("augmented" if annotations == "aug" else name)
     data = ("--dataset", name, "--datadir", root.parent)
     aug = ("--annotations", annotations)
-    small = ("--height", 32, "--width", 32)
+    small = ("--height", 32, "--width", 32, "--cache", tmp_path / "cache", "--num-workers", 0)
 
     def run(script: str, *flags: object) -> str:
         result = run_inside(script, *flags)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    run("datasets/prepare_cityscapes.py", *data, *aug, *small, "--cache", tmp_path / "cache",
-        "--workers", 0)  # fmt: skip
-    run("train/main.py", *data, *aug, *small, "--cache", tmp_path / "cache", "--savedir",
-        tmp_path / "run", "--num-epochs", 1, "--batch-size", 2, "--num-workers", 0,
-        "--device", "cpu")  # fmt: skip
+    run("datasets/prepare_cityscapes.py", *data, *aug, *small)
+    run("train/main.py", *data, *aug, *small, "--savedir", tmp_path / "run", "--num-epochs", 1,
+        "--batch-size", 2, "--device", "cpu")  # fmt: skip
     meta = json.loads(run("utils/class_weights.py", *data, *aug, "--format", "json"))
     assert len(meta["shares"]) == classes + 1 and meta["labels"] == 4
 
-    weights = tmp_path / "run/best.pth"
-    run("test/eval_iou.py", "--weights", weights, *data, "--device", "cpu", "--num-workers", 0,
+    weights = ("--weights", tmp_path / "run/best.pth")
+    run("test/eval_iou.py", *weights, *data, "--device", "cpu", "--num-workers", 0,
         "--json", tmp_path / "val.json", "--contact-sheet", tmp_path / "sheet.png")  # fmt: skip
     scores = json.loads((tmp_path / "val.json").read_text())
     assert scores["scored_at"] == "full" and scores["network_size"] == [32, 32]
     assert len(scores["class_iou"]) == classes and scores["images"] == 2
 
     images = root / ("JPEGImages" if name == "voc" else "images/validation")
-    run("test/eval_cityscapes_color.py", "--weights", weights, "--input", images, "--out",
+    run("test/eval_cityscapes_color.py", *weights, "--input", images, "--out",
         tmp_path / "colored", "--no-legend", "--device", "cpu")  # fmt: skip
     colors = read_class_file(CLASS_FILES / f"{'VOC' if name == 'voc' else 'ADE20K'}.yaml").palette
     for image in images.iterdir():
-        (drawn,) = tmp_path.joinpath("colored").glob(f"{image.stem}_color.png")
-        pixels = np.array(Image.open(drawn).convert("RGB"))
+        pixels = np.array(Image.open(tmp_path / f"colored/{image.stem}_color.png").convert("RGB"))
         with Image.open(image) as original:
             assert pixels.shape[:2] == (original.height, original.width)
         assert {*map(tuple, pixels.reshape(-1, 3))} <= {*map(tuple, colors)}
 
 
-@pytest.mark.parametrize("name", ["voc", "ade20k"])
-def test_doctor_finds_a_clean_tree_clean_and_a_wrong_id(name, request, run_inside, tmp_path):
-    root = request.getfixturevalue(name)
+@pytest.mark.parametrize(
+    ("name", "folder"), [("VOC", "SegmentationClass"), ("ADE20K", "annotations/training")]
+)
+def test_check_dataset_finds_wrong_id_and_nothing_else(name, folder, request, run_inside, tmp_path):
+    root = request.getfixturevalue(name.lower())
 
-    def check() -> tuple[int, dict]:
-        result = run_inside("utils/check_dataset.py", "--dataset", name, "--datadir", root,
+    def check() -> tuple[int, str]:
+        result = run_inside("utils/check_dataset.py", "--dataset", name.lower(), "--datadir", root,
                             "--out", tmp_path / "out", "--workers", 0, "--fail-on",
                             "error")  # fmt: skip
-        assert result.returncode in (0, 1), result.stderr
-        return result.returncode, json.loads((tmp_path / "out/report.json").read_text())
+        return result.returncode, (tmp_path / "out/report.json").read_text()
 
     assert check()[0] == 0
-    folder, scheme = root / "annotations/training", "ADE20K"
-    if name == "voc":
-        folder, scheme = root / "SegmentationClass", "VOC"
-    path = sorted(folder.iterdir())[0]
+    path = sorted((root / folder).iterdir())[0]
     with Image.open(path) as image:
-        Image.fromarray(np.full((image.height, image.width), 200, np.uint8)).save(path)
+        Image.new("L", image.size, 200).save(path)
     status, report = check()
-    assert status == 1
-    assert f"values that {scheme} does not define" in json.dumps(report)
+    assert status == 1 and f"values that {name} does not define" in report
 
 
-def test_refusal_as_the_shell_sees_it(run_inside, voc, tmp_path):
+def test_train_without_list_exits_with_status_2(run_inside, voc, tmp_path):
     (voc / "ImageSets/Segmentation/train.txt").unlink()
     result = run_inside("train/main.py", "--dataset", "voc", "--datadir", voc, "--savedir",
                         tmp_path / "run", "--device", "cpu")  # fmt: skip

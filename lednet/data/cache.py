@@ -7,8 +7,7 @@ A cache is a folder with a subfolder for each split:
     train/000000.json      fingerprints of their files ("stamps"), metadata ("facts"), checksum
 
 Samples read from a cache equal those of its source bit for bit. Builds are crash-safe and
-resumable: a shard is written to a temporary file and renamed, then its JSON file. File names are
-held in memory for one shard at a time, since ImageNet has 1.3 million.
+resumable: a shard is written to a temporary file and renamed, then its JSON file.
 """
 
 import hashlib
@@ -19,9 +18,9 @@ import os
 import reprlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -53,31 +52,20 @@ Fingerprint = list[str | int]
 class CacheableDataset(Protocol):
     """A data set that can be cached: reading a sample twice gives equal values.
 
-    Attributes:
-        encoded_shape: (C, H, W) of the planes that `encode` returns.
+    `encode` returns a sample as contiguous uint8 planes of `encoded_shape` (C, H, W) and integer
+    metadata, from which `decode` makes the sample. `cache_options` are the options that determine
+    the encoded samples, of types that JSON preserves.
     """
 
     @property
     def pairs(self) -> Sequence[Sample]: ...
-
     @property
     def encoded_shape(self) -> tuple[int, int, int]: ...
-
     def __len__(self) -> int: ...
-
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
-
-    def cache_options(self) -> dict[str, Any]:
-        """Options that determine the encoded samples, of types that JSON preserves."""
-        ...
-
-    def encode(self, index: int) -> tuple[Tensor, list[int]]:
-        """A sample as contiguous uint8 planes (C, H, W) and integer metadata."""
-        ...
-
-    def decode(self, planes: Tensor, metadata: list[int], /) -> tuple[Tensor, Tensor]:
-        """The sample that `encode` returned as `planes` and `metadata`."""
-        ...
+    def cache_options(self) -> dict[str, Any]: ...
+    def encode(self, index: int) -> tuple[Tensor, list[int]]: ...
+    def decode(self, planes: Tensor, metadata: list[int], /) -> tuple[Tensor, Tensor]: ...
 
 
 class CachedDataset(PairDataset):
@@ -111,34 +99,22 @@ class CachedDataset(PairDataset):
         if not (self.folder / MANIFEST).is_file():
             raise UserError(f"no cache in {folder}: build it with `{command}`")
         replace = f"replace it with `{command} --rebuild`"
-        shard_pairs = _read_manifest(self.folder, source, replace).get("shard_pairs")
-        if type(shard_pairs) is not int or shard_pairs < 1:
-            self._refuse(self.folder / MANIFEST)
-        self._shard_pairs: int = shard_pairs
-        self._shards = _list_shards(self.folder, source, self._shard_pairs)
-        rows = [self._load(shard) for shard in self._shards]
+        step = _read_manifest(self.folder, source, replace).get("shard_pairs")
+        if type(step) is not int or step < 1:
+            raise _stale(self.folder / MANIFEST, self.folder, command)
+        self._shard_pairs: int = step
+        self._shards = _list_shards(self.folder, source, step)
+        rows = [shard.load(command) for shard in self._shards]
         planes, metadata = source.encode(0)
         for shard, of_shard in zip(self._shards, rows, strict=True):
             if of_shard.shape[1] != len(metadata):
-                self._refuse(shard.entry_path)
+                raise _stale(shard.entry_path, self.folder, command)
         self.metadata = np.concatenate(rows)
         if self.metadata[0].tolist() != metadata or not torch.equal(self._planes(0), planes):
             raise UserError(
                 f"{self.pairs[0].image} is now decoded to other values than the cache in {folder} "
                 f"holds: {replace}"
             )
-
-    def _refuse(self, file: object) -> NoReturn:
-        raise UserError(
-            f"the cache in {self.folder} is unfinished, stale or damaged (first file: "
-            f"{str(file)!r:.1000}): bring it up to date with `{self.command}`"
-        )
-
-    def _load(self, shard: "_Shard", checksum: bool = False) -> np.ndarray:
-        try:
-            return shard.load(checksum)
-        except _StaleError as error:
-            self._refuse(error)
 
     def verify(self) -> None:
         """Read all shards and compare their checksums.
@@ -147,7 +123,7 @@ class CachedDataset(PairDataset):
             UserError: a shard is damaged.
         """
         for shard in tqdm(self._shards, "verifying", unit="shard"):
-            self._load(shard, checksum=True)
+            shard.load(self.command, checksum=True)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -165,7 +141,7 @@ class CachedDataset(PairDataset):
                     shard.path, np.uint8, "r", len(shard.header), shard.shape
                 )
             except (OSError, ValueError):
-                self._refuse(shard.path)
+                raise _stale(shard.path, self.folder, self.command) from None
         return torch.from_numpy(np.array(self._maps[number][row]))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -207,13 +183,15 @@ def build_cache(
     needed = sum(shard.num_bytes for shards in missing.values() for shard in shards)
     require_space(folder, needed, "the cache", "--cache")
     for name, source in splits.items():
-        indices = [index for shard in missing[name] for index in shard.indices]
-        data = _EncodedSamples(source)
-        loader = DataLoader(data, batch_size=None, sampler=indices, num_workers=workers)
-        samples = iter(loader) if indices else iter(())
+        shards = missing[name]
+        indices = [index for shard in shards for index in shard.indices]
         done = len(source) - len(indices)
         with tqdm(total=len(source), initial=done, desc=name, unit="image") as bar:
-            for shard in missing[name]:
+            if shards:
+                data = shards[0].data
+                loader = DataLoader(data, batch_size=None, sampler=indices, num_workers=workers)
+                samples = iter(loader)
+            for shard in shards:
                 shard.write(samples, bar)
 
 
@@ -233,65 +211,83 @@ def command_line(
     return shlex.join(words)
 
 
-class _StaleError(Exception):
-    """A shard is missing, out of date or damaged. Its argument is the first such file."""
+def _stale(file: object, folder: Path, command: str) -> UserError:
+    return UserError(
+        f"the cache in {folder} is unfinished, stale or damaged (first file: "
+        f"{str(file)!r:.1000}): bring it up to date with `{command}`"
+    )
+
+
+class _EncodedSamples(Dataset):
+    """Samples as a shard holds them: fingerprint, planes and metadata.
+
+    Fingerprints are made when they are asked for, since ImageNet has 1.3 million files. File names
+    in them are relative, so that the data set may be moved.
+    """
+
+    def __init__(self, source: CacheableDataset):
+        self.source = source
+        folders = {os.path.dirname(path) for pair in source.pairs for path in pair if path}
+        self.root = Path(os.path.commonpath(folders), "_").as_posix()[:-1]  # ends with a slash
+
+    def fingerprint(self, index: int) -> Fingerprint:
+        values: Fingerprint = []
+        for path in filter(None, self.source.pairs[index]):
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror}; restore it") from error
+            name = path.as_posix().removeprefix(self.root)  # faster than relative_to
+            values += [name, status.st_size, status.st_mtime_ns]
+        return values
+
+    def __getitem__(self, index: int) -> tuple[Fingerprint, Tensor, list[int]]:
+        fingerprint = self.fingerprint(index)  # first: shows a file that changes while decoding
+        return fingerprint, *self.source.encode(index)
 
 
 class _Shard:
-    """A shard, its JSON file, and the samples that belong in it.
+    """A .npy file (n, C, H, W) with its JSON file, and the indices of its samples."""
 
-    Attributes:
-        indices: of its samples in the source.
-        shape: (n, C, H, W) of the uint8 values in the .npy file.
-        header: bytes of the .npy file before the values.
-        num_bytes: size of the .npy file.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        number: int,
-        indices: range,
-        encoded_shape: tuple[int, int, int],
-        files: "_Fingerprints",
-    ):
-        self.path, self.entry_path = (folder / f"{number:06d}{end}" for end in (".npy", ".json"))
-        self.indices, self.files = indices, files
-        self.shape = (len(indices), *encoded_shape)
+    def __init__(self, stem: Path, indices: range, data: _EncodedSamples):
+        self.path, self.entry_path = stem.with_suffix(".npy"), stem.with_suffix(".json")
+        self.indices, self.data = indices, data
+        self.shape = (len(indices), *data.source.encoded_shape)
         buffer = io.BytesIO()
         header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(buffer, header)
         self.header = buffer.getvalue()
         self.num_bytes = len(self.header) + math.prod(self.shape)
 
-    def load(self, checksum: bool = False) -> np.ndarray:
-        """Check the shard and read its metadata.
+    def load(self, command: str = "", checksum: bool = False) -> np.ndarray:
+        """Check the shard and read its metadata, (n, k) int64.
 
         Args:
+            command: command that builds the cache, for the message.
             checksum: compare the checksum too, which reads the whole shard.
 
-        Returns:
-            (n, k) int64.
-
         Raises:
-            _StaleError: naming the first file that is missing, out of date or damaged.
+            UserError: names the first file that is missing, out of date or damaged.
         """
-        current = [self.files[index] for index in self.indices]
+        current = [self.data.fingerprint(index) for index in self.indices]
+        wrong: object = None
         try:
             entry = read_json(self.entry_path)
-            changed = _first_change(entry["stamps"], current)
-            metadata = np.array(entry["facts"], dtype=np.int64)
-            recorded = entry["checksum"]
-            if metadata.ndim != 2 or len(metadata) != len(entry["stamps"]):
-                raise ValueError("there must be one row for each sample")
+            if entry["stamps"] != current:
+                wrong = min(_files(entry["stamps"]) ^ _files(current))[0]
+            metadata, recorded = np.array(entry["facts"], dtype=np.int64), entry["checksum"]
+            if metadata.ndim != 2 or len(metadata) != len(current):
+                wrong = wrong or self.entry_path
         except (UserError, ArithmeticError, LookupError, TypeError, ValueError):
-            raise _StaleError(self.entry_path) from None
-        if changed is not None:
-            raise _StaleError(changed)
-        if not self.path.is_file() or self.path.stat().st_size != self.num_bytes:
-            raise _StaleError(self.path)
-        if checksum and recorded != self._checksum(entry["facts"]):
-            raise _StaleError(self.path)
+            raise _stale(self.entry_path, self.path.parent, command) from None
+        if wrong is None and (
+            not self.path.is_file()
+            or self.path.stat().st_size != self.num_bytes
+            or (checksum and recorded != self._checksum(entry["facts"]))
+        ):
+            wrong = self.path
+        if wrong is not None:
+            raise _stale(wrong, self.path.parent, command)
         return metadata
 
     def write(self, samples: Iterator[tuple[Fingerprint, Tensor, list[int]]], bar: tqdm) -> None:
@@ -319,11 +315,11 @@ class _Shard:
         return digest.hexdigest()[:32]
 
 
-def _list_shards(folder: Path, source: CacheableDataset, shard_pairs: int) -> list[_Shard]:
-    files, indices = _Fingerprints(source.pairs), range(len(source))
+def _list_shards(folder: Path, source: CacheableDataset, step: int) -> list[_Shard]:
+    data, indices = _EncodedSamples(source), range(len(source))
     return [
-        _Shard(folder, number, indices[start : start + shard_pairs], source.encoded_shape, files)
-        for number, start in enumerate(range(0, len(source), shard_pairs))
+        _Shard(folder / f"{number:06d}", indices[start : start + step], data)
+        for number, start in enumerate(range(0, len(source), step))
     ]
 
 
@@ -340,12 +336,13 @@ def _prepare_split(
     shards, missing, kept = _list_shards(folder, source, step), [], {MANIFEST}
     for shard in tqdm(shards, "checking", unit="shard", leave=False):
         try:
-            if rebuild:
-                raise _StaleError(shard.path)
-            shard.load(checksum=True)
-            kept |= {shard.path.name, shard.entry_path.name}
-        except _StaleError:
-            missing.append(shard)
+            if not rebuild:
+                shard.load(checksum=True)
+                kept |= {shard.path.name, shard.entry_path.name}
+                continue
+        except UserError:
+            pass
+        missing.append(shard)
     # Shards of other options must be gone before the manifest states the new ones. Temporary
     # files of a killed build are removed too.
     for name in existing - kept:
@@ -356,30 +353,12 @@ def _prepare_split(
     return missing
 
 
-class _EncodedSamples(Dataset):
-    """Samples as a shard holds them: fingerprint, planes and metadata."""
-
-    def __init__(self, source: CacheableDataset):
-        self.source, self.files = source, _Fingerprints(source.pairs)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Fingerprint, Tensor, list[int]]:
-        fingerprint = self.files[index]  # first, so that a change while decoding is noticed later
-        return fingerprint, *self.source.encode(index)
-
-
 def _options(source: CacheableDataset) -> dict[str, Any]:
     return {"version": VERSION, **source.cache_options()}
 
 
 def _read_manifest(folder: Path, source: CacheableDataset, next_step: str) -> dict[str, Any]:
-    """Read the manifest in `folder`.
-
-    Raises:
-        UserError: it is damaged, or of other options than `source`: names the first one.
-    """
+    """Read the manifest in `folder`; names the first option that differs from `source`."""
     try:
         content = read_json(folder / MANIFEST)
     except UserError:
@@ -394,33 +373,6 @@ def _read_manifest(folder: Path, source: CacheableDataset, next_step: str) -> di
     return manifest
 
 
-class _Fingerprints:
-    """Fingerprints of samples. File names are relative, so that the data set may be moved."""
-
-    def __init__(self, pairs: Sequence[Sample]):
-        self.pairs = pairs
-        folders = {os.path.dirname(path) for pair in pairs for path in pair if path}
-        self.root = Path(os.path.commonpath(folders), "_").as_posix()[:-1]  # ends with a slash
-
-    def __getitem__(self, index: int) -> Fingerprint:
-        fingerprint: Fingerprint = []
-        for path in filter(None, self.pairs[index]):
-            try:
-                status = os.stat(path)
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}; restore it") from error
-            name = path.as_posix().removeprefix(self.root)  # faster than relative_to
-            fingerprint += [name, status.st_size, status.st_mtime_ns]
-        return fingerprint
-
-
-def _first_change(recorded: Any, current: Sequence[Fingerprint]) -> str | None:
-    """The name of the first file that was added, removed or changed, or None."""
-    if recorded == current:
-        return None
-    none: Fingerprint = []
-    for old, new in zip_longest(recorded, current, fillvalue=none):
-        for part in (slice(0, 3), slice(3, 6)):  # image, label
-            if old[part] != new[part]:
-                return str(min(file[0] for file in (old[part], new[part]) if file))
-    raise ValueError("a fingerprint has more values than image and label give")
+def _files(fingerprints: Any) -> set[tuple]:
+    """Name, size and modification time of each file."""
+    return {tuple(f[i : i + 3]) for f in fingerprints for i in range(0, len(f), 3)}

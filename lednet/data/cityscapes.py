@@ -1,22 +1,20 @@
-"""The Cityscapes data set: where its images and labels are."""
+"""The Cityscapes data set: location of its images and labels."""
 
 import os
 from pathlib import Path
 
+from lednet.data.labels import LabelScheme, cityscapes_scheme
 from lednet.data.pairs import (
+    IMAGE_SUFFIXES,
+    LABEL_SUFFIXES,
     FileIndex,
     Sample,
-    _by_name,
-    _images_below,
-    _one_each,
-    _refuse_empty,
-    _require_folder,
+    SplitSpec,
+    find_files,
     pair_files,
+    require_unique,
 )
 from lednet.errors import UserError
-
-CITYSCAPES_ENCODINGS = ("labelIds", "labelTrainIds")
-
 
 CITYSCAPES_ARCHIVES = {
     "leftImg8bit": "leftImg8bit_trainvaltest.zip",
@@ -24,102 +22,85 @@ CITYSCAPES_ARCHIVES = {
     "gtFine": "gtFine_trainvaltest.zip",
     "gtCoarse": "gtCoarse.zip",
 }
-"""Which download a folder comes from."""
+"""The download that each folder comes from."""
 
 
 def ground_truth(annotations: str) -> str:
-    """What Cityscapes calls "fine" or "coarse" annotations in folders and file names."""
+    """The Cityscapes name of "fine" or "coarse" annotations in folders and file names."""
     return f"gt{annotations.capitalize()}"
 
 
 def archive_of(kind: str, split: str) -> str:
-    """The download that a folder of Cityscapes comes from."""
+    """The download that the folder `kind`/`split` comes from."""
     return CITYSCAPES_ARCHIVES.get(f"{kind}/{split}", CITYSCAPES_ARCHIVES[kind])
 
 
-def _cityscapes_folder(root: str | os.PathLike, kind: str, split: str) -> Path:
-    """Folder of a split's images ("leftImg8bit") or labels ("gtFine", "gtCoarse")."""
-    folder = f"{kind}/{split}"
-    archive = archive_of(kind, split)
-    next_step = f"unpack {archive} into {root}, or name another folder with --datadir"
-    if folder == "gtFine/train_extra":
+def _find(root: str | os.PathLike, kind: str, split: str, ending: str) -> dict[str, list[Path]]:
+    """Files of a split by frame (`<city>_<sequence>_<frame>`), in leftImg8bit, gtFine, gtCoarse."""
+    next_step = f"unpack {archive_of(kind, split)} into {root}, or specify another --datadir"
+    if (kind, split) == ("gtFine", "train_extra"):
         next_step = "choose coarse annotations, train_extra has no others"
-    return _require_folder(Path(root, folder), next_step)
+    suffixes = IMAGE_SUFFIXES if kind == "leftImg8bit" else LABEL_SUFFIXES
+    return find_files(Path(root, kind, split), next_step, f"_{kind}{ending}", suffixes)
 
 
 def detect_cityscapes_encoding(root: Path, split: str, annotations: str) -> str:
-    """Tell from the file names whether a split's labels are labelIds or labelTrainIds.
+    """Detect from the file names whether a split's labels are labelIds or labelTrainIds.
 
-    Where both kinds lie side by side, as after the official preparation script, it is
-    labelIds, from which the others were made.
+    If there are both, as after the official preparation script, it is labelIds.
 
     Raises:
-        UserError: neither is there.
+        UserError: there is neither.
     """
     kind = ground_truth(annotations)
-    folder = _cityscapes_folder(root, kind, split)
-    for encoding in CITYSCAPES_ENCODINGS:
-        if any(folder.rglob(f"*_{kind}_{encoding}.png")):
+    for encoding in ("labelIds", "labelTrainIds"):
+        if _find(root, kind, split, f"_{encoding}"):
             return encoding
     raise UserError(
-        f"{folder} holds neither *_{kind}_labelIds.png nor *_{kind}_labelTrainIds.png: "
-        "unpack the annotations there"
+        f"{Path(root, kind, split)} holds neither *_{kind}_labelIds.png nor "
+        f"*_{kind}_labelTrainIds.png: unpack the annotations there"
     )
 
 
 def cityscapes_labels(
     root: str | os.PathLike, split: str, annotations: str = "fine", encoding: str = "labelIds"
 ) -> dict[str, Path]:
-    """Label files of a Cityscapes split by the name of their frame (`<city>_<seq>_<frame>`).
-
-    Args and errors as `cityscapes_pairs`; images need not be there.
-    """
-    return _one_each(_list_cityscapes_labels(root, split, annotations, encoding), "labels")
-
-
-def _list_cityscapes_labels(
-    root: str | os.PathLike, split: str, annotations: str, encoding: str
-) -> dict[str, list[Path]]:
-    kind = ground_truth(annotations)
-    folder = _cityscapes_folder(root, kind, split)
-    ending = f"_{kind}_{encoding}"
-    return _by_name(folder.rglob(f"*{ending}.png"), ending)
+    """Label files of a split by frame, as in `list_cityscapes`; images may be missing."""
+    return require_unique(_find(root, ground_truth(annotations), split, f"_{encoding}"), "labels")
 
 
 def list_cityscapes(
     root: str | os.PathLike, split: str, annotations: str = "fine", encoding: str = "labelIds"
 ) -> FileIndex:
-    """Files of a tree in the official Cityscapes layout.
+    """List the files of a tree in the official Cityscapes layout.
 
     Args:
         root: folder that holds `leftImg8bit` and `gtFine` or `gtCoarse`.
-        split: "train", "val", "test", or "train_extra" (coarse only). Labels of "test"
-            are withheld by the benchmark: its pairs have none.
+        split: "train", "val", "test", or "train_extra" (coarse only). The labels of "test" are
+            withheld by the benchmark.
         annotations: "fine" or "coarse".
         encoding: "labelIds" or "labelTrainIds".
 
     Raises:
         UserError: a folder is missing, or holds no images.
     """
-    root = Path(root)
-    image_folder = _cityscapes_folder(root, "leftImg8bit", split)
-    ending = "_leftImg8bit"
-    images = _by_name(_images_below(image_folder, ending), ending)
-    _refuse_empty(images, image_folder)
+    images = _find(root, "leftImg8bit", split, "")
     labels = None
     if split != "test":
-        labels = _list_cityscapes_labels(root, split, annotations, encoding)
-    return FileIndex(images, labels, (image_folder,), f"{root} {split}")
+        labels = _find(root, ground_truth(annotations), split, f"_{encoding}")
+    return FileIndex(images, labels, (Path(root, "leftImg8bit", split),), f"{root} {split}")
 
 
 def cityscapes_pairs(
     root: str | os.PathLike, split: str, annotations: str = "fine", encoding: str = "labelIds"
 ) -> list[Sample]:
-    """Pairs of a tree in the official Cityscapes layout, sorted by name.
-
-    Args as of `list_cityscapes`.
-
-    Raises:
-        UserError: as `list_cityscapes` and `pair_files`.
-    """
+    """The samples of a split, sorted by name; arguments and errors as for `list_cityscapes`."""
     return pair_files(list_cityscapes(root, split, annotations, encoding))
+
+
+def open_cityscapes(spec: SplitSpec) -> tuple[LabelScheme, FileIndex]:
+    root, split, annotations, encoding, *_ = spec
+    if encoding == "auto":  # there are no labels of test
+        known = split == "test"
+        encoding = "labelIds" if known else detect_cityscapes_encoding(root, split, annotations)
+    return cityscapes_scheme(encoding), list_cityscapes(root, split, annotations, encoding)

@@ -1,4 +1,4 @@
-"""Data sets: pairs of files and a label scheme behind one `SegmentationDataset`."""
+"""Data sets of images and label maps."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +22,11 @@ from lednet.errors import UserError
 def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
     """Decode a label file to class indices, (H, W) uint8; void is `IGNORE_INDEX`.
 
-    Palette images count by index.
+    The ids of palette images are their palette indices.
 
     Raises:
-        UserError: missing, truncated, not 8-bit single-channel, or holding a value that
-            `scheme` does not know.
+        UserError: missing, truncated, not 8-bit single-channel, or holding a value that is not in
+            `scheme`.
     """
     image = open_image(path)
     if image.mode not in ("L", "P"):
@@ -45,11 +45,11 @@ def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
 
 
 class PairDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Samples that are read from a pair of files each: what training and validation take.
+    """Samples read from one or two files each, for training and validation.
 
     Attributes:
         pairs: the files of each sample; a slice of it is a sequence too.
-        scheme: classes of label maps; images of classes have none.
+        scheme: classes of the label maps; image classification data sets have none.
     """
 
     pairs: Sequence[Sample]
@@ -63,10 +63,7 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
         raise TypeError("images of classes have no label maps to count")
 
     def class_counts(self, workers: int = 4) -> np.ndarray:
-        """Those of all label maps, (len, num_classes + 1) int64, at the files' own size.
-
-        The bigger part of it, decoding, runs in threads.
-        """
+        """`count_label` of all samples, (len, num_classes + 1) int64, in `workers` threads."""
         with ThreadPoolExecutor(workers) as pool:
             counts = pool.map(self.count_label, range(len(self)))
             return np.stack(
@@ -77,24 +74,20 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
 class SegmentationDataset(PairDataset):
     """Images with their label maps: (uint8 (3, H, W), uint8 (H, W)).
 
-    With a size, `lednet.data.cache` takes it.
-
     Args:
         pairs: image and label files; a pair without a label gets an all-void one.
-        scheme: classes, and what the label files' values mean.
-        size: (height, width) in pixels that images and labels are brought to; None for
-            that of each file.
+        scheme: classes, and the values that stand for them in label files.
+        size: (height, width) in pixels to resize images and labels to; None keeps that of each
+            file. Only samples of one size can be cached.
     """
 
     def __init__(
         self, pairs: Sequence[Sample], scheme: LabelScheme, size: tuple[int, int] | None = None
     ):
-        self.pairs = list(pairs)
-        self.scheme = scheme
-        self.size = size
+        self.pairs, self.scheme, self.size = list(pairs), scheme, size
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (H, W, 3) and label (H, W) as they are on disk, the label as class indices."""
+        """Image (H, W, 3) and class indices (H, W) of a sample, at the size of the files."""
         pair = self.pairs[index]
         image = read_image(pair.image)
         if pair.label is None:
@@ -107,66 +100,60 @@ class SegmentationDataset(PairDataset):
             )
         return image, label
 
-    def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bring what `read` returns to tensors of the working size, (3, H, W) and (H, W)."""
+    def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Convert the arrays of `read` to tensors of the working size, (3, H, W) and (H, W)."""
         pixels, classes = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
         if self.size is None:
             return pixels, classes
-        resize = resize_transform(self.size)
-        return resize(tv_tensors.Image(pixels), tv_tensors.Mask(classes))
+        return resize_transform(self.size)(tv_tensors.Image(pixels), tv_tensors.Mask(classes))
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.prepare(*self.read(index))
 
     def count_label(self, index: int) -> np.ndarray:
-        """Pixels of each class in a label file, (num_classes + 1,) int64, void last."""
+        """As `PairDataset.count_label`, at the size of the file."""
         file = require_file(self.pairs[index].label, "labels")
-        return count_classes(read_label(file, self.scheme), self.scheme)
-
-    def _fixed_size(self) -> tuple[int, int]:
-        if self.size is None:
-            raise ValueError("only samples of one size can be cached: give the data a size")
-        return self.size
+        return _count_classes(read_label(file, self.scheme), self.scheme)
 
     @property
     def encoded_shape(self) -> tuple[int, int, int]:
-        """Of a pair in a cache: red, green, blue and the class index."""
-        return (4, *self._fixed_size())
+        """Shape of a sample in a cache: red, green, blue and the class index."""
+        if self.size is None:
+            raise ValueError("only samples of one size can be cached: give the data a size")
+        return (4, *self.size)
 
     def cache_options(self) -> dict[str, Any]:
         return {
-            "size": list(self._fixed_size()),
+            "size": list(self.encoded_shape[1:]),
             "classes": list(self.scheme.classes),
             "label values": sorted(map(list, self.scheme.file_ids.items())),
         }
 
-    def encode(self, index: int) -> tuple[torch.Tensor, list[int]]:
-        """A pair for a cache, and the pixels of each class as in `count_label`."""
+    def encode(self, index: int) -> tuple[Tensor, list[int]]:
+        """A sample for a cache; its metadata are the pixels of each class as in `count_label`."""
         image, label = self.read(index)
         pixels, classes = self.prepare(image, label)
-        counts = count_classes(label, self.scheme)
-        return torch.cat((pixels, classes[None])), counts.tolist()
+        return torch.cat((pixels, classes[None])), _count_classes(label, self.scheme).tolist()
 
-    def decode(self, planes: torch.Tensor, facts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, planes: Tensor, metadata: list[int]) -> tuple[Tensor, Tensor]:
         return planes[:3], planes[3]
 
 
 class SkipCorruptDataset(PairDataset):
-    """Training data in which a sample that cannot be read is replaced by the next that can.
+    """Training data in which a sample that cannot be read is replaced by the next one that can.
 
     Attributes:
-        damaged: (len,) bool, samples that were replaced so far or whose label could not be
-            counted, shared by loading processes.
+        damaged: (len,) bool, in shared memory: samples that were replaced so far, or whose label
+            could not be counted.
     """
 
     def __init__(self, data: PairDataset):
-        self.data = data
-        self.pairs = data.pairs
+        self.data, self.pairs = data, data.pairs
         if hasattr(data, "scheme"):
             self.scheme = data.scheme
         self.damaged = torch.zeros(len(data), dtype=torch.bool).share_memory_()
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         for step in range(len(self)):
             other = (index + step) % len(self)
             try:
@@ -177,7 +164,7 @@ class SkipCorruptDataset(PairDataset):
         raise last
 
     def count_label(self, index: int) -> np.ndarray:
-        """As of the data, or nothing where the label cannot be read."""
+        """Pixels of each class; zeros if the label cannot be read."""
         try:
             return self.data.count_label(index)
         except UserError:
@@ -185,31 +172,23 @@ class SkipCorruptDataset(PairDataset):
             return np.zeros(self.scheme.num_classes + 1, dtype=np.int64)
 
     def class_counts(self, workers: int = 4) -> np.ndarray:
-        """As of the data, zeros for each label that cannot be read.
-
-        Raises:
-            UserError: none can be.
-        """
+        """`count_label` of all samples; raises a `UserError` if no label can be read."""
         counts = super().class_counts(workers)
         if not counts.any():
             self.data.count_label(0)
         return counts
 
 
-def count_classes(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
-    """Pixels of each class in a label of class indices, (num_classes + 1,) int64, void last."""
+def _count_classes(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
     counts = np.bincount(label.ravel(), minlength=256)
     return np.append(counts[: scheme.num_classes], counts[IGNORE_INDEX])
 
 
 def pixel_shares(class_counts: np.ndarray) -> np.ndarray:
-    """Share of each class of all pixels, void last.
+    """Share of each class of all pixels, (num_classes + 1,) float64 of sum 1, void last.
 
     Args:
         class_counts: (len, num_classes + 1), of `SegmentationDataset.class_counts`.
-
-    Returns:
-        (num_classes + 1,) float64, sum 1.
     """
     total = class_counts.sum(axis=0)
     return total / total.sum()

@@ -16,18 +16,16 @@ MEMORY_SHARE = 0.9
 """Largest part of the free memory that a data set may take; training needs the rest."""
 _COPY_BATCH = 32
 
-
 AnySampler = TypeVar("AnySampler", bound=Sampler[int])
 
 
 class DeviceLoader(Generic[AnySampler]):
     """A data loader whose samples are tensors on one device: no decoding, no copy per step.
 
-    Batches are equal, bit for bit, to those of a `DataLoader` over the same data set and
-    sampler.
+    Batches equal, bit for bit, those of a `DataLoader` over the same data set and sampler.
 
     Args:
-        dataset: where the samples come from.
+        dataset: source of the samples.
         sampler: indices of the samples of an epoch.
         batch_size: samples per batch; the last batch of an epoch may be smaller.
         images: (N, 3, H, W) uint8, the stored samples.
@@ -46,16 +44,15 @@ class DeviceLoader(Generic[AnySampler]):
     ):
         self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
         self.images, self.targets = images, targets
-        self._rows = None if stored is None else {index: row for row, index in enumerate(stored)}
+        indices = range(len(images)) if stored is None else stored
+        self._rows = {index: row for row, index in enumerate(indices)}
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.batch_size)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        indices = list(self.sampler)
-        rows = indices if self._rows is None else [self._rows[index] for index in indices]
-        order = torch.tensor(rows, dtype=torch.int64).to(self.images.device)  # one copy per epoch
-        for batch in order.split(self.batch_size):
+        rows = torch.tensor([self._rows[index] for index in self.sampler], dtype=torch.int64)
+        for batch in rows.to(self.images.device).split(self.batch_size):  # one copy per epoch
             yield self.images.index_select(0, batch), self.targets.index_select(0, batch)
 
 
@@ -71,21 +68,23 @@ def load_to_device(
     Args:
         loader: its data set, batch size and worker settings are used.
         sampler: that of the loader.
-        device: where the samples are stored.
-        indices: samples to store; by default all of them.
-        processes: how many processes store as much in the same memory.
+        indices: samples to store (default: all).
+        processes: number of processes that store as much in the same memory.
 
     Raises:
         UserError: the data set does not fit, or a sample cannot be read.
     """
     dataset = loader.dataset
     assert isinstance(dataset, PairDataset)
-    chosen = range(len(dataset)) if indices is None else list(indices)
-    first = dataset[chosen[0]]
-    count = len(chosen)
-    needed = count * processes * sum(part.nbytes for part in first)
-    _require_memory(needed, device)
-    images, targets = (torch.empty((count, *p.shape), dtype=p.dtype, device=device) for p in first)
+    chosen = range(len(dataset)) if indices is None else indices
+    first, count = dataset[chosen[0]], len(chosen)
+    needed, free = count * processes * sum(part.nbytes for part in first), free_memory(device)
+    if free is not None and needed > MEMORY_SHARE * free:
+        raise UserError(
+            f"--cache-device needs {needed / 1e9:.2f} GB on {device}, where {free / 1e9:.2f} GB "
+            "are free: use a smaller --height and --width, or --cache DIR instead"
+        )
+    stored = [torch.empty((count, *p.shape), dtype=p.dtype, device=device) for p in first]
     batches = DataLoader(
         dataset,
         batch_size=_COPY_BATCH,
@@ -96,20 +95,10 @@ def load_to_device(
     )
     row = 0
     with tqdm(total=count, desc=f"loading to {device}", unit="image", leave=False) as bar:
-        for batch_images, batch_targets in batches:
-            rows = slice(row, row + len(batch_images))
-            images[rows].copy_(batch_images, non_blocking=True)
-            targets[rows].copy_(batch_targets, non_blocking=True)
-            row = rows.stop
-            bar.update(len(batch_images))
-    stored = None if indices is None else chosen
-    return DeviceLoader(dataset, sampler, loader.batch_size or 1, images, targets, stored)
-
-
-def _require_memory(needed: int, device: torch.device) -> None:
-    free = free_memory(device)
-    if free is not None and needed > MEMORY_SHARE * free:
-        raise UserError(
-            f"--cache-device needs {needed / 1e9:.2f} GB on {device}, where {free / 1e9:.2f} GB "
-            "are free: use a smaller --height and --width, or --cache DIR instead"
-        )
+        for batch in batches:
+            for rows, part in zip(stored, batch, strict=True):
+                rows[row : row + len(part)].copy_(part, non_blocking=True)
+            row += len(batch[0])
+            bar.update(len(batch[0]))
+    images, targets = stored
+    return DeviceLoader(dataset, sampler, loader.batch_size or 1, images, targets, chosen)

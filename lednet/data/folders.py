@@ -5,28 +5,41 @@ from pathlib import Path
 
 from PIL import Image
 
-from lednet.data.labels import IGNORE_INDEX, LabelScheme
-from lednet.data.pairs import FileIndex, _by_name, _images_below, _refuse_empty, _require_folder
+from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme
+from lednet.data.pairs import LABEL_SUFFIXES, FileIndex, SplitSpec, find_files
 from lednet.errors import UserError
 from lednet.io import read_yaml
 
+CLASS_FILES = Path(__file__).parent / "classes"
+"""Class files of data sets whose classes are published as tables."""
 
-def list_folders(image_folder: str | os.PathLike, label_folder: str | os.PathLike) -> FileIndex:
-    """Index the files of two folders and their subfolders.
 
-    An image and its label have the same name before the suffix. Labels are PNG files.
+def list_folders(image_folder: Path, label_folder: Path) -> FileIndex:
+    """List the files of two folders and their subfolders.
+
+    An image and its label have the same name before the suffix.
 
     Raises:
         UserError: a folder does not exist, or there are no images.
     """
     next_step = "check --datadir and the layout in datasets/README.md"
-    image_folder = _require_folder(Path(image_folder), next_step)
-    label_folder = _require_folder(Path(label_folder), next_step)
-    images = _by_name(_images_below(image_folder))
-    _refuse_empty(images, image_folder)
-    labels = _by_name(p for p in label_folder.rglob("*.png") if not p.name.startswith("."))
-    folders = (image_folder, label_folder)
-    return FileIndex(images, labels, folders, str(label_folder))
+    images = find_files(image_folder, next_step)
+    labels = find_files(label_folder, next_step, suffixes=LABEL_SUFFIXES)
+    return FileIndex(images, labels, (image_folder, label_folder), str(label_folder))
+
+
+def open_camvid(spec: SplitSpec) -> tuple[LabelScheme, FileIndex]:
+    folders = spec.root / spec.split, spec.root / f"{spec.split}annot"
+    return camvid_scheme(), list_folders(*folders)
+
+
+def open_folders(spec: SplitSpec) -> tuple[LabelScheme, FileIndex]:
+    """`images` and `labels`, with a folder for each split, or without if some are held out."""
+    images, labels = spec.root / "images", spec.root / "labels"
+    if (images / spec.split).is_dir() or not spec.holds_out:
+        images, labels = images / spec.split, labels / spec.split
+    scheme = read_class_file(spec.class_file or spec.root / "classes.yaml")
+    return scheme, list_folders(images, labels)
 
 
 def read_class_file(path: str | os.PathLike) -> LabelScheme:

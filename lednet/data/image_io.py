@@ -1,4 +1,4 @@
-"""Image files of any origin: which are opened, how large they may be, and their RGB."""
+"""Reading image files safely: permitted formats, size limit and conversion to RGB."""
 
 import os
 import warnings
@@ -13,25 +13,25 @@ from lednet.errors import UserError
 from lednet.io import LIMIT, max_pixels, write_atomically
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
-"""What is opened, by content and never by suffix: another of Pillow's readers starts Ghostscript,
-and each is more code that strange bytes reach."""
+"""Permitted formats, detected by content, not suffix. Pillow's other readers are not exposed to
+untrusted files; one of them starts Ghostscript."""
 
-
-ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_Transpose = Image.Transpose
+_UPRIGHT = {
+    2: _Transpose.FLIP_LEFT_RIGHT,
+    3: _Transpose.ROTATE_180,
+    4: _Transpose.FLIP_TOP_BOTTOM,
+    5: _Transpose.TRANSPOSE,
+    6: _Transpose.ROTATE_270,
+    7: _Transpose.TRANSVERSE,
+    8: _Transpose.ROTATE_90,
 }
-"""What turns an image upright, by its EXIF orientation."""
+"""Operation that makes an image upright, by its EXIF orientation."""
 
-# Pillow warns above its own limit, and what is above the one here is refused.
+# Larger images than Pillow's limit are judged by ours. Invalid EXIF and palettes whose transparency
+# is dropped do no harm. These filters are set once and for all, because Python forgets which
+# warnings it has shown whenever a filter changes.
 warnings.filterwarnings("ignore", "Image size .* exceeds limit", Image.DecompressionBombWarning)
-# Of senseless EXIF, and of palettes whose transparency is dropped: such an image is used as it
-# is. For good: a filter that comes and goes makes Python forget which warnings it has shown once.
 warnings.filterwarnings(
     "ignore",
     "(possibly )?corrupt EXIF|truncated file read|metadata warning|tag data larger than file"
@@ -45,28 +45,25 @@ def open_header(source: str | os.PathLike | BinaryIO, limit: int | None = None) 
 
     Args:
         source: a file, or its bytes as a stream.
-        limit: pixels that it may have; `max_pixels()` if not given.
+        limit: largest number of pixels (default: `max_pixels()`).
 
     Raises:
         UserError: the image has more pixels.
-        Exception: of many kinds, if the bytes are damaged or of another format.
+        Exception: of many types, if the bytes are damaged or in another format.
     """
     most = max_pixels() if limit is None else limit
     next_step = "shrink it" + (f", or set {LIMIT} higher" if limit is None else "")
-    name = _name(source)
-    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses what has twice as many
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses images with twice as many
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most)
     try:
         image = Image.open(source, formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise UserError(
-            f"{name} has far more than the {most:,} pixels that are the limit: {next_step}"
-        ) from error
-    if image.width * image.height > most:
-        size = f"{image.width}x{image.height}"
+        size = f"{image.width}x{image.height} pixels, and {most:,} are the limit"
+        if image.width * image.height <= most:
+            return image
         image.close()
-        raise UserError(f"{name} has {size} pixels, and {most:,} are the limit: {next_step}")
-    return image
+    except Image.DecompressionBombError:
+        size = f"far more than the {most:,} pixels that are the limit"
+    raise UserError(f"{_name(source)} has {size}: {next_step}")
 
 
 def _name(source: str | os.PathLike | BinaryIO) -> str:
@@ -74,49 +71,47 @@ def _name(source: str | os.PathLike | BinaryIO) -> str:
 
 
 def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -> Image.Image:
-    """Open and decode an image; `source` and `limit` as of `open_header`.
+    """Open and decode an image; `source` and `limit` as for `open_header`.
 
     Raises:
-        UserError: missing, damaged, of none of `FORMATS`, or of too many pixels.
+        UserError: missing, damaged, not one of `FORMATS`, or too large.
     """
-    name = _name(source)
     try:
         image = open_header(source, limit)
         image.load()
+        return image
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"no file {name}: it was there when the run began; restore it") from error
-    except UnidentifiedImageError as error:
-        raise UserError(
-            f"{name} is damaged (or no {', '.join(FORMATS)} image): copy it again"
-        ) from error
-    except Exception as error:  # parsers of many kinds, on bytes of any kind
+        message = f"no file {_name(source)}: it was there when the run began; restore it"
+        raise UserError(message) from error
+    except UnidentifiedImageError:
+        reason = f"or no {', '.join(FORMATS)} image"
+    except Exception as error:  # parsers raise errors of any type on damaged bytes
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} is damaged ({reason}): copy it again") from error
-    return image
+    raise UserError(f"{_name(source)} is damaged ({reason}): copy it again")
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Decode an image file to RGB, (H, W, 3) uint8, as it lies on disk beside its label.
+    """Decode an image file to RGB, (H, W, 3) uint8, without applying its EXIF orientation.
 
     Raises:
-        UserError: missing, truncated, or no image of at most 16 bits.
+        UserError: missing, damaged, or not an image of at most 16 bits.
     """
     return to_rgb(open_image(path), upright=False)
 
 
 def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
-    """RGB, (H, W, 3) uint8, of an image in another form; transparency is dropped.
+    """Convert an image to RGB, (H, W, 3) uint8; transparency is dropped.
 
     Args:
-        image: of any PIL mode; 16-bit grey is brought to 8 bits. Or uint8: (H, W),
+        image: PIL image of any mode (16-bit grey is scaled to 8 bits), or uint8 array (H, W),
             (H, W, 1), (H, W, 3) RGB or (H, W, 4).
-        upright: turn a PIL image as its EXIF orientation says.
+        upright: apply the EXIF orientation of a PIL image.
 
     Raises:
-        UserError: an array of another kind, or an image of 32-bit values or a colour mode
-            that PIL cannot convert.
+        UserError: an array of another type or shape, or an image with 32-bit values or a colour
+            mode that PIL cannot convert.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
@@ -130,11 +125,11 @@ def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
     name = getattr(image, "filename", "") or "the image"
     if image.mode in ("I", "F"):
         raise UserError(f"{name} has 32-bit values ({image.mode}): save it with 8 or 16 bits")
-    if upright:
-        image = _upright(image)
+    # ImageOps.exif_transpose would also rewrite the EXIF, and fail on other invalid entries.
+    if upright and (operation := exif_transpose_op(image)) is not None:
+        image = image.transpose(operation)
     if image.mode.startswith("I;16"):  # PIL's own conversion would clip it to white
-        grey = np.array(image).astype(np.float32) / 257
-        return to_rgb(grey.round().astype(np.uint8))
+        return to_rgb((np.array(image).astype(np.float32) / 257).round().astype(np.uint8))
     try:
         return np.array(image.convert("RGB"))
     except ValueError as error:
@@ -142,20 +137,11 @@ def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
 
 
 def exif_transpose_op(image: Image.Image) -> Image.Transpose | None:
-    """What brings the image upright as its EXIF says, if that can be read and asks for it."""
+    """The operation that makes the image upright according to its EXIF, or None."""
     try:
-        return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 0))
-    except Exception:  # a parser of many kinds, on bytes of any kind
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 0))
+    except Exception:  # parsers raise errors of any type on damaged bytes
         return None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says.
-
-    PIL's own function also writes the EXIF anew, and fails where another entry of it is odd.
-    """
-    turn = exif_transpose_op(image)
-    return image if turn is None else image.transpose(turn)
 
 
 def write_label_map(path: str | os.PathLike, ids: np.ndarray) -> None:
@@ -163,7 +149,6 @@ def write_label_map(path: str | os.PathLike, ids: np.ndarray) -> None:
     if ids.ndim != 2 or ids.dtype != np.uint8:
         raise ValueError(f"ids must be (H, W) uint8, not {ids.shape} {ids.dtype}")
     with write_atomically(path) as temporary:
-        # Label maps are runs of one value: coding just these is as fast as the lowest
-        # ordinary level, and the file is half as large.
+        # Run-length coding suits label maps: as fast as the lowest level, half the file size.
         image = Image.fromarray(ids)
         image.save(temporary, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)

@@ -19,26 +19,25 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class ImageFolderDataset(PairDataset):
-    """Pictures and their classes: (uint8 (3, size, size), int64 (3,)).
+    """Images and their classes: (uint8 (3, size, size), int64 (3,)).
 
-    A picture as a whole is brought to a square, whatever its proportions, so that
-    `lednet.data.cache` takes it; crops are cut from it later, a batch at a time. The numbers
-    are its class index and, for crops of the original's proportions, the width and height of
-    the original, upright.
+    The whole image is resized to a square, whatever its aspect ratio, so that it can be cached.
+    Random crops are taken later, a batch at a time. The target is the class index, and the width
+    and height of the original after EXIF rotation, from which crops get its aspect ratio.
 
     Args:
-        folder: of the split; holds a folder for each class.
+        folder: folder of the split; holds a folder for each class.
         size: height and width of the square in pixels.
-        classes: those of the training split, which must be the same; by default the names
-            of the folders, sorted.
+        classes: classes of the training split, which must be the same (default: the names of the
+            folders, sorted).
 
     Attributes:
-        classes: names; a class's index here is its training target.
+        classes: class names; a class's index here is its training target.
         pairs: image files without labels, by class and name.
 
     Raises:
-        UserError: no such folder, no classes in it or others than `classes`, or a class
-            without images.
+        UserError: no such folder, no classes in it or others than `classes`, or a class without
+            images.
     """
 
     pairs: "ImageFiles"
@@ -46,20 +45,27 @@ class ImageFolderDataset(PairDataset):
     def __init__(
         self, folder: str | os.PathLike, size: int = 256, classes: Sequence[str] | None = None
     ):
-        folder = Path(folder)
-        found = _class_names(folder)
-        if classes is not None:
-            _require_same(folder, found, classes)
-        self.size = size
+        folder, self.size = Path(folder), size
+        found = sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+        if not found:
+            raise UserError(
+                f"{folder} holds no folders: there must be one of images for each class, see "
+                "datasets/README.md"
+            )
         self.classes = tuple(found if classes is None else classes)
-        names = [_image_names(folder / name) for name in self.classes]
-        empty = [name for name, images in zip(self.classes, names, strict=True) if not images]
-        if empty:
+        if other := sorted({*found} ^ {*self.classes}):
+            verb = "has" if other[0] in found else "lacks"
+            raise UserError(
+                f"{folder} {verb} the class {other[0]}, unlike the training images: both must "
+                "have the same class folders"
+            )
+        names = {name: _image_names(folder / name) for name in self.classes}
+        if empty := [name for name, images in names.items() if not images]:
             raise UserError(
                 f"{len(empty)} of the {len(found)} class folders in {folder} hold no images "
                 f"({list_examples(empty)}): add some ({', '.join(SUFFIXES)}) or remove them"
             )
-        self.pairs = ImageFiles(folder, self.classes, names)
+        self.pairs = ImageFiles(folder, self.classes, list(names.values()))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.decode(*self.encode(index))
@@ -78,23 +84,23 @@ class ImageFolderDataset(PairDataset):
         square = v2.functional.resize(pixels, [self.size, self.size], antialias=True)
         return square.contiguous(), [int(self.pairs.targets[index]), width, height]
 
-    def decode(self, planes: Tensor, facts: list[int]) -> tuple[Tensor, Tensor]:
-        return planes, torch.tensor(facts)
+    def decode(self, planes: Tensor, metadata: list[int]) -> tuple[Tensor, Tensor]:
+        return planes, torch.tensor(metadata)
 
 
 class ImageFiles(Sequence[Sample]):
-    """Image files as pairs without labels, made when they are asked for.
+    """Image files as samples without labels, created on access.
 
-    A list of them would take a gigabyte for ImageNet, and soon in each loading process too,
-    where Python's counting of references copies what they share.
+    A list of them would take a gigabyte for ImageNet, and as much again in each worker process,
+    since reference counting copies shared memory.
 
     Args:
         folder: holds the folders of the classes.
-        classes: their names.
-        names: of the files in each.
+        classes: class names.
+        names: names of the files of each class.
 
     Attributes:
-        targets: (len,) int64, the class index of each.
+        targets: (len,) int64, the class index of each file.
     """
 
     def __init__(self, folder: Path, classes: Sequence[str], names: Sequence[Sequence[str]]):
@@ -107,10 +113,8 @@ class ImageFiles(Sequence[Sample]):
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
-
     @overload
     def __getitem__(self, index: slice) -> list[Sample]: ...
-
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
@@ -119,7 +123,7 @@ class ImageFiles(Sequence[Sample]):
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
-    """What is not hidden. Asks for no more than the listing: there may be millions of files."""
+    """Entries that are not hidden. Only the folder itself is read: it may have many files."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
@@ -129,28 +133,6 @@ def _entries(folder: Path) -> list[os.DirEntry]:
         ) from error
 
 
-def _class_names(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in _entries(folder) if entry.is_dir())
-    if not names:
-        raise UserError(
-            f"{folder} holds no folders: there must be one of images for each class, see "
-            "datasets/README.md"
-        )
-    return names
-
-
-def _require_same(folder: Path, found: Sequence[str], classes: Sequence[str]) -> None:
-    if other := sorted(set(found) ^ set(classes)):
-        verb = "has" if other[0] in found else "lacks"
-        raise UserError(
-            f"{folder} {verb} the class {other[0]}, unlike the training images: both must "
-            "have the same class folders"
-        )
-
-
 def _image_names(folder: Path) -> list[str]:
-    return sorted(
-        entry.name
-        for entry in _entries(folder)
-        if entry.name.lower().endswith(SUFFIXES) and entry.is_file()
-    )
+    entries = (e for e in _entries(folder) if e.name.lower().endswith(SUFFIXES) and e.is_file())
+    return sorted(entry.name for entry in entries)

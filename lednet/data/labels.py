@@ -1,12 +1,7 @@
-"""Label schemes: which value in a label file means which class.
-
-`CITYSCAPES_LABELS` is the one home of the Cityscapes names, ids, categories and
-colours (source: the label table published with the data set,
-https://www.cityscapes-dataset.com). Everything else is derived from it.
-"""
+"""Label schemes: the classes that the values of label files stand for."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +11,7 @@ from lednet.errors import UserError
 from lednet.model import LEDNet
 
 IGNORE_INDEX = 255
-"""Target value of pixels that count neither in the loss nor in a metric (void)."""
+"""Target value of void pixels, which are ignored by the loss and by metrics."""
 
 Color = tuple[int, int, int]
 
@@ -68,6 +63,7 @@ CITYSCAPES_LABELS: tuple[Label, ...] = (
     Label("bicycle", 33, 18, "vehicle", True, False, (119, 11, 32)),
     Label("license plate", -1, -1, "vehicle", False, True, (0, 0, 142)),
 )
+"""The label table published with the data set (https://www.cityscapes-dataset.com)."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +71,14 @@ class LabelScheme:
     """Classes of a data set and the file values that stand for them.
 
     Args:
-        name: of the data set, for messages.
+        name: name of the data set, for messages.
         classes: class names; a class's index here is its training target.
         colors: RGB of each class, 0..255.
-        file_ids: value in a label file (0..255) -> class index, or `IGNORE_INDEX`.
-            A value that is not in it is an error in the data.
+        file_ids: value in a label file (0..255) -> class index, or `IGNORE_INDEX`. Other values
+            are errors in the data.
+
+    Attributes:
+        lut: (256,) int16, `file_ids` as a table; -1 for other values.
     """
 
     name: str
@@ -89,20 +88,18 @@ class LabelScheme:
     lut: np.ndarray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # (256,) int16: class index, IGNORE_INDEX, or -1 for a value outside the scheme.
         lut = np.full(256, -1, dtype=np.int16)
-        for file_id, index in self.file_ids.items():
-            lut[file_id] = index
+        lut[list(self.file_ids)] = list(self.file_ids.values())
         object.__setattr__(self, "lut", lut)
 
     @property
     def num_classes(self) -> int:
-        """Classes that count: void is not among them."""
+        """Number of classes without void."""
         return len(self.classes)
 
     @property
     def num_outputs(self) -> int:
-        """Output channels of a network for this scheme: one a class, and void last."""
+        """Output channels of a network: one for each class, and void last."""
         return len(self.classes) + 1
 
     @property
@@ -113,97 +110,78 @@ class LabelScheme:
         return palette
 
 
-def _evaluated() -> list[Label]:
-    counted = [label for label in CITYSCAPES_LABELS if not label.ignore_in_eval]
-    return sorted(counted, key=lambda label: label.train_id)
+_WITH_ID = [label for label in CITYSCAPES_LABELS if label.id >= 0]
+_EVALUATED = [label for label in CITYSCAPES_LABELS if not label.ignore_in_eval]  # by train id
+
+
+def _cityscapes(labels: list[Label], target: str, void: int, encoding: str) -> LabelScheme:
+    """The scheme of `labels`, whose class index is the field `target`; others are `void`."""
+    if encoding == "labelIds":
+        file_ids = {label.id: getattr(label, target) for label in _WITH_ID}
+    elif encoding == "labelTrainIds":
+        file_ids = {label.train_id: getattr(label, target) for label in _EVALUATED}
+        file_ids[IGNORE_INDEX] = void
+    else:
+        raise ValueError(f"encoding must be 'labelIds' or 'labelTrainIds', not {encoding!r}")
+    names, colors = tuple(x.name for x in labels), tuple(x.color for x in labels)
+    return LabelScheme("Cityscapes", names, colors, file_ids)
 
 
 def cityscapes_scheme(encoding: str = "labelIds") -> LabelScheme:
     """The 19 evaluated Cityscapes classes.
 
     Args:
-        encoding: what the label files hold: "labelIds" (0..33) or
-            "labelTrainIds" (0..18, void 255).
+        encoding: values in the label files: "labelIds" (0..33) or "labelTrainIds" (0..18, void
+            255).
     """
-    evaluated = _evaluated()
-    if encoding == "labelIds":
-        file_ids = {label.id: label.train_id for label in CITYSCAPES_LABELS if label.id >= 0}
-    elif encoding == "labelTrainIds":
-        file_ids = {label.train_id: label.train_id for label in evaluated}
-        file_ids[IGNORE_INDEX] = IGNORE_INDEX
-    else:
-        raise ValueError(f"encoding must be 'labelIds' or 'labelTrainIds', not {encoding!r}")
-    return LabelScheme(
-        name="Cityscapes",
-        classes=tuple(label.name for label in evaluated),
-        colors=tuple(label.color for label in evaluated),
-        file_ids=file_ids,
-    )
+    return _cityscapes(_EVALUATED, "train_id", IGNORE_INDEX, encoding)
 
 
 def cityscapes_id_scheme(encoding: str = "labelIds") -> LabelScheme:
-    """Cityscapes with every label a class whose index is its id: what the benchmark counts in.
+    """All Cityscapes labels as classes, with their ids as indices, as the benchmark counts.
 
     Args:
-        encoding: as in `cityscapes_scheme`; of labelTrainIds, void becomes id 0 (unlabeled).
+        encoding: as for `cityscapes_scheme`; void of labelTrainIds becomes id 0 (unlabeled).
     """
-    labels = [label for label in CITYSCAPES_LABELS if label.id >= 0]
-    if encoding == "labelIds":
-        file_ids = {label.id: label.id for label in labels}
-    elif encoding == "labelTrainIds":
-        file_ids = {label.train_id: label.id for label in _evaluated()} | {IGNORE_INDEX: 0}
-    else:
-        raise ValueError(f"encoding must be 'labelIds' or 'labelTrainIds', not {encoding!r}")
-    return LabelScheme(
-        name="Cityscapes",
-        classes=tuple(label.name for label in labels),
-        colors=tuple(label.color for label in labels),
-        file_ids=file_ids,
-    )
+    return _cityscapes(_WITH_ID, "id", 0, encoding)
 
 
 def cityscapes_label_ids() -> np.ndarray:
     """(256,) uint8: label id of each class index; void and the rest are id 0 (unlabeled)."""
     ids = np.zeros(256, np.uint8)
-    for label in _evaluated():
-        ids[label.train_id] = label.id
+    ids[: len(_EVALUATED)] = [label.id for label in _EVALUATED]
     return ids
 
 
-_CAMVID_CLASSES: Sequence[tuple[str, Color]] = (
-    ("sky", (128, 128, 128)),
-    ("building", (128, 0, 0)),
-    ("pole", (192, 192, 128)),
-    ("road", (128, 64, 128)),
-    ("pavement", (60, 40, 222)),
-    ("tree", (128, 128, 0)),
-    ("sign", (192, 128, 128)),
-    ("fence", (64, 64, 128)),
-    ("car", (64, 0, 128)),
-    ("pedestrian", (64, 64, 0)),
-    ("bicyclist", (0, 128, 192)),
-)
+_CAMVID_CLASSES: dict[str, Color] = {
+    "sky": (128, 128, 128),
+    "building": (128, 0, 0),
+    "pole": (192, 192, 128),
+    "road": (128, 64, 128),
+    "pavement": (60, 40, 222),
+    "tree": (128, 128, 0),
+    "sign": (192, 128, 128),
+    "fence": (64, 64, 128),
+    "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0),
+    "bicyclist": (0, 128, 192),
+}
 
 
 def camvid_scheme() -> LabelScheme:
     """The 11 CamVid classes of the SegNet split; file value 11 is void."""
-    names, colors = zip(*_CAMVID_CLASSES, strict=True)
-    file_ids = {index: index for index in range(len(names))}
-    file_ids[len(names)] = IGNORE_INDEX
-    return LabelScheme(name="CamVid", classes=names, colors=colors, file_ids=file_ids)
+    file_ids = {index: index for index in range(11)} | {11: IGNORE_INDEX}
+    return LabelScheme("CamVid", tuple(_CAMVID_CLASSES), tuple(_CAMVID_CLASSES.values()), file_ids)
 
 
 def require_classes(
     net: LEDNet, meta: dict, scheme: LabelScheme, source: str | os.PathLike
 ) -> None:
-    """Refuse a network whose outputs mean something else than the classes of `scheme`.
+    """Raise a `UserError` if the outputs of a network are not the classes of `scheme`.
 
     Args:
-        net, meta: as `load_model` returned them.
-        source: of the weights, for the message.
-
-    Raises:
-        UserError: another number of classes, or others by name.
+        net, meta: as returned by `load_model`.
+        source: where the weights come from, for the message.
     """
     if net.num_classes != scheme.num_outputs:
         raise UserError(

@@ -38,14 +38,11 @@ class TrainLoader(Loader):
 Batches = Loader | DeviceLoader[DistributedEvalSampler] | DeviceLoader[ResumableDistributedSampler]
 TrainBatches = TrainLoader | DeviceLoader[ResumableDistributedSampler]
 
-WORKER_FAILURE = "DataLoader worker (pid"
-"""Start of PyTorch's message about a worker process that has died."""
-
 
 def make_loaders(
     train: PairDataset,
     val: PairDataset,
-    world: DistributedContext,
+    dist_context: DistributedContext,
     batch_size: int,
     workers: int,
     seed: int,
@@ -61,28 +58,30 @@ def make_loaders(
         seed: seed of the shuffling.
         class_counts, class_uniform: see `ClassUniformSampler`; with None and 0 every training
             image is used once per epoch.
-        on_device: decode both data sets into the memory of `world.device` now.
+        on_device: decode both data sets into the memory of the device now.
     """
-    sampler = ResumableDistributedSampler(len(train), world, seed)
-    if class_counts is not None:
-        sampler = ClassUniformSampler(class_counts, class_uniform, world, seed)
+    device = dist_context.device
+    if class_counts is None:
+        sampler = ResumableDistributedSampler(len(train), dist_context, seed)
+    else:
+        sampler = ClassUniformSampler(class_counts, class_uniform, dist_context, seed)
+    val_sampler = DistributedEvalSampler(len(val), dist_context)
     common: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": workers,
-        "pin_memory": world.device.type == "cuda",
+        "pin_memory": device.type == "cuda",
         "persistent_workers": workers > 0,
         "worker_init_fn": ignore_stop_signals,
     }
-    val_sampler = DistributedEvalSampler(len(val), world)
     train_loader = TrainLoader(train, sampler=sampler, **common)
     val_loader = Loader(val, sampler=val_sampler, **common)
     if not on_device:
         return train_loader, val_loader
     # Every process trains on all images in the course of the epochs, and validates on its share.
-    shared_by = world.size if world.device.type == "cpu" else 1
+    shared_by = dist_context.size if device.type == "cpu" else 1
     return (
-        load_to_device(train_loader, sampler, world.device, None, shared_by),
-        load_to_device(val_loader, val_sampler, world.device, val_sampler.indices, shared_by),
+        load_to_device(train_loader, sampler, device, None, shared_by),
+        load_to_device(val_loader, val_sampler, device, val_sampler.indices, shared_by),
     )
 
 
@@ -91,21 +90,15 @@ def end_loading(loader: Batches) -> None:
 
     They ignore SIGTERM, with which Python would otherwise try to end them after an error.
     """
-    if isinstance(loader, DataLoader) and isinstance(
-        loader._iterator, _MultiProcessingDataLoaderIter
-    ):
-        loader._iterator._shutdown_workers()
+    iterator = loader._iterator if isinstance(loader, DataLoader) else None
+    if isinstance(iterator, _MultiProcessingDataLoaderIter):
+        iterator._shutdown_workers()
 
 
 def batch_names(loader: TrainBatches, number: int) -> list[str]:
-    """File names of the images of a training batch.
-
-    Args:
-        number: of the batch, 0 for the first of `loader`.
-    """
-    sampler = loader.sampler
-    begin = sampler.start + number * loader.batch_size
-    chosen = sampler.indices()[begin : begin + loader.batch_size]
+    """File names of the images of training batch `number`, 0 for the first one of `loader`."""
+    sampler, size = loader.sampler, loader.batch_size
+    chosen = sampler.indices()[sampler.start + number * size :][:size]
     return [loader.dataset.pairs[index].image.name for index in chosen]
 
 
@@ -119,7 +112,7 @@ def worker_failures() -> Iterator[None]:
         yield
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         # The connection errors occur if the worker had a batch ready.
-        if isinstance(error, RuntimeError) and not str(error).startswith(WORKER_FAILURE):
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
             raise
         raise UserError(
             "a loading process died (killed, or out of memory): continue with --resume, perhaps "

@@ -1,6 +1,7 @@
-"""Which label file belongs to which image: pairs are made by name, never by order."""
+"""Image files and their label files: found in folders, and matched by name, never by order."""
 
-from collections.abc import Collection, Iterable
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from PIL import Image
 from lednet.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+LABEL_SUFFIXES = (".png",)
 
 
 class Sample(NamedTuple):
@@ -18,40 +20,28 @@ class Sample(NamedTuple):
     label: Path | None
 
 
-def require_file(file: Path | None, what: str) -> Path:
-    """The file, where a split must have it.
+class SplitSpec(NamedTuple):
+    """The split to list; the fields are described in `lednet.data.registry.open_dataset`.
 
-    Args:
-        what: such files, for the message.
-
-    Raises:
-        UserError: there is none.
+    With `holds_out`, "val" is held out of "train", and needs no folder of its own.
     """
-    if file is None:
-        raise UserError(f"there are no {what}, which are needed here: choose another split")
-    return file
 
-
-def _require_folder(folder: Path, next_step: str) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}: {next_step}")
-    return folder
-
-
-def list_examples(names: Iterable[str], limit: int = 3) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    root: Path
+    split: str
+    annotations: str = "fine"
+    labels: str = "auto"
+    class_file: str | os.PathLike | None = None
+    holds_out: bool = False
 
 
 class FileIndex(NamedTuple):
-    """The files of a split by the name that pairs them, not paired yet.
+    """The files of a split by the name that matches them, not matched yet.
 
     Attributes:
-        images, labels: files of each name, of which there should be one; `labels` is None
-            where they are withheld.
-        folders: in which nothing else is expected.
-        place: of the split, for messages.
+        images: image files of each name, of which there should be one.
+        labels: label files of each name; None where they are withheld.
+        folders: folders in which no other images are expected.
+        place: location of the split, for messages.
     """
 
     images: dict[str, list[Path]]
@@ -60,90 +50,90 @@ class FileIndex(NamedTuple):
     place: str
 
     def unmatched_files(self) -> list[Path]:
-        """Pictures in `folders` whose format or name is not taken."""
-        taken = {path for paths in self.images.values() for path in paths}
-        taken.update(path for paths in (self.labels or {}).values() for path in paths)
+        """Images in `folders` that are not used because of their format or name."""
+        used = {
+            p for files in (self.images, self.labels or {}) for ps in files.values() for p in ps
+        }
         formats = Image.registered_extensions()
         return [
             path
             for folder in self.folders
             for path in sorted(folder.rglob("*.*"))
-            if path.suffix.lower() in formats
-            and path not in taken
-            and not path.name.startswith(".")
+            if path.suffix.lower() in formats and path not in used and path.name[0] != "."
         ]
 
 
-def _by_name(paths: Iterable[Path], ending: str = "") -> dict[str, list[Path]]:
-    """Key each path by its file name less `ending` and suffix."""
+def require_file(file: Path | None, what: str) -> Path:
+    """Return `file`, or raise a `UserError` if it is None: the split has no `what`."""
+    if file is None:
+        raise UserError(f"there are no {what}, which are needed here: choose another split")
+    return file
+
+
+def list_examples(names: Iterable[str], limit: int = 3) -> str:
+    """The first names in order, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def find_files(
+    folder: Path, next_step: str, ending: str = "", suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+) -> dict[str, list[Path]]:
+    """Find files in `folder` and its subfolders.
+
+    Args:
+        next_step: what to do if there is no such folder, for the message.
+        ending: end of the files' names before the suffix.
+        suffixes: in lower case; files may have them in any case. Hidden files are skipped.
+
+    Returns:
+        Files by their name without ending and suffix, in the order of their paths.
+
+    Raises:
+        UserError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: {next_step}")
     found: dict[str, list[Path]] = {}
-    for path in sorted(paths):
-        found.setdefault(path.stem.removesuffix(ending), []).append(path)
+    for path in sorted(folder.rglob(f"*{ending}.*")):
+        if path.suffix.lower() in suffixes and path.name[0] != ".":
+            found.setdefault(path.stem.removesuffix(ending), []).append(path)
+    if not found and suffixes == IMAGE_SUFFIXES:
+        raise UserError(
+            f"{folder} holds no images (png, jpg or webp): check the data folder and split"
+        )
     return found
 
 
-def _one_each(files: dict[str, list[Path]], what: str) -> dict[str, Path]:
+def require_unique(files: dict[str, list[Path]], what: str) -> dict[str, Path]:
+    """The only file of each name; a `UserError` lists names with several."""
     doubled = [f"{first} / {other.name}" for first, *others in files.values() for other in others]
     if doubled:
         raise UserError(
-            f"{len(doubled)} {what} stand twice for one name ({list_examples(doubled)}): "
+            f"{len(doubled)} {what} have the name of another one ({list_examples(doubled)}): "
             "keep one of each"
         )
     return {name: paths[0] for name, paths in files.items()}
 
 
-def pair_files(listing: FileIndex) -> list[Sample]:
-    """Pairs of a split's files, sorted by name.
+def pair_files(index: FileIndex) -> list[Sample]:
+    """Pair the images and labels of a split, sorted by name.
 
     Raises:
-        UserError: partners are missing or doubled; names the first ones and their number.
+        UserError: some have no partner or two; names the first ones and their number.
     """
-    images = _one_each(listing.images, "images")
-    if listing.labels is None:
-        return [Sample(images[key], None) for key in sorted(images)]
-    labels, place = _one_each(listing.labels, "labels"), listing.place
-    without_label = images.keys() - labels.keys()
-    if without_label:
-        raise UserError(
-            f"{place}: {len(without_label)} of {len(images)} images have no label "
-            f"({list_examples(without_label)}): add the labels or remove the images"
-        )
-    without_image = labels.keys() - images.keys()
-    if without_image:
-        raise UserError(
-            f"{place}: {len(without_image)} of {len(labels)} labels have no image "
-            f"({list_examples(without_image)}): add the images or remove the labels"
-        )
-    return [Sample(images[key], labels[key]) for key in sorted(images)]
-
-
-def _images_below(folder: Path, ending: str = "") -> list[Path]:
-    return [
-        path
-        for path in folder.rglob(f"*{ending}.*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    ]
-
-
-def _refuse_empty(images: Collection, folder: Path) -> None:
-    if not images:
-        raise UserError(
-            f"{folder} holds no images (png, jpg or webp): check the data folder and split"
-        )
-
-
-def split_holdout(
-    pairs: list[Sample], held_out: bool, every: int = 0, names: str = ""
-) -> list[Sample]:
-    """Split training pairs in two: some are held out for validation.
-
-    Args:
-        held_out: whether to return the held-out pairs or the rest.
-        every: hold out every n-th pair, or with 0
-        names: those whose images' names begin so, for instance a whole recording.
-    """
-
-    def is_held_out(i: int, pair: Sample) -> bool:
-        return i % every == every - 1 if every else pair.image.name.startswith(names)
-
-    return [pair for i, pair in enumerate(pairs) if is_held_out(i, pair) == held_out]
+    images = require_unique(index.images, "images")
+    if index.labels is None:
+        return [Sample(images[name], None) for name in sorted(images)]
+    labels = require_unique(index.labels, "labels")
+    for files, partners, what, partner in (
+        (images, labels, "images", "label"),
+        (labels, images, "labels", "image"),
+    ):
+        if lone := files.keys() - partners.keys():
+            raise UserError(
+                f"{index.place}: {len(lone)} of {len(files)} {what} have no {partner} "
+                f"({list_examples(lone)}): add the {partner}s or remove the {what}"
+            )
+    return [Sample(images[name], labels[name]) for name in sorted(images)]

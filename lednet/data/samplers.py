@@ -13,8 +13,8 @@ from lednet.distributed import DistributedContext
 class DistributedEvalSampler(Sampler[int]):
     """Divides the indices among the processes, each image exactly once."""
 
-    def __init__(self, length: int, world: DistributedContext):
-        self.indices = range(world.rank, length, world.size)
+    def __init__(self, length: int, dist_context: DistributedContext):
+        self.indices = range(dist_context.rank, length, dist_context.size)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
@@ -34,21 +34,21 @@ class ResumableDistributedSampler(Sampler[int]):
         start: number of indices of this process to skip, in an epoch that is resumed.
     """
 
-    def __init__(self, length: int, world: DistributedContext, seed: int):
-        self.length, self.world, self.seed = length, world, seed
+    def __init__(self, length: int, dist_context: DistributedContext, seed: int):
+        self.length, self.dist_context, self.seed = length, dist_context, seed
         self.epoch = self.start = 0
 
     @property
     def num_samples(self) -> int:
         """Number of indices of this process in a whole epoch."""
-        return -(-self.length // self.world.size)
+        return -(-self.length // self.dist_context.size)
 
     def indices(self) -> list[int]:
         """Indices of this process in the whole epoch."""
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = self._joint_order(generator).tolist()
-        padded = [order[i % self.length] for i in range(self.num_samples * self.world.size)]
-        return padded[self.world.rank :: self.world.size]
+        rank, size = self.dist_context.rank, self.dist_context.size
+        return [order[i % self.length] for i in range(rank, self.num_samples * size, size)]
 
     def _joint_order(self, generator: torch.Generator) -> Tensor:
         """Indices (length,) of an epoch, for all processes together."""
@@ -73,8 +73,10 @@ class ClassUniformSampler(ResumableDistributedSampler):
         fraction: fraction of the images, above 0 and at most 1.
     """
 
-    def __init__(self, counts: np.ndarray, fraction: float, world: DistributedContext, seed: int):
-        super().__init__(len(counts), world, seed)
+    def __init__(
+        self, counts: np.ndarray, fraction: float, dist_context: DistributedContext, seed: int
+    ):
+        super().__init__(len(counts), dist_context, seed)
         self.drawn = round(fraction * len(counts))
         # Images grouped by class; those of class c start at starts[c].
         classes, self.images = map(torch.from_numpy, np.nonzero(counts[:, :-1].T))

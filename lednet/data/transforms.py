@@ -1,10 +1,9 @@
-"""What happens to an image and its label between the file and the network.
+"""Transforms of images and label maps between the file and the network.
 
-Two halves: resizing, one sample at a time on the CPU, always with the same result, so
-that it can be kept (`lednet.data.cache`); and `Augmentation`, random, a batch at a time
-on whatever device the batch is on. Between them everything is uint8. Image and label
-move alike, images with bilinear interpolation, labels with nearest-neighbour, whose
-values never change. What comes in from outside the picture is void in the label.
+Resizing is deterministic and done one sample at a time on the CPU, so that its results can be
+cached. `Augmentation` is random, and done a batch at a time on the device of the batch. Between
+them everything is uint8. Images are interpolated bilinearly, labels by nearest neighbour. Pixels
+from outside the image are void in the label.
 """
 
 from collections.abc import Sequence
@@ -18,34 +17,52 @@ from lednet.data.labels import IGNORE_INDEX
 
 PRESETS = ("paper", "modern")
 SHIFT = 2
-"""Largest translation of the paper's recipe in pixels (official training code)."""
+"""Largest translation of "paper" in pixels (official training code)."""
 SCALES = (0.5, 2.0)
 JITTER = 0.3
 """Colour factors of "modern" are 1 - JITTER to 1 + JITTER."""
 
 
 def resize_transform(size: tuple[int, int]) -> v2.Compose:
-    """Resize to `size`, (height, width) in pixels; out come plain uint8 tensors.
-
-    (Image uint8 (3, H, W), Mask uint8 (H, W)) -> (uint8 (3, *size), uint8 size)
-    """
+    """Resize to `size`, (height, width) in pixels, and return plain uint8 tensors."""
     return v2.Compose([v2.Resize(size, antialias=True), v2.ToPureTensor()])
 
 
-class Augmentation(nn.Module):
-    """Random changes of a training batch, on the device of the batch.
+class Normalization(nn.Module):
+    """Holds `mean` and `std`, (3, 1, 1), of the [0, 1] image.
 
-    Args:
-        preset: "paper": flip, shift by up to 2 px, pixels as they are (the letter's
-            recipe); "modern": colour jitter, scale 0.5 to 2 with a crop to the same
-            size, flip.
-        mean, std: normalisation of the [0, 1] image; the paper has none.
-        size: (height, width) in pixels that images are brought to first, antialiased, and
-            labels of training with them; None leaves them as they come.
+    Raises:
+        ValueError: unknown preset of the augmentation.
     """
 
     mean: Tensor
     std: Tensor
+
+    def __init__(self, preset: str, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be one of {PRESETS}, not {preset!r}")
+        self.preset = preset
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+
+
+def draw_uniform(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` numbers in [0, 1) for each image, (N, count), moved to the device of the batch."""
+    draws = torch.rand(len(images), count, generator=generator)
+    return draws.to(images.device, non_blocking=images.is_cuda)  # does not wait for its queue
+
+
+class Augmentation(Normalization):
+    """Random augmentation of a training batch, on the device of the batch.
+
+    Args:
+        preset: "paper": flip and shift by up to 2 px, as in the paper; "modern": colour jitter,
+            scale 0.5 to 2 with a crop to the same size, flip.
+        mean, std: normalization of the [0, 1] image; the paper has none.
+        size: (height, width) in pixels to resize images, antialiased, and training labels to
+            first; None keeps their size.
+    """
 
     def __init__(
         self,
@@ -54,64 +71,58 @@ class Augmentation(nn.Module):
         std: Sequence[float] = (1, 1, 1),
         size: tuple[int, int] | None = None,
     ):
-        super().__init__()
-        if preset not in PRESETS:
-            raise ValueError(f"preset must be one of {PRESETS}, not {preset!r}")
-        self.change = {"paper": random_flip_translate, "modern": color_jitter_random_scale}[preset]
+        super().__init__(preset, mean, std)
         self.size = size
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
 
     def forward(
         self, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """
+        """Augment a batch.
+
         Args:
             images: (N, 3, H, W) uint8.
             labels: (N, H, W) uint8.
-            generator: of the CPU, so that no result depends on the device's own.
+            generator: on the CPU, so that results do not depend on the device.
 
         Returns:
-            (N, 3, H, W) float32, normalised (black outside the picture), and
-            (N, H, W) int64, `IGNORE_INDEX` there.
+            Normalized images (N, 3, H, W) float32, and labels (N, H, W) int64. Pixels from outside
+            the image are black before normalization, and `IGNORE_INDEX`.
         """
         if self.size:
             images = self._resized(images)
             labels = F.interpolate(labels[:, None], self.size, mode="nearest-exact")[:, 0]
-        draws = torch.rand(len(images), 7, generator=generator)
-        draws = draws.to(images.device, non_blocking=images.is_cuda)  # no waiting for its queue
-        images, labels = self.change(images, labels, draws)
+        change = random_flip_translate if self.preset == "paper" else color_jitter_random_scale
+        images, labels = change(images, labels, draw_uniform(images, 7, generator))
         return self._normalized(images), labels.long()
 
-    def _resized(self, images: Tensor) -> Tensor:
-        return v2.functional.resize(images, self.size, antialias=True)
-
     def normalize(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, without any change: for validation. Labels keep their size.
+        """As `forward`, without augmentation: for validation. Labels keep their size.
 
         Args:
             images: (N, 3, H, W) uint8, or float32 in [0, 1].
         """
         return self._normalized(self._resized(images) if self.size else images), labels.long()
 
+    def _resized(self, images: Tensor) -> Tensor:
+        return v2.functional.resize(images, self.size, antialias=True)
+
     def _normalized(self, images: Tensor) -> Tensor:
-        """From bytes or [0, 1] to what the network takes."""
         if images.dtype == torch.uint8:
             images = images.float().mul_(1 / 255)
-        images = images.contiguous()  # one layout, whatever the loader's: results depend on it
+        images = images.contiguous()  # results depend on the memory format
         return (images - self.mean).div_(self.std)
 
 
 def gather(planes: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Pick whole pixels of each sample.
+    """Gather rows and columns of pixels of each sample.
 
     Args:
         planes: (N, C, H, W).
-        rows, columns: (N, H') and (N, W') source coordinates; outside the picture too.
+        rows, columns: (N, H') and (N, W') source coordinates, which may be outside the image.
 
     Returns:
-        (N, C, H', W'), and which of it comes from inside the picture, (N, 1, H', W') bool;
-        the rest is to be overwritten.
+        (N, C, H', W'), and a mask (N, 1, H', W') of the pixels from inside the image; the values
+        of the others are undefined.
     """
     n, c, height, width = planes.shape
     sample = torch.arange(n, device=planes.device).view(n, 1, 1)
@@ -124,7 +135,7 @@ def gather(planes: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tenso
 
 
 def random_flip_translate(images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """The paper's: mirror half of the samples, then shift each by up to `SHIFT` px.
+    """Mirror half of the samples, then shift each by up to `SHIFT` px.
 
     draws: (N, 7) uniform in [0, 1).
     """
@@ -134,7 +145,7 @@ def random_flip_translate(images: Tensor, labels: Tensor, draws: Tensor) -> tupl
     rows = torch.arange(height, device=images.device) - down  # (N, H)
     columns = torch.arange(width, device=images.device) - right  # (N, W)
     columns = torch.where(flip, width - 1 - columns, columns)
-    # The label travels as a fourth channel: it cannot go another way than the image.
+    # The label is a fourth channel, so that it stays aligned with the image.
     moved, inside = gather(torch.cat((images, labels[:, None]), dim=1), rows, columns)
     return moved[:, :3] * inside, moved[:, 3].masked_fill(~inside[:, 0], IGNORE_INDEX)
 
@@ -142,15 +153,15 @@ def random_flip_translate(images: Tensor, labels: Tensor, draws: Tensor) -> tupl
 def color_jitter_random_scale(
     images: Tensor, labels: Tensor, draws: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Change the colours, mirror half of the samples, scale each within `SCALES`.
+    """Jitter the colours, mirror half of the samples, scale each within `SCALES`.
 
-    A picture made larger is cropped anywhere, one made smaller lies anywhere in the frame.
+    Enlarged images are cropped, reduced ones padded, both at a random position.
 
     draws: (N, 7) uniform in [0, 1).
     """
     height, width = labels.shape[-2:]
     images = color_jitter(images.float().mul_(1 / 255), 1 + JITTER * (2 * draws[:, 4:] - 1))
-    # In units of half the frame, as grid_sample has them: -1 to 1 both ways.
+    # Coordinates as of grid_sample: -1 to 1 from edge to edge.
     mirror = torch.where(draws[:, :1] < 0.5, -1.0, 1.0)
     scale = SCALES[0] + (SCALES[1] - SCALES[0]) * draws[:, 3:4]
     place = (2 * draws[:, 1:3] - 1) * (1 - scale)
@@ -158,7 +169,7 @@ def color_jitter_random_scale(
     def centres(n: int) -> Tensor:
         return (2 * torch.arange(n, device=images.device) + 1) / n - 1
 
-    # No affine_grid: its matrix product may run in TF32, too coarse to tell pixels apart.
+    # Not affine_grid: its matrix product may run in TF32, whose precision is below one pixel.
     y = (centres(height) - place[:, :1]) / scale  # (N, H)
     x = (mirror * centres(width) - place[:, 1:]) / scale  # (N, W)
     rows, columns = ((y + 1) * height / 2).floor().long(), ((x + 1) * width / 2).floor().long()

@@ -1,36 +1,54 @@
-"""The Pascal VOC data set: where its images and labels are."""
+"""The data sets Pascal VOC and ADE20K: location of their images and labels."""
 
 import os
 from pathlib import Path
 
-from lednet.data.pairs import IMAGE_SUFFIXES, FileIndex, _by_name, _require_folder, list_examples
+from lednet.data.folders import CLASS_FILES, list_folders, read_class_file
+from lednet.data.labels import LabelScheme
+from lednet.data.pairs import LABEL_SUFFIXES, FileIndex, SplitSpec, find_files, list_examples
 from lednet.errors import UserError
 
 
-def voc_list(root: Path, split: str, annotations: str = "fine") -> Path:
-    """The list of a Pascal VOC split. The augmented "train" has one of its own: "trainaug"."""
-    name = "trainaug" if (split, annotations) == ("train", "aug") else split
-    return root / "ImageSets" / "Segmentation" / f"{name}.txt"
+def _root_of(root: Path, subfolders: tuple[str, ...], content: str, archive: str) -> Path:
+    """The one of `root` and its subfolders, as the archive unpacks, that holds `content`."""
+    found = [folder for name in ("", *subfolders) if ((folder := root / name) / content).is_dir()]
+    if not found:
+        raise UserError(
+            f"no {content} in {root} or its {' or '.join(subfolders)}: unpack {archive} there, or "
+            "specify another folder with --datadir"
+        )
+    if len(found) > 1:
+        raise UserError(f"both {found[0]} and {found[1]} hold {content}: choose one by --datadir")
+    return found[0]
+
+
+def _voc_root(root: Path) -> Path:
+    subfolders = ("VOC2012", "VOCdevkit/VOC2012")
+    return _root_of(root, subfolders, "ImageSets/Segmentation", "VOCtrainval_11-May-2012.tar")
+
+
+def voc_list(root: Path, split: str) -> Path:
+    """The file that lists the images of a Pascal VOC split."""
+    return _voc_root(root) / "ImageSets" / "Segmentation" / f"{split}.txt"
 
 
 def list_voc(root: str | os.PathLike, split: str, annotations: str = "fine") -> FileIndex:
-    """Files of a Pascal VOC tree that the list of a split names; others are expected there too.
+    """List the files of a Pascal VOC split, as named in `ImageSets/Segmentation`.
 
     Args:
-        root: folder that holds `JPEGImages`, `SegmentationClass` and `ImageSets`.
+        root: folder of the data set.
         split: "train", "val", "trainval", or "test", whose labels are withheld.
         annotations: "fine" or "aug", whose "train" is `trainaug` with the labels of
             `SegmentationClassAug`. All other splits are the same in both.
 
     Raises:
-        UserError: the list or a folder is missing, it names nothing, or an image that is not
-            there.
+        UserError: the list, a folder or an image is missing, or the list is empty.
     """
-    root = Path(root)
-    path = voc_list(root, split, annotations)
-    added = path.stem == "trainaug"
-    next_step = "unpack VOCtrainval_11-May-2012.tar again, or name another folder with --datadir"
-    if added:
+    augmented = (split, annotations) == ("train", "aug")
+    path = voc_list(Path(root), "trainaug" if augmented else split)
+    root = path.parents[2]
+    next_step = "unpack VOCtrainval_11-May-2012.tar again, or specify another folder with --datadir"
+    if augmented:
         next_step = "add SBD's list and labels (datasets/README.md), or choose fine annotations"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -42,19 +60,32 @@ def list_voc(root: str | os.PathLike, split: str, annotations: str = "fine") -> 
     names = {Path(line.split()[0]).stem: None for line in lines if line.strip()}
     if not names:
         raise UserError(f"{path} names no images: {next_step}")
-    image_folder = _require_folder(root / "JPEGImages", next_step)
-    there = _by_name(p for p in image_folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    images = {name: there[name] for name in names if name in there}
-    lost = names.keys() - images.keys()
-    if lost:
+    found = find_files(root / "JPEGImages", next_step)
+    images = {name: found[name] for name in names if name in found}
+    if missing := names.keys() - images.keys():
         raise UserError(
-            f"{path} names {len(lost)} images that are not in {image_folder} "
-            f"({list_examples(lost)}): unpack the archive again"
+            f"{path} names {len(missing)} images that are not in {root / 'JPEGImages'} "
+            f"({list_examples(missing)}): unpack the archive again"
         )
-    if split == "test":
-        return FileIndex(images, None, (), str(path))
-    label_folder = root / ("SegmentationClassAug" if added else "SegmentationClass")
-    _require_folder(label_folder, next_step)
-    labels = {name: [label_folder / f"{name}.png"] for name in names}
-    labels = {name: [label] for name, [label] in labels.items() if label.is_file()}
+    labels = None
+    if split != "test":
+        folder = root / ("SegmentationClassAug" if augmented else "SegmentationClass")
+        found = find_files(folder, next_step, suffixes=LABEL_SUFFIXES)
+        labels = {name: found[name] for name in names if name in found}
     return FileIndex(images, labels, (), str(path))
+
+
+def open_voc(spec: SplitSpec) -> tuple[LabelScheme, FileIndex]:
+    scheme = read_class_file(CLASS_FILES / "VOC.yaml")
+    return scheme, list_voc(spec.root, spec.split, spec.annotations)
+
+
+def ade20k_folder(root: Path, kind: str, split: str) -> Path:
+    """Folder of a split's "images" or "annotations"."""
+    root = _root_of(root, ("ADEChallengeData2016",), "images", "ADEChallengeData2016.zip")
+    return root / kind / {"train": "training", "val": "validation"}.get(split, split)
+
+
+def open_ade20k(spec: SplitSpec) -> tuple[LabelScheme, FileIndex]:
+    folders = (ade20k_folder(spec.root, kind, spec.split) for kind in ("images", "annotations"))
+    return read_class_file(CLASS_FILES / "ADE20K.yaml"), list_folders(*folders)

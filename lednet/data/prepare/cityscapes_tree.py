@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from lednet.data.cityscapes import CITYSCAPES_ARCHIVES, archive_of
 from lednet.data.pairs import list_examples
@@ -19,6 +18,16 @@ SPLITS = {
     "gtCoarse": ("train", "val", "train_extra"),
 }
 """Splits of each kind of file. Labels of test are void except for the ego vehicle and border."""
+
+ENDINGS = {
+    "leftImg8bit.png": "leftImg8bit",
+    "gtFine_labelIds.png": "gtFine",
+    "gtFine_polygons.json": "gtFine",
+    "gtCoarse_labelIds.png": "gtCoarse",
+    "gtCoarse_polygons.json": "gtCoarse",
+}
+"""Files that are counted, and their kind. Polygons are optional, since training does not read them.
+"""
 
 BLACK_FRAME = "troisdorf_000000_000073"
 """A frame of train_extra that is published as a black image with an empty label."""
@@ -41,29 +50,23 @@ def find_archives(sources: Iterable[Path]) -> list[Path]:
     Raises:
         UserError: a source does not exist, or is a folder without an official zip.
     """
-    found: list[Path] = []
+    found: dict[Path, None] = {}
+    official = sorted(set(CITYSCAPES_ARCHIVES.values()))
     for source in sources:
-        if source.is_dir():
-            official = sorted(set(CITYSCAPES_ARCHIVES.values()))
-            inside = [source / name for name in official if (source / name).is_file()]
-            if not inside:
-                raise UserError(
-                    f"{source} holds none of {', '.join(official)}: name the zips one by one"
-                )
-            found += inside
-        elif source.is_file():
-            found.append(source)
-        else:
+        paths = [source / name for name in official] if source.is_dir() else [source]
+        paths = [path for path in paths if path.is_file()]
+        if not paths and source.is_dir():
+            raise UserError(
+                f"{source} holds none of {', '.join(official)}: name the zips one by one"
+            )
+        if not paths:
             raise UserError(f"no file or folder {source}: check the path")
-    return list(dict.fromkeys(found))
+        found |= dict.fromkeys(paths)
+    return list(found)
 
 
 def open_archive(path: Path) -> Archive:
-    """Open one of the official archives.
-
-    Raises:
-        UserError: see `Archive`, or it has no files of Cityscapes.
-    """
+    """Open an official archive; a `UserError` if it has no files of the tree, or see `Archive`."""
     archive = Archive(path, _MEMBER)
     if not any("/" in member.filename for member in archive.files):
         raise UserError(
@@ -73,40 +76,28 @@ def open_archive(path: Path) -> Archive:
     return archive
 
 
-class Tree(NamedTuple):
-    """Content of a Cityscapes tree.
-
-    Attributes:
-        counts: number of frames by kind of file and split, for folders that exist.
-        problems: a sentence for each incomplete folder.
-        notes: sentences of information.
-    """
-
-    counts: dict[str, dict[str, int]]
-    problems: list[str]
-    notes: list[str]
-
-    def table(self) -> str:
-        width = max(map(len, self.counts), default=0)
-        lines = ["".join((" " * width, *(f"{split:>13}" for split in FRAMES)))]
-        for kind, counts in self.counts.items():
-            cells = (f"{counts[split]:,}" if split in counts else "-" for split in FRAMES)
-            lines.append("".join((f"{kind:{width}}", *(f"{cell:>13}" for cell in cells))))
-        return "\n".join(lines)
-
-
-def check_tree(root: Path) -> Tree:
+def check_tree(root: Path) -> tuple[str, list[str]]:
     """Compare a tree with the published numbers, and its images with its labels.
 
     A folder that does not exist is no problem, since any subset of the archives may be used.
+
+    Returns:
+        A table of the number of frames, "" if there are none, and a sentence for each problem.
     """
-    tree = Tree({}, [], [])
-    images = _check_counts(root, "leftImg8bit", "leftImg8bit.png", tree)
+    frames = {ending: _frames(root, kind, ending) for ending, kind in ENDINGS.items()}
+    optional = {end: found for end, found in frames.items() if end.endswith(".json")}
+    shown = {end: f for end, f in frames.items() if any(f.values()) or (f and end not in optional)}
+    problems = [
+        f"{root / kind / split} holds {len(names):,} *_{ending} of {FRAMES[split]:,}: "
+        f"unpack {archive_of(kind, split)} again"
+        for ending, kind in ENDINGS.items()
+        for split, names in frames[ending].items()
+        if len(names | ({BLACK_FRAME} if split == "train_extra" else set())) != FRAMES[split]
+        and ending not in optional
+    ]
+    images = frames["leftImg8bit.png"]
     for kind in ("gtFine", "gtCoarse"):
-        labels = _check_counts(root, kind, f"{kind}_labelIds.png", tree)
-        polygons = _frames(root, kind, f"{kind}_polygons.json")
-        if any(polygons.values()):  # optional, since training does not read them
-            tree.counts[f"{kind}_polygons.json"] = {s: len(polygons[s]) for s in polygons}
+        labels = frames[f"{kind}_labelIds.png"]
         for split in (split for split in labels if split in images):
             image, label = ("leftImg8bit", images[split]), (kind, labels[split])
             for (here, names), (there, partners), what in (
@@ -114,16 +105,15 @@ def check_tree(root: Path) -> Tree:
                 (label, image, "labels of {} have no image"),
             ):
                 if lone := names - partners:
-                    tree.problems.append(
+                    problems.append(
                         f"{len(lone):,} {what.format(f'{here}/{split}')} in {there}/{split} "
                         f"({list_examples(lone)}): unpack {archive_of(there, split)} again"
                     )
-    black = root / f"leftImg8bit/train_extra/troisdorf/{BLACK_FRAME}_leftImg8bit.png"
-    if black.exists():
-        tree.notes.append(
-            f"{black} is black, as published, and its coarse label empty: leave both or remove both"
-        )
-    return tree
+    rows = [("", *FRAMES)] if shown else []
+    for ending, found in shown.items():
+        rows.append((ending, *(f"{len(found[s]):,}" if s in found else "-" for s in FRAMES)))
+    table = [f"{name:22}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in rows]
+    return "\n".join(table), problems
 
 
 def _frames(root: Path, kind: str, ending: str) -> dict[str, set[str]]:
@@ -133,18 +123,3 @@ def _frames(root: Path, kind: str, ending: str) -> dict[str, set[str]]:
         for split in SPLITS[kind]
         if (folder := root / kind / split).is_dir()
     }
-
-
-def _check_counts(root: Path, kind: str, ending: str, tree: Tree) -> dict[str, set[str]]:
-    """Count the frames that have a file with this ending, and return their names by split."""
-    frames = _frames(root, kind, ending)
-    if frames:
-        tree.counts[ending] = {split: len(names) for split, names in frames.items()}
-    for split, names in frames.items():
-        removable = {BLACK_FRAME} if split == "train_extra" else set()
-        if len(names | removable) != FRAMES[split]:
-            tree.problems.append(
-                f"{root / kind / split} holds {len(names):,} *_{ending} of {FRAMES[split]:,}: "
-                f"unpack {archive_of(kind, split)} again"
-            )
-    return frames

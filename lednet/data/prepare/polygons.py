@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from lednet.data.cityscapes import ground_truth
 from lednet.data.labels import CITYSCAPES_LABELS
 from lednet.errors import UserError
 from lednet.io import max_pixels, write_atomically
@@ -114,23 +113,19 @@ def draw_labels(annotation: Annotation, encoding: str = "labelIds") -> np.ndarra
 def write_missing_labels(root: Path, encoding: str = "labelIds") -> tuple[int, list[str]]:
     """Draw the label images that are missing beside the polygon files of a Cityscapes tree.
 
-    Shows a progress bar, and skips files that cannot be read.
+    Shows a progress bar, and skips files that cannot be read. Raises a `UserError` if the disk is
+    full.
 
     Returns:
         How many images were written, and a sentence for each file that could not be read.
-
-    Raises:
-        UserError: the disk is full.
     """
-    folders = [root / ground_truth(annotations) for annotations in ("fine", "coarse")]
-    targets = {
-        path: path.with_name(f"{path.name.removesuffix(ENDING)}_{encoding}.png")
-        for folder in folders
-        for path in sorted(folder.glob(f"*/*/*{ENDING}"))
-    }
-    missing = {path: target for path, target in targets.items() if not target.exists()}
+    paths = sorted(
+        path for kind in ("gtFine", "gtCoarse") for path in root.glob(f"{kind}/*/*/*{ENDING}")
+    )
+    targets = [path.with_name(path.name.replace(ENDING, f"_{encoding}.png")) for path in paths]
+    missing = [pair for pair in zip(paths, targets, strict=True) if not pair[1].exists()]
     problems = []
-    for path, target in tqdm(missing.items(), encoding, unit="label", dynamic_ncols=True):
+    for path, target in tqdm(missing, encoding, unit="label", dynamic_ncols=True):
         try:
             label = draw_labels(read_polygons(path), encoding)
         except UserError as error:

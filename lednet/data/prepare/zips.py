@@ -1,6 +1,5 @@
 """Extraction of zips by an allow-list of members: resumable, each file written atomically."""
 
-import contextlib
 import os
 import re
 import struct
@@ -24,11 +23,7 @@ UNREADABLE = (
 
 
 def open_zip(path: str | os.PathLike) -> zipfile.ZipFile:
-    """Open a zip and read its directory.
-
-    Raises:
-        UserError: the file does not exist or is not a zip.
-    """
+    """Open a zip and read its directory; a `UserError` if it does not exist or is not a zip."""
     try:
         return zipfile.ZipFile(path)
     except OSError as error:
@@ -61,35 +56,22 @@ class Archive:
         with open_zip(path) as file:
             members = {m.filename: m for m in file.infolist() if not m.filename.endswith("/")}
         self.files = [m for name, m in members.items() if allowed.fullmatch(name)]
-        self.left_out = sorted(name for name in members if not allowed.fullmatch(name))
+        self.left_out = sorted(members.keys() - {m.filename for m in self.files})
         if len(self.files) > MAX_FILES:
             raise UserError(f"{path} has more than {MAX_FILES:,} files: download it again")
         for member in self.files:
-            encrypted = member.flag_bits & 1
             plain = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            if encrypted or not plain or member.file_size > MAX_FILE_BYTES:
+            if member.flag_bits & 1 or not plain or member.file_size > MAX_FILE_BYTES:
                 raise UserError(
                     f"{member.filename} in {path} is encrypted, larger than {MAX_FILE_BYTES:,} "
                     "bytes, or compressed by an unexpected method: download the archive again"
                 )
 
-    @property
-    def size(self) -> int:
-        """Bytes of `files`."""
-        return sum(member.file_size for member in self.files)
-
-    def space_needed(self, root: Path) -> int:
-        """Bytes of `files` that do not exist below `root`."""
-        return sum(m.file_size for m in self.files if not (root / m.filename).exists())
-
     def extract(self, root: Path, bar: tqdm) -> int:
         """Write the files that do not exist yet with their size and CRC, each one atomically.
 
         An existing file directly in `root`, such as a README, is kept: it may be of another
-        archive, or the user's own.
-
-        Args:
-            bar: is advanced by the bytes of each file.
+        archive, or the user's own. `bar` is advanced by the bytes of each file.
 
         Returns:
             How many were written.
@@ -128,25 +110,23 @@ class Archive:
 
 
 def _is_complete(path: Path, member: zipfile.ZipInfo) -> bool:
-    with contextlib.suppress(OSError):
+    try:
         same_size = path.stat().st_size == member.file_size
         return same_size and zlib.crc32(path.read_bytes()) == member.CRC
-    return False
+    except OSError:
+        return False
 
 
 def extract_all(archives: list[Archive], root: Path) -> int:
-    """Extract into `root`, which is created if necessary. Shows a progress bar.
+    """Extract into `root`, which is created if necessary, and return how many files were written.
 
-    Returns:
-        How many files were written. Existing files with the right size and CRC are kept, so that
-        an interrupted extraction is resumed.
-
-    Raises:
-        UserError: the disk is too small, or see `Archive.extract`.
+    Shows a progress bar. Interrupted extractions are resumed. Raises a `UserError` if the disk is
+    too small, or see `Archive.extract`.
     """
-    needed = sum(archive.space_needed(root) for archive in archives)
+    members = [member for archive in archives for member in archive.files]
+    needed = sum(m.file_size for m in members if not (root / m.filename).exists())
     require_space(root, needed, "what is to be unpacked", "--datadir")
-    total, written = sum(archive.size for archive in archives), 0
+    total, written = sum(m.file_size for m in members), 0
     with tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
         for archive in archives:
             bar.set_description(archive.path.stem)

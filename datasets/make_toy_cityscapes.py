@@ -49,7 +49,7 @@ from PIL import Image
 from toy_scene import Scene, annotate, draw_scene
 from tqdm import tqdm
 
-from lednet.data.labels import CITYSCAPES_LABELS
+from lednet.data.labels import cityscapes_id_scheme
 from lednet.errors import UserError, exit_on_user_error
 from lednet.io import read_json, write_atomically, write_json, write_text
 
@@ -57,6 +57,8 @@ DRAWING = 1
 """Version of the drawing; increased when the same seed gives other images."""
 
 MIN_SIZE, MAX_SIZE = 64, 8192
+COLORS = np.insert(cityscapes_id_scheme().palette, 3, 255, axis=1)
+"""(256, 4) uint8: RGBA of each label id."""
 
 CITIES = {
     "train": ("lilliput", "duckburg", "laputa", "emeraldcity"),
@@ -84,16 +86,6 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
         Image.fromarray(pixels).save(temporary, compress_level=3)
 
 
-@functools.cache
-def colors() -> np.ndarray:
-    """(256, 4) uint8: RGBA of each label id."""
-    table = np.zeros((256, 4), dtype=np.uint8)
-    for label in CITYSCAPES_LABELS:
-        if label.id >= 0:
-            table[label.id] = (*label.color, 255)
-    return table
-
-
 def write_scene(root: Path, seed: int, width: int, height: int, item: tuple[str, int]) -> None:
     """Draw scene `item` = (split, index) and write its image and the files of its annotations."""
     split, index = item
@@ -109,7 +101,7 @@ def write_scene(root: Path, seed: int, width: int, height: int, item: tuple[str,
         truth, stem = truths[kind], f"{root / kind / within / name}_{kind}"
         write_png(Path(f"{stem}_labelIds.png"), truth.label_ids)
         write_png(Path(f"{stem}_instanceIds.png"), truth.instance_ids)
-        write_png(Path(f"{stem}_color.png"), colors()[truth.label_ids])
+        write_png(Path(f"{stem}_color.png"), COLORS[truth.label_ids])
         polygons = {"imgHeight": height, "imgWidth": width, "objects": truth.objects}
         write_text(f"{stem}_polygons.json", json.dumps(polygons) + "\n")
 
@@ -157,8 +149,7 @@ def write_toy_cityscapes(
     A set that was interrupted is completed if the options are the same.
 
     Args:
-        train, val, test, train_extra: scenes in each split.
-        width, height: pixels.
+        train, val, test, train_extra: number of scenes.
 
     Returns:
         False if the same set already exists.

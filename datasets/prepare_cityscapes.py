@@ -12,12 +12,7 @@ by decoding the shards whose files have changed. --verify reads everything and c
 import argparse
 from pathlib import Path
 
-from lednet.cli.common import (
-    add_dataset_flags,
-    add_input_size_flags,
-    make_parser,
-    print_help_early,
-)
+from lednet.cli.common import add_dataset_flags, add_input_size_flags, make_parser, print_help_early
 from lednet.cli.prepare_cache import add_cache_flags, build_or_verify
 
 ROOT = Path(__file__).resolve().parents[1]

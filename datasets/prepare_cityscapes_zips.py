@@ -45,12 +45,7 @@ if __name__ == "__main__":
     print_help_early(build_parser)
 
 from lednet.data.pairs import list_examples
-from lednet.data.prepare.cityscapes_tree import (
-    BLACK_FRAME,
-    check_tree,
-    find_archives,
-    open_archive,
-)
+from lednet.data.prepare.cityscapes_tree import BLACK_FRAME, check_tree, find_archives, open_archive
 from lednet.data.prepare.polygons import write_missing_labels
 from lednet.data.prepare.zips import extract_all
 from lednet.errors import UserError, exit_on_user_error, raise_if_problems

@@ -1,7 +1,7 @@
-"""Draws toy street scenes: an image and its Cityscapes annotation, from a seed.
+"""Draw toy street scenes: an image and its Cityscapes annotation, from a seed.
 
-A scene is a list of `Thing`s, back to front. A thing has a label, one outline and the strokes
-that paint it inside that outline, so image and label agree by construction.
+A scene is a list of `Thing`s, back to front. A thing has a label, an outline and strokes inside
+the outline, so that image and label agree.
 
 Shapes are polygons in the coordinates (u, v) of a plane, usually in metres: x to the right of the
 camera, y above the ground, z ahead. A `Plane` projects them to image coordinates, in heights of a
@@ -89,15 +89,15 @@ def convex_hull(points: Polygon) -> Polygon:
     """Andrew's monotone chain."""
     hull: Polygon = []
     for ordered in (sorted(points), sorted(points, reverse=True)):
-        start = len(hull)
-        for c in ordered:
-            while len(hull) > start + 1:
-                a, b = hull[-2:]
-                if (b[0] - a[0]) * (c[1] - a[1]) > (b[1] - a[1]) * (c[0] - a[0]):
+        half: Polygon = []
+        for x, y in ordered:
+            while len(half) > 1:
+                (ax, ay), (bx, by) = half[-2:]
+                if (bx - ax) * (y - ay) > (by - ay) * (x - ax):
                     break
-                hull.pop()
-            hull.append(c)
-        hull.pop()
+                half.pop()
+            half.append((x, y))
+        hull += half[:-1]
     return hull
 
 
@@ -244,7 +244,7 @@ def rail_track(street: Street, x: float) -> Thing:
     return Thing("rail track", street.floor, bed, (128, 112, 100), *rows)
 
 
-# beside the street
+# along the street
 
 
 def house(street: Street, x: float, z0: float, z1: float) -> Thing:
@@ -375,12 +375,9 @@ def car(street: Street, x: float, z: float) -> Thing:
         thing.paint(street.side(inner + math.copysign(0.16, x)), (GLASS, window))
     thing.paint(end, (0.9, box(-0.95, 0.22, 0.95, 0.95)))
     thing.paint(street.front(x, z + 0.4), (GLASS, mirrored((0.58, 1.5), (0.68, 1.0))))
-    thing.paint(
-        end,
-        (TYRE, box(-0.95, 0, 0.95, 0.22), box(-0.88, 0, -0.56, 0.3), box(0.56, 0, 0.88, 0.3)),
-        (LAMP if x < 0 else (236, 30, 30), *(disc(u, 0.7, 0.17, 0.13) for u in (-0.72, 0.72))),
-        (CREAM, box(-0.3, 0.36, 0.3, 0.54)),
-    )
+    bumper = box(-0.95, 0, 0.95, 0.22), box(-0.88, 0, -0.56, 0.3), box(0.56, 0, 0.88, 0.3)
+    lights = (LAMP if x < 0 else (236, 30, 30), *(disc(u, 0.7, 0.17, 0.13) for u in (-0.72, 0.72)))
+    thing.paint(end, (TYRE, *bumper), lights, (CREAM, box(-0.3, 0.36, 0.3, 0.54)))
     return thing.shadow(street, x0, x1, z, z + 4)
 
 
@@ -529,29 +526,17 @@ BALLOON = Figure(
 def ducks(street: Street, x: float, z: float) -> Iterator[Thing]:
     """A duck leads her ducklings over the road."""
     flip = street.rng.random() < 0.5
-    for lag, size, figure in (
-        (0, 1, DUCK),
-        *((0.25 + 0.55 * i, 0.55, DUCKLING) for i in (1, 2, 3)),
-    ):
+    ducklings = ((0.25 + 0.55 * i, 0.55, DUCKLING) for i in (1, 2, 3))
+    for lag, size, figure in ((0, 1, DUCK), *ducklings):
         at = street.front(x + (lag if flip else -lag), z, size, flip)
         yield figure.draw(street.rng, at)
 
 
-def balloon(rng: random.Random) -> Thing:
-    x, y, r = rng.uniform(0.8, 1.2), rng.uniform(0.1, 0.16), rng.uniform(0.05, 0.08)
-    return BALLOON.draw(rng, lambda u, v: (x + r * u, y + r * v))
-
-
 def bonnet(rng: random.Random) -> Thing:
     color, top = rng.choice(((36, 44, 60), (120, 26, 34), (190, 194, 200))), rng.uniform(0.92, 0.95)
-    edge, shine = (
-        [
-            (-0.05, 1.1),
-            *((x / 20, top + dy + 0.045 * (x / 20 - 1) ** 2) for x in range(-1, 42)),
-            (2.05, 1.1),
-        ]
-        for dy in (0, 0.012)
-    )
+    curve = [(x / 20, top + 0.045 * (x / 20 - 1) ** 2) for x in range(-1, 42)]
+    edge = [(-0.05, 1.1), *curve, (2.05, 1.1)]
+    shine = [(-0.05, 1.1), *((x, y + 0.012) for x, y in curve), (2.05, 1.1)]
     badge = (CREAM, disc(1.0, top + 0.03, 0.022)), (RED, disc(1.0, top + 0.03, 0.012))
     return Thing("ego vehicle", IMAGE, edge, color, (1.2, shine), *badge)
 
@@ -635,7 +620,8 @@ def compose(rng: random.Random) -> tuple[list[Thing], str]:
     walk, has_rail = rng.choice((-1, 1)), rng.random() < 0.75  # the rail is opposite `walk`
     things = [sky(street)]
     if rng.random() < 0.3:
-        things.append(balloon(rng))
+        x, y, r = rng.uniform(0.8, 1.2), rng.uniform(0.1, 0.16), rng.uniform(0.05, 0.08)
+        things.append(BALLOON.draw(rng, lambda u, v: (x + r * u, y + r * v)))
     things += [meadow(street), town_hall(street)]
     for side in (-walk, walk):
         kerb, lawn = ROAD + rng.choice((0.0, 1.2, 1.8)), rng.choice((0.5, 1.5, 2.5))

@@ -74,8 +74,8 @@ def test_open_dataset_unmatched_files_are_named_and_counted(own_camvid, tmp_path
 def test_open_dataset_image_in_two_formats_is_refused(own_camvid, suffix):
     path = own_camvid / "val/val_001.png"
     Image.open(path).save(path.with_suffix(suffix))
-    assert "1 images have the name of another one" in camvid_error(own_camvid, "val")
-    assert f"val_001{suffix} / val_001.png" in camvid_error(own_camvid, "val")
+    error = camvid_error(own_camvid, "val")
+    assert "1 images have the name of another one" in error and f"val_001{suffix}" in error
 
 
 def to_webp(folder: Path, ending: str = "") -> None:
@@ -177,7 +177,7 @@ def test_open_dataset_cityscapes_splits(toy_cityscapes):
 
 
 def add_train_ids(folder: Path, keep: bool) -> None:
-    """Write labelTrainIds beside the labelIds, or in their place."""
+    """Write labelTrainIds next to the labelIds, or replace them."""
     scheme = cityscapes_scheme()
     for path in list(folder.rglob("*_labelIds.png")):
         name = path.name.replace("labelIds", "labelTrainIds")
@@ -525,12 +525,12 @@ def test_augmentation_size_resizes_images_and_training_labels(monkeypatch):
     small = Augmentation("paper", size=(4, 6))
     x, y = small(images, labels, seeded())
     pixels = v2.functional.resize(images, [4, 6], antialias=True).float() / 255
-    for image, target, picture in zip(x, y, pixels, strict=True):
+    for image, target, resized in zip(x, y, pixels, strict=True):
         expected = labels[0, 1::3, 1::3].long()  # the middle one of three
         if not torch.equal(target, expected):  # mirrored
-            expected, picture = expected.flip(1), picture.flip(2)
+            expected, resized = expected.flip(1), resized.flip(2)
         assert torch.equal(target, expected)
-        torch.testing.assert_close(image, picture)
+        torch.testing.assert_close(image, resized)
     x, y = small.normalize(images, labels)
     torch.testing.assert_close(x, pixels)
     assert torch.equal(y, labels.long())

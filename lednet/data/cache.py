@@ -53,8 +53,7 @@ class CacheableDataset(Protocol):
     """A data set that can be cached: reading a sample twice gives equal values.
 
     `encode` returns a sample as contiguous uint8 planes of `encoded_shape` (C, H, W) and integer
-    metadata, from which `decode` makes the sample. `cache_options` are the options that determine
-    the encoded samples, of types that JSON preserves.
+    metadata for `decode`. `cache_options` determine the encoded samples, and are saved as JSON.
     """
 
     @property
@@ -81,7 +80,6 @@ class CachedDataset(PairDataset):
 
     Attributes:
         metadata: (len, k) int64, one row for each sample; for label maps the pixels of each class.
-        classes: class names, if `source` has them.
 
     Raises:
         UserError: there is no such cache, or it does not hold what `source` returns now.
@@ -117,11 +115,7 @@ class CachedDataset(PairDataset):
             )
 
     def verify(self) -> None:
-        """Read all shards and compare their checksums.
-
-        Raises:
-            UserError: a shard is damaged.
-        """
+        """Read all shards; raises a `UserError` if one differs from its checksum."""
         for shard in tqdm(self._shards, "verifying", unit="shard"):
             shard.load(self.command, checksum=True)
 
@@ -165,8 +159,7 @@ def build_cache(
     """Write the shards that are missing, damaged or out of date. Shows a progress bar.
 
     Args:
-        folder: folder of the cache, created if necessary.
-        splits: the data of each split, by the name of its subfolder.
+        splits: the data of each split, by the name of its subfolder of `folder`.
         workers: decoding processes; 0 decodes in this process.
         rebuild: write all shards anew.
         shard_pairs: samples in a shard, at least.
@@ -185,12 +178,12 @@ def build_cache(
     for name, source in splits.items():
         shards = missing[name]
         indices = [index for shard in shards for index in shard.indices]
-        done = len(source) - len(indices)
+        if not indices:
+            continue
+        data = shards[0].data
+        loader = DataLoader(data, batch_size=None, sampler=indices, num_workers=workers)
+        samples, done = iter(loader), len(source) - len(indices)
         with tqdm(total=len(source), initial=done, desc=name, unit="image") as bar:
-            if shards:
-                data = shards[0].data
-                loader = DataLoader(data, batch_size=None, sampler=indices, num_workers=workers)
-                samples = iter(loader)
             for shard in shards:
                 shard.write(samples, bar)
 
@@ -221,7 +214,7 @@ def _stale(file: object, folder: Path, command: str) -> UserError:
 class _EncodedSamples(Dataset):
     """Samples as a shard holds them: fingerprint, planes and metadata.
 
-    Fingerprints are made when they are asked for, since ImageNet has 1.3 million files. File names
+    Fingerprints are created on access, since ImageNet has 1.3 million files. File names
     in them are relative, so that the data set may be moved.
     """
 
@@ -260,21 +253,16 @@ class _Shard:
         self.num_bytes = len(self.header) + math.prod(self.shape)
 
     def load(self, command: str = "", checksum: bool = False) -> np.ndarray:
-        """Check the shard and read its metadata, (n, k) int64.
+        """Read the metadata, (n, k) int64; `checksum` also reads and checks the whole shard.
 
-        Args:
-            command: command that builds the cache, for the message.
-            checksum: compare the checksum too, which reads the whole shard.
-
-        Raises:
-            UserError: names the first file that is missing, out of date or damaged.
+        Raises a `UserError` with the first file that is missing, out of date or damaged.
         """
         current = [self.data.fingerprint(index) for index in self.indices]
         wrong: object = None
         try:
             entry = read_json(self.entry_path)
             if entry["stamps"] != current:
-                wrong = min(_files(entry["stamps"]) ^ _files(current))[0]
+                wrong = str(min(_files(entry["stamps"]) ^ _files(current))[0])
             metadata, recorded = np.array(entry["facts"], dtype=np.int64), entry["checksum"]
             if metadata.ndim != 2 or len(metadata) != len(current):
                 wrong = wrong or self.entry_path
@@ -291,7 +279,7 @@ class _Shard:
         return metadata
 
     def write(self, samples: Iterator[tuple[Fingerprint, Tensor, list[int]]], bar: tqdm) -> None:
-        """Write the next samples one by one, to the file that numpy.save would write."""
+        """Write the next samples one by one, in the format of numpy.save."""
         fingerprints, metadata = [], []
         with write_atomically(self.path) as temporary, open(temporary, "wb") as file:
             file.write(self.header)
@@ -300,12 +288,8 @@ class _Shard:
                 fingerprints.append(fingerprint)
                 metadata.append(values)
                 bar.update()
-        entry = {
-            "bytes": self.num_bytes,
-            "checksum": self._checksum(metadata),
-            "facts": metadata,
-            "stamps": fingerprints,
-        }
+        entry = {"bytes": self.num_bytes, "checksum": self._checksum(metadata)}
+        entry |= {"facts": metadata, "stamps": fingerprints}
         write_text(self.entry_path, json.dumps(entry) + "\n")
 
     def _checksum(self, metadata: list[list[int]]) -> str:

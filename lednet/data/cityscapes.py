@@ -45,12 +45,9 @@ def _find(root: str | os.PathLike, kind: str, split: str, ending: str) -> dict[s
 
 
 def detect_cityscapes_encoding(root: Path, split: str, annotations: str) -> str:
-    """Detect from the file names whether a split's labels are labelIds or labelTrainIds.
+    """Detect from the file names whether labels are labelIds, which come first, or labelTrainIds.
 
-    If there are both, as after the official preparation script, it is labelIds.
-
-    Raises:
-        UserError: there is neither.
+    Raises a `UserError` if there are neither.
     """
     kind = ground_truth(annotations)
     for encoding in ("labelIds", "labelTrainIds"):

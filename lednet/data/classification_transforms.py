@@ -1,8 +1,7 @@
-"""Transforms of images of a classification data set between the file and the network.
+"""Transforms of image classification, a batch at a time on the device of the batch.
 
-The loader returns whole images, resized to a square, and their original size. Crops are taken a
-batch at a time on the device of the batch. They are specified in fractions of the image, so that
-the change of aspect ratio has no effect, and have the aspect ratio of `ASPECTS` in the original.
+The loader returns whole images, resized to a square, and their original size. Crops are specified
+in fractions of the image, so that the change of aspect ratio has no effect on them.
 """
 
 import math

@@ -66,8 +66,7 @@ def load_to_device(
     """Decode the data set of `loader` into the memory of `device`; shows a progress bar.
 
     Args:
-        loader: its data set, batch size and worker settings are used.
-        sampler: that of the loader.
+        loader, sampler: the data set, batch size and worker settings to use, and the sampler.
         indices: samples to store (default: all).
         processes: number of processes that store as much in the same memory.
 

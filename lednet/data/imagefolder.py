@@ -94,11 +94,6 @@ class ImageFiles(Sequence[Sample]):
     A list of them would take a gigabyte for ImageNet, and as much again in each worker process,
     since reference counting copies shared memory.
 
-    Args:
-        folder: holds the folders of the classes.
-        classes: class names.
-        names: names of the files of each class.
-
     Attributes:
         targets: (len,) int64, the class index of each file.
     """

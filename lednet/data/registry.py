@@ -62,7 +62,7 @@ VOC."""
 def list_split(
     name: str, root: str | os.PathLike, split: str, **options: Any
 ) -> tuple[LabelScheme, FileIndex]:
-    """List the files of a split, and the classes that the values of its labels stand for.
+    """The classes of a data set, and the files of a split.
 
     Args:
         name, root, split: as for `open_dataset`; of own data without splits, `split` is "".
@@ -85,10 +85,9 @@ def list_split(
 def hold_out_split(
     pairs: list[Sample], split: str, val_stride: int, val_prefix: str | None, place: str
 ) -> list[Sample]:
-    """The part of `pairs` that belongs to "train" or "val"; all, if nothing is held out.
+    """The part of `pairs` that belongs to `split`; all, if nothing is held out of "train".
 
-    Raises:
-        UserError: both ways are chosen, or nothing is left.
+    Raises a `UserError` if both ways are chosen, or nothing is left.
     """
     if val_stride and val_prefix:
         raise UserError("--val-stride and --val-prefix each hold images out: give one of them")
@@ -132,7 +131,7 @@ def open_dataset(
         val_prefix: or those whose names begin with this.
 
     Raises:
-        UserError: see `list_split`, `lednet.data.pairs.pair_files` and `hold_out_split`.
+        UserError: see `list_split`, `pair_files` and `hold_out_split`.
     """
     scheme, index = list_split(
         name, root, split, annotations=annotations, labels=labels, class_file=class_file,

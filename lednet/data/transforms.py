@@ -1,9 +1,8 @@
-"""Transforms of images and label maps between the file and the network.
+"""Transforms of images and label maps.
 
 Resizing is deterministic and done one sample at a time on the CPU, so that its results can be
-cached. `Augmentation` is random, and done a batch at a time on the device of the batch. Between
-them everything is uint8. Images are interpolated bilinearly, labels by nearest neighbour. Pixels
-from outside the image are void in the label.
+cached as uint8. `Augmentation` is random, and done a batch at a time on the device of the batch.
+Images are interpolated bilinearly, labels by nearest neighbour.
 """
 
 from collections.abc import Sequence
@@ -29,11 +28,7 @@ def resize_transform(size: tuple[int, int]) -> v2.Compose:
 
 
 class Normalization(nn.Module):
-    """Holds `mean` and `std`, (3, 1, 1), of the [0, 1] image.
-
-    Raises:
-        ValueError: unknown preset of the augmentation.
-    """
+    """Holds `mean` and `std` of the [0, 1] image, (3, 1, 1), and the preset of the augmentation."""
 
     mean: Tensor
     std: Tensor
@@ -98,8 +93,7 @@ class Augmentation(Normalization):
     def normalize(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, without augmentation: for validation. Labels keep their size.
 
-        Args:
-            images: (N, 3, H, W) uint8, or float32 in [0, 1].
+        images: (N, 3, H, W) uint8, or float32 in [0, 1].
         """
         return self._normalized(self._resized(images) if self.size else images), labels.long()
 

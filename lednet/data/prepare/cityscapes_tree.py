@@ -45,10 +45,9 @@ _MEMBER = re.compile(
 
 
 def find_archives(sources: Iterable[Path]) -> list[Path]:
-    """Paths of zips: files among `sources`, and the official zips in folders among them.
+    """The files among `sources`, and the official zips in folders among them.
 
-    Raises:
-        UserError: a source does not exist, or is a folder without an official zip.
+    Raises a `UserError` if a source does not exist, or is a folder without an official zip.
     """
     found: dict[Path, None] = {}
     official = sorted(set(CITYSCAPES_ARCHIVES.values()))

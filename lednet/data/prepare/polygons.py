@@ -41,11 +41,7 @@ class Annotation(NamedTuple):
 
 
 def read_polygons(path: str | os.PathLike) -> Annotation:
-    """Read a `*_polygons.json`.
-
-    Raises:
-        UserError: the file does not exist, or is not in the published format: names the error.
-    """
+    """Read a `*_polygons.json`; a `UserError` names the error if it has another format."""
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -111,7 +107,7 @@ def draw_labels(annotation: Annotation, encoding: str = "labelIds") -> np.ndarra
 
 
 def write_missing_labels(root: Path, encoding: str = "labelIds") -> tuple[int, list[str]]:
-    """Draw the label images that are missing beside the polygon files of a Cityscapes tree.
+    """Draw the label images that are missing next to the polygon files of a Cityscapes tree.
 
     Shows a progress bar, and skips files that cannot be read. Raises a `UserError` if the disk is
     full.

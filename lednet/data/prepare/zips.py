@@ -77,8 +77,7 @@ class Archive:
             How many were written.
 
         Raises:
-            UserError: a file is damaged in the archive, or cannot be written. Files before it are
-                kept.
+            UserError: a file is damaged or cannot be written. Files before it are kept.
         """
         for folder in {(root / member.filename).parent for member in self.files} - {root}:
             if folder.is_dir():

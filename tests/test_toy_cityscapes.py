@@ -127,7 +127,7 @@ def test_polygons_redraw_labels_and_instances(root):
         assert np.array_equal(np.array(instances), read(others["instances"])), path
 
 
-def test_coarse_is_fine_with_more_void(root):
+def test_coarse_annotations_agree_with_fine_ones_and_have_more_void(root):
     void, agreeing, labelled = Counter(), 0, 0
     lut = cityscapes_scheme().lut
     for path, labels, _ in annotations(root, "gtFine/train/*/*_labelIds.png"):

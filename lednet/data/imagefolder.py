@@ -21,9 +21,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 class ImageFolderDataset(PairDataset):
     """Images and their classes: (uint8 (3, size, size), int64 (3,)).
 
-    The whole image is resized to a square, whatever its aspect ratio, so that it can be cached.
-    Random crops are taken later, a batch at a time. The target is the class index, and the width
-    and height of the original after EXIF rotation, from which crops get its aspect ratio.
+    The whole image is resized to a square, so that it can be cached, and crops are taken later.
+    The target is the class index, and the width and height of the original after EXIF rotation.
 
     Args:
         folder: folder of the split; holds a folder for each class.

@@ -62,11 +62,10 @@ class ResumableDistributedSampler(Sampler[int]):
 
 
 class ClassUniformSampler(ResumableDistributedSampler):
-    """Draws a fraction of the images by class.
+    """Draws a fraction of the images by class: first a class uniformly, then an image with it.
 
-    For each of these images, first a class is drawn uniformly, then an image that contains it:
-    class-uniform sampling (Zhu et al., CVPR 2019, arXiv 1812.01593) of images instead of crops.
-    The other images are those of the permutation.
+    This is class-uniform sampling (Zhu et al., CVPR 2019, arXiv 1812.01593) of images instead of
+    crops. The other images are those of the permutation.
 
     Args:
         counts: (len, num_classes + 1) pixels of each class in each image, void last.

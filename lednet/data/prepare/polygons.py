@@ -29,11 +29,9 @@ Point = tuple[float, float]
 
 
 class Annotation(NamedTuple):
-    """The content of a `*_polygons.json`.
+    """The (height, width) of an image in pixels, and label names and corners (x, y) of objects.
 
-    Attributes:
-        size: (height, width) of the image in pixels.
-        objects: label name and corners (x, y) of each object that is not deleted, in drawing order.
+    Objects are in drawing order, without deleted ones.
     """
 
     size: tuple[int, int]

@@ -245,12 +245,15 @@ def test_build_cache_small_disk_is_refused_before_decoding(
     build(tmp_path / "other", source)
 
 
-def test_build_cache_finished_cache_is_not_written_again(built, source, decoded):
+def test_build_cache_finished_cache_is_not_written_again(built, source, decoded, own_camvid):
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in built.rglob("*.npy")}
     build(built, source)
+    moved = open_source(own_camvid.rename(own_camvid.with_name("elsewhere")))
+    build(built, moved)
     assert not decoded
     for path, expected in before.items():
         assert (path.read_bytes(), path.stat().st_mtime_ns) == expected
+    assert_same_pairs(open_cached(built, moved), moved)
 
 
 # stale and damaged caches
@@ -349,11 +352,6 @@ def test_open_removed_and_added_pairs_are_named(built, own_camvid):
     assert len(list(built.rglob("*.npy"))) == 2
     back = SegmentationDataset(fewer.pairs[::-1], fewer.scheme, SIZE)
     assert_stale(built, back, "train/train_000.png")
-
-
-def test_open_moved_data_set_is_recognized(built, own_camvid):
-    moved = open_source(own_camvid.rename(own_camvid.with_name("elsewhere")))
-    assert_same_pairs(open_cached(built, moved), moved)
 
 
 def test_open_file_changed_while_decoding_is_named(source, own_camvid, tmp_path, monkeypatch):

@@ -405,16 +405,6 @@ def test_draw_labels_real_polygons_equal_official_tool(real_data):
         assert (drawn != published).mean() < 0.005
 
 
-def test_draw_labels_overlaps_groups_and_plates(path):
-    rows = [("road", 0), ("cargroup", 2), ("license plate", 4), ("out of roi", 6)]
-    objects = [{"label": label, "polygon": [[x, 0], [9, 0], [9, 0], [x, 0]]} for label, x in rows]
-    objects.append({"label": "nonsense", "polygon": [[0, 0]], "deleted": 1})
-    path.write_text(json.dumps({"imgHeight": 1, "imgWidth": 8, "objects": objects}))
-    annotation = read_polygons(path)
-    assert draw_labels(annotation).tolist() == [[7, 7, 26, 26, 26, 26, 3, 3]]
-    assert draw_labels(annotation, "labelTrainIds").tolist() == [[0, 0, 13, 13, 13, 13, 255, 255]]
-
-
 ROAD = {"label": "road", "polygon": [[0, 0], [1, 1]]}
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_bad_input import assert_refused
 from torchvision.models._meta import _VOC_CATEGORIES
 
 from lednet import UserError
@@ -316,11 +315,3 @@ def test_check_dataset_finds_wrong_id_and_nothing_else(name, folder, request, ru
         Image.new("L", image.size, 200).save(path)
     status, report = check()
     assert status == 1 and f"values that {name} does not define" in report
-
-
-def test_train_without_list_exits_with_status_2(run_inside, voc, tmp_path):
-    (voc / "ImageSets/Segmentation/train.txt").unlink()
-    result = run_inside("train/main.py", "--dataset", "voc", "--datadir", voc, "--savedir",
-                        tmp_path / "run", "--device", "cpu")  # fmt: skip
-    assert_refused(result, "train.txt", "--datadir")
-    assert not (tmp_path / "run").exists()

@@ -1,0 +1,65 @@
+"""Progress bars, and plain lines of progress where the output is not a terminal."""
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+MIN_INTERVAL = 30.0
+"""Seconds between two lines of progress in a file."""
+
+
+class _ProgressLines(tqdm):
+    """A bar that writes whole lines, for log files; the last state is not repeated at the end."""
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], None]:
+        def write(line: str) -> None:
+            if line:
+                file.write(line + "\n")
+                file.flush()
+
+        return write
+
+    def close(self) -> None:
+        if not self.disable:
+            self.disable = True
+            self._decr_instances(self)
+
+
+def progress_bar(
+    iterable: Iterable | None = None, *, total: int | None = None, lines: int = 20, **options: Any
+) -> tqdm:
+    """A `tqdm` bar on stderr. If stderr is not a terminal, it writes lines instead.
+
+    A line has the percentage, the rate and the remaining time. Lines are at least `MIN_INTERVAL`
+    seconds apart, so short work writes none.
+
+    Args:
+        lines: approximate maximum number of lines.
+        options: of `tqdm`.
+    """
+    if total is None and iterable is not None:
+        total = len(iterable) if hasattr(iterable, "__len__") else None
+    options = {"leave": False, "dynamic_ncols": True, **options}
+    if sys.stderr.isatty():
+        return tqdm(iterable, total=total, **options)
+    return _ProgressLines(
+        iterable,
+        total=total,
+        **options
+        | {
+            "dynamic_ncols": False,
+            "ncols": 100,
+            "delay": MIN_INTERVAL,
+            "mininterval": MIN_INTERVAL,
+            "maxinterval": math.inf,
+            "miniters": max(1, (total or 0) // (lines + 1)),
+            "bar_format": "{desc}: {percentage:.0f}% of {total_fmt} {unit}s, {rate_fmt}, "
+            "{remaining} left{postfix}"
+            if total
+            else "{desc}: {n_fmt} {unit}s, {rate_fmt}",
+        },
+    )

@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from lednet.data.image_io import read_image
-from lednet.data.pairs import IMAGE_SUFFIXES
+from lednet.files import IMAGE_SUFFIXES
 from lednet.device import (
     autocast,
     choose_device,

@@ -14,6 +14,8 @@ from pathlib import Path, PurePath
 
 from PIL import Image
 
+from lednet.errors import UserError
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 """Suffixes of image files, in lower case; the formats of `lednet.data.image_io.FORMATS`."""
 
@@ -59,18 +61,21 @@ def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 
     parents: device and inode of the folders above, to detect links that form a loop.
     """
-    status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in parents:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if is_skipped(entry.name):
-                continue
-            if entry.is_dir():
-                yield from _walk(Path(entry.path), (*parents, here))
-            else:
-                yield Path(entry.path)
+    try:
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        entries = [] if here in parents else sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError as error:
+        raise UserError(
+            f"cannot read the folder {folder} ({error.strerror}): make it readable"
+        ) from error
+    for entry in entries:
+        if is_skipped(entry.name):
+            continue
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), (*parents, here))
+        else:
+            yield Path(entry.path)
 
 
 def split_pattern(source: str) -> tuple[Path, str] | None:
@@ -106,21 +111,31 @@ def normalized(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def key_files(paths: Iterable[Path], folder: Path, ending: str = "") -> dict[str, list[Path]]:
-    """Group files by their path relative to `folder`, without `ending` and suffix."""
-    found: dict[str, list[Path]] = {}
-    for path in paths:
-        key = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
-        found.setdefault(normalized(key), []).append(path)
-    return found
-
-
-def unused_images(folders: Iterable[Path], used: Collection[Path]) -> list[Path]:
-    """Files in `folders` that Pillow knows as images by their suffix and that are not in `used`."""
+def unused_images(files: Iterable[Path], used: Collection[Path]) -> list[Path]:
+    """Those of `files` that are not in `used`, and that Pillow knows as images by their suffix."""
     formats = Image.registered_extensions()
-    return [
-        path
-        for folder in folders
-        for path in find_files(folder)
-        if path.suffix.lower() in formats and path not in used
-    ]
+    return [path for path in files if path.suffix.lower() in formats and path not in used]
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Read a text file that people edit: UTF-8, with or without a byte order mark.
+
+    Raises:
+        UserError: the file cannot be read, or has another encoding.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    return decode_text(content, path)
+
+
+def decode_text(content: bytes, path: str | os.PathLike) -> str:
+    """Decode the content of `path`; see `read_text`."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:4]:
+        raise UserError(f"{path} is UTF-16 or UTF-32 text: save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} is not UTF-8 text (line {line}): save it as UTF-8") from error

@@ -4,14 +4,9 @@ import unicodedata
 
 import pytest
 
-from lednet.files import (
-    IMAGE_SUFFIXES,
-    find_files,
-    key_files,
-    match_files,
-    split_pattern,
-    unused_images,
-)
+from lednet.data.pairs import name_files
+from lednet.errors import UserError
+from lednet.files import IMAGE_SUFFIXES, find_files, match_files, read_text, split_pattern
 
 
 def touch(folder, *names):
@@ -81,21 +76,44 @@ def test_match_files_skips_like_find_files(tmp_path):
     assert names(match_files(tmp_path, "**/*", IMAGE_SUFFIXES), tmp_path) == ["a/1.png", "b/2.PNG"]
 
 
-def test_key_files_composed_and_decomposed_names_are_equal(tmp_path):
+def test_name_files_composed_and_decomposed_names_are_equal(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "Köln_1") for form in ("NFC", "NFD"))
     touch(tmp_path, f"a/{composed}_image.png", f"b/{decomposed}_label.png")
-    images = key_files(find_files(tmp_path / "a"), tmp_path / "a", "_image")
-    labels = key_files(find_files(tmp_path / "b"), tmp_path / "b", "_label")
+    images = name_files(tmp_path / "a", "", "_image").names
+    labels = name_files(tmp_path / "b", "", "_label").names
     assert images.keys() == labels.keys() == {composed}
 
 
-def test_key_files_equal_stems_in_two_folders_are_two_keys(tmp_path):
-    touch(tmp_path, "rec1/0.png", "rec2/0.png", "rec1/0.jpg")
-    keys = key_files(find_files(tmp_path), tmp_path)
-    assert {key: len(paths) for key, paths in keys.items()} == {"rec1/0": 2, "rec2/0": 1}
+def test_name_files_unused_images_are_returned(tmp_path):
+    touch(tmp_path, "a_x.PNG", "b_x.gif", "c.png", "d.txt")
+    files = name_files(tmp_path, "", "_x")
+    assert list(files.names) == ["a"]
+    assert names(files.unused, tmp_path) == ["b_x.gif", "c.png"]
 
 
-def test_unused_images_other_formats_are_named(tmp_path):
-    touch(tmp_path, "a.png", "b.gif", "c.txt")
-    used = {tmp_path / "a.png"}
-    assert names(unused_images([tmp_path], used), tmp_path) == ["b.gif"]
+def test_name_files_no_image_names_what_is_there(tmp_path):
+    touch(tmp_path, "b.gif")
+    with pytest.raises(UserError, match=r"holds no images \(.png, .*\), but b.gif: check"):
+        name_files(tmp_path, "")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_read_text_with_and_without_byte_order_mark(tmp_path, encoding):
+    path = tmp_path / "list.txt"
+    path.write_bytes("Köln\r\nUlm\r\n".encode(encoding))
+    assert read_text(path).splitlines() == ["Köln", "Ulm"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\nb".encode("utf-16"), "UTF-16 or UTF-32 text: save it as UTF-8"),
+        ("a\nb".encode("utf-16-le"), "UTF-16 or UTF-32 text"),
+        ("a\nKöln".encode("latin-1"), r"not UTF-8 text \(line 2\): save it as UTF-8"),
+    ],
+)
+def test_read_text_other_encodings_are_named(tmp_path, content, message):
+    path = tmp_path / "list.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_text(path)

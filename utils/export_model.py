@@ -95,7 +95,7 @@ from tqdm import tqdm
 from lednet.data.dataset import SegmentationDataset
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import require_classes
-from lednet.data.pairs import IMAGE_SUFFIXES
+from lednet.files import IMAGE_SUFFIXES
 from lednet.data.registry import open_dataset
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.evaluator import evaluate, require_labels

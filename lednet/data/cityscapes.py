@@ -5,16 +5,16 @@ from pathlib import Path
 
 from lednet.data.labels import LabelScheme, cityscapes_scheme
 from lednet.data.pairs import (
-    IMAGE_SUFFIXES,
-    LABEL_SUFFIXES,
     FileIndex,
+    NamedFiles,
     Sample,
     SplitSpec,
-    find_files,
+    name_files,
     pair_files,
     require_unique,
 )
 from lednet.errors import UserError
+from lednet.files import IMAGE_SUFFIXES, LABEL_SUFFIXES
 
 CITYSCAPES_ARCHIVES = {
     "leftImg8bit": "leftImg8bit_trainvaltest.zip",
@@ -35,13 +35,13 @@ def archive_of(kind: str, split: str) -> str:
     return CITYSCAPES_ARCHIVES.get(f"{kind}/{split}", CITYSCAPES_ARCHIVES[kind])
 
 
-def _find(root: str | os.PathLike, kind: str, split: str, ending: str) -> dict[str, list[Path]]:
+def _find(root: str | os.PathLike, kind: str, split: str, ending: str) -> NamedFiles:
     """Files of a split by frame (`<city>_<sequence>_<frame>`), in leftImg8bit, gtFine, gtCoarse."""
     next_step = f"unpack {archive_of(kind, split)} into {root}, or specify another --datadir"
     if (kind, split) == ("gtFine", "train_extra"):
         next_step = "choose coarse annotations, train_extra has no others"
     suffixes = IMAGE_SUFFIXES if kind == "leftImg8bit" else LABEL_SUFFIXES
-    return find_files(Path(root, kind, split), next_step, f"_{kind}{ending}", suffixes)
+    return name_files(Path(root, kind, split), next_step, f"_{kind}{ending}", suffixes)
 
 
 def detect_cityscapes_encoding(root: Path, split: str, annotations: str) -> str:
@@ -51,7 +51,7 @@ def detect_cityscapes_encoding(root: Path, split: str, annotations: str) -> str:
     """
     kind = ground_truth(annotations)
     for encoding in ("labelIds", "labelTrainIds"):
-        if _find(root, kind, split, f"_{encoding}"):
+        if _find(root, kind, split, f"_{encoding}").names:
             return encoding
     raise UserError(
         f"{Path(root, kind, split)} holds neither *_{kind}_labelIds.png nor "
@@ -63,7 +63,8 @@ def cityscapes_labels(
     root: str | os.PathLike, split: str, annotations: str = "fine", encoding: str = "labelIds"
 ) -> dict[str, Path]:
     """Label files of a split by frame, as in `list_cityscapes`; images may be missing."""
-    return require_unique(_find(root, ground_truth(annotations), split, f"_{encoding}"), "labels")
+    files = _find(root, ground_truth(annotations), split, f"_{encoding}")
+    return require_unique(files.names, "labels")
 
 
 def list_cityscapes(
@@ -84,8 +85,8 @@ def list_cityscapes(
     images = _find(root, "leftImg8bit", split, "")
     labels = None
     if split != "test":
-        labels = _find(root, ground_truth(annotations), split, f"_{encoding}")
-    return FileIndex(images, labels, (Path(root, "leftImg8bit", split),), f"{root} {split}")
+        labels = _find(root, ground_truth(annotations), split, f"_{encoding}").names
+    return FileIndex(images.names, labels, images.unused, f"{root} {split}")
 
 
 def cityscapes_pairs(

@@ -1,5 +1,6 @@
 """Data sets of images and label maps."""
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,32 +9,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from lednet.data.image_io import open_image, read_image
+from lednet.data.image_io import exif_transpose_op, open_image, read_ids, read_image, to_rgb
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
 from lednet.data.pairs import Sample, require_file
 from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
     """Decode a label file to class indices, (H, W) uint8; void is `IGNORE_INDEX`.
 
-    The ids of palette images are their palette indices.
-
     Raises:
-        UserError: missing, truncated, not 8-bit single-channel, or holding a value that is not in
-            `scheme`.
+        UserError: see `lednet.data.image_io.read_ids`; or it has an id that is not in `scheme`.
     """
-    image = open_image(path)
-    if image.mode not in ("L", "P"):
-        raise UserError(
-            f"{path} has mode {image.mode}, not 8-bit ids: give the id images, not colour ones"
-        )
-    ids = np.array(image)
+    ids = read_ids(path)
     label = scheme.lut[ids]
     if label.min() < 0:
         value = int(ids[label < 0][0])
@@ -42,6 +37,47 @@ def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
             "or declare what the labels hold (--labels, or the class file)"
         )
     return label.astype(np.uint8)
+
+
+def read_labeled_image(pair: Sample, size: tuple[int, ...]) -> np.ndarray:
+    """Decode an image whose label has `size` (height, width) to RGB, (H, W, 3) uint8.
+
+    The EXIF orientation is applied, as in prediction, unless only the stored image has the size of
+    the label. If both have it, because the image is square or turned by 180 degrees, the first
+    such image of a process is logged.
+
+    Raises:
+        UserError: damaged, or of another size.
+    """
+    image = open_image(pair.image)
+    operation = exif_transpose_op(image)
+    stored = to_rgb(image, upright=False)
+    upright = stored if operation is None else to_rgb(image)
+    if upright.shape[:2] == size:
+        if operation is not None and stored.shape[:2] == size:
+            _warn_of_orientation(pair.image)
+        return upright
+    if stored.shape[:2] == size:
+        return stored
+    exif = f" ({upright.shape[1]}x{upright.shape[0]} turned by its EXIF)" * (operation is not None)
+    raise UserError(
+        f"{pair.label} is {size[1]}x{size[0]}, its image {pair.image.name} "
+        f"{stored.shape[1]}x{stored.shape[0]}{exif}: both must have one size"
+    )
+
+
+def _warn_of_orientation(path: Path) -> None:
+    worker = get_worker_info()
+    if (worker is None or worker.id == 0) and not _warned:
+        _warned.append(path)
+        logger.warning(
+            "%s is turned by its EXIF orientation, and its label is assumed to be upright. This "
+            "applies to all images whose size does not tell; if it is wrong, remove the EXIF data.",
+            path,
+        )
+
+
+_warned: list[Path] = []
 
 
 class PairDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -89,16 +125,11 @@ class SegmentationDataset(PairDataset):
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image (H, W, 3) and class indices (H, W) of a sample, at the size of the files."""
         pair = self.pairs[index]
-        image = read_image(pair.image)
         if pair.label is None:
+            image = read_image(pair.image, upright=True)
             return image, np.full(image.shape[:2], IGNORE_INDEX, dtype=np.uint8)
         label = read_label(pair.label, self.scheme)
-        if label.shape != image.shape[:2]:
-            raise UserError(
-                f"{pair.label} is {label.shape[1]}x{label.shape[0]}, its image {pair.image.name} "
-                f"{image.shape[1]}x{image.shape[0]}: both must have one size"
-            )
-        return image, label
+        return read_labeled_image(pair, label.shape), label
 
     def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[Tensor, Tensor]:
         """Convert the arrays of `read` to tensors of the working size, (3, H, W) and (H, W)."""

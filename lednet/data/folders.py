@@ -6,8 +6,9 @@ from pathlib import Path
 from PIL import Image
 
 from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme
-from lednet.data.pairs import LABEL_SUFFIXES, FileIndex, SplitSpec, find_files
+from lednet.data.pairs import FileIndex, SplitSpec, name_files
 from lednet.errors import UserError
+from lednet.files import LABEL_SUFFIXES
 from lednet.io import read_yaml
 
 CLASS_FILES = Path(__file__).parent / "classes"
@@ -17,15 +18,20 @@ CLASS_FILES = Path(__file__).parent / "classes"
 def list_folders(image_folder: Path, label_folder: Path) -> FileIndex:
     """List the files of two folders and their subfolders.
 
-    An image and its label have the same name before the suffix.
+    An image and its label have the same name before the suffix. Where several files of a folder
+    have the same name, subfolders count too: `rec1/0.png` and `rec2/0.png` are two images.
 
     Raises:
         UserError: a folder does not exist, or there are no images.
     """
     next_step = "check --datadir and the layout in datasets/README.md"
-    images = find_files(image_folder, next_step)
-    labels = find_files(label_folder, next_step, suffixes=LABEL_SUFFIXES)
-    return FileIndex(images, labels, (image_folder, label_folder), str(label_folder))
+    for relative in (False, True):
+        images = name_files(image_folder, next_step, relative=relative)
+        labels = name_files(label_folder, next_step, suffixes=LABEL_SUFFIXES, relative=relative)
+        if all(len(files) == 1 for part in (images, labels) for files in part.names.values()):
+            break
+    unused = images.unused + labels.unused
+    return FileIndex(images.names, labels.names, unused, str(label_folder))
 
 
 def open_camvid(spec: SplitSpec) -> tuple[LabelScheme, FileIndex]:

@@ -78,12 +78,15 @@ def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -
     """
     try:
         image = open_header(source, limit)
+        image.info["raw_mode"] = _raw_mode(image)
         image.load()
         return image
     except UserError:
         raise
+    except IsADirectoryError as error:
+        raise UserError(f"{_name(source)} is a folder, not an image: give a file") from error
     except FileNotFoundError as error:
-        message = f"no file {_name(source)}: it was there when the run began; restore it"
+        message = f"no file {_name(source)}: check the path"
         raise UserError(message) from error
     except UnidentifiedImageError:
         reason = f"or no {', '.join(FORMATS)} image"
@@ -92,13 +95,54 @@ def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -
     raise UserError(f"{_name(source)} is damaged ({reason}): copy it again")
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Decode an image file to RGB, (H, W, 3) uint8, without applying its EXIF orientation.
+def _raw_mode(image: Image.Image) -> str:
+    """How the file stores pixels, for example "L;4" for greyscale of 4 bits; "" if unknown."""
+    arguments = image.tile[0][3] if image.tile else ""
+    mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return mode if isinstance(mode, str) else ""
+
+
+def read_ids(source: str | os.PathLike | BinaryIO) -> np.ndarray:
+    """Decode a label map to its ids as the file stores them, (H, W) uint8.
+
+    Greyscale values are ids at every bit depth (1, 2, 4, 8, or 16 with values below 256). Palette
+    images store ids as palette indices. An alpha channel must be opaque everywhere.
+
+    Raises:
+        UserError: missing or damaged, or its mode or values cannot be ids.
+    """
+    image, name = open_image(source), _name(source)
+    ids = np.asarray(image)
+    if image.mode in ("LA", "PA"):
+        if ids[..., 1].min() < 255:
+            raise UserError(f"{name} has transparent pixels, which have no id: remove the alpha")
+        ids = ids[..., 0]
+    elif image.mode.startswith("I"):
+        if ids.min() < 0 or ids.max() > 255:
+            wrong = ids.max() if ids.max() > 255 else ids.min()
+            bits = 32 if image.mode == "I" else 16
+            raise UserError(
+                f"{name} has {bits}-bit values ({wrong}), and ids are 0 to 255: convert it to "
+                "8-bit ids"
+            )
+    elif image.mode not in ("1", "L", "P"):
+        kind = "floating-point" if image.mode == "F" else "color"
+        raise UserError(
+            f"{name} is a {kind} image (mode {image.mode}), not 8-bit ids: give the greyscale or "
+            "palette image of the class ids"
+        )
+    # Pillow scales greyscale values of fewer than 8 bits to 0..255.
+    scale = {"L;2": 85, "L;4": 17}.get(image.info["raw_mode"], 1)
+    return (ids // scale if scale > 1 else ids).astype(np.uint8)
+
+
+def read_image(path: Path, upright: bool = False) -> np.ndarray:
+    """Decode an image file to RGB, (H, W, 3) uint8; `upright` applies its EXIF orientation.
 
     Raises:
         UserError: missing, damaged, or not an image of at most 16 bits.
     """
-    return to_rgb(open_image(path), upright=False)
+    return to_rgb(open_image(path), upright)
 
 
 def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:

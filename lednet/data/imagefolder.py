@@ -14,8 +14,7 @@ from lednet.data.dataset import PairDataset
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.pairs import Sample, list_examples
 from lednet.errors import UserError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+from lednet.files import IMAGE_SUFFIXES, is_skipped
 
 
 class ImageFolderDataset(PairDataset):
@@ -62,7 +61,7 @@ class ImageFolderDataset(PairDataset):
         if empty := [name for name, images in names.items() if not images]:
             raise UserError(
                 f"{len(empty)} of the {len(found)} class folders in {folder} hold no images "
-                f"({list_examples(empty)}): add some ({', '.join(SUFFIXES)}) or remove them"
+                f"({list_examples(empty)}): add some ({', '.join(IMAGE_SUFFIXES)}) or remove them"
             )
         self.pairs = ImageFiles(folder, self.classes, list(names.values()))
 
@@ -120,7 +119,7 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     """Entries that are not hidden. Only the folder itself is read: it may have many files."""
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
+            return [entry for entry in entries if not is_skipped(entry.name)]
     except OSError as error:
         raise UserError(
             f"no folder {folder} to read ({error.strerror}): give with --datadir the one above"
@@ -128,5 +127,7 @@ def _entries(folder: Path) -> list[os.DirEntry]:
 
 
 def _image_names(folder: Path) -> list[str]:
-    entries = (e for e in _entries(folder) if e.name.lower().endswith(SUFFIXES) and e.is_file())
+    entries = (
+        e for e in _entries(folder) if e.name.lower().endswith(IMAGE_SUFFIXES) and e.is_file()
+    )
     return sorted(entry.name for entry in entries)

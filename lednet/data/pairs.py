@@ -1,16 +1,12 @@
 """Image files and their label files: found in folders, and matched by name, never by order."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from lednet.errors import UserError
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-LABEL_SUFFIXES = (".png",)
+from lednet.files import IMAGE_SUFFIXES, find_files, normalized, unused_images
 
 
 class Sample(NamedTuple):
@@ -40,27 +36,14 @@ class FileIndex(NamedTuple):
     Attributes:
         images: image files of each name, of which there should be one.
         labels: label files of each name; None where they are withheld.
-        folders: folders in which no other images are expected.
+        unused: images in the folders of the split whose format or name is not supported.
         place: location of the split, for messages.
     """
 
     images: dict[str, list[Path]]
     labels: dict[str, list[Path]] | None
-    folders: tuple[Path, ...]
+    unused: list[Path]
     place: str
-
-    def unmatched_files(self) -> list[Path]:
-        """Images in `folders` that are not used because of their format or name."""
-        used = {
-            p for files in (self.images, self.labels or {}) for ps in files.values() for p in ps
-        }
-        formats = Image.registered_extensions()
-        return [
-            path
-            for folder in self.folders
-            for path in sorted(folder.rglob("*.*"))
-            if path.suffix.lower() in formats and path not in used and path.name[0] != "."
-        ]
 
 
 def require_file(file: Path | None, what: str) -> Path:
@@ -77,33 +60,49 @@ def list_examples(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def find_files(
-    folder: Path, next_step: str, ending: str = "", suffixes: tuple[str, ...] = IMAGE_SUFFIXES
-) -> dict[str, list[Path]]:
-    """Find files in `folder` and its subfolders.
+class NamedFiles(NamedTuple):
+    """Files of a folder by the name that matches image and label; see `name_files`."""
+
+    names: dict[str, list[Path]]
+    unused: list[Path]
+
+
+def name_files(
+    folder: Path,
+    next_step: str,
+    ending: str = "",
+    suffixes: Sequence[str] = IMAGE_SUFFIXES,
+    relative: bool = False,
+) -> NamedFiles:
+    """Find files in `folder` and its subfolders; see `lednet.files.find_files`.
 
     Args:
         next_step: what to do if there is no such folder, for the message.
         ending: end of the files' names before the suffix.
-        suffixes: in lower case; files may have them in any case. Hidden files are skipped.
+        suffixes: in lower case; files may have them in any case.
+        relative: name files by their path relative to `folder`, instead of the file name.
 
     Returns:
-        Files by their name without ending and suffix, in the order of their paths.
+        Files by their name without ending and suffix, in the order of their paths; and images
+        of other formats or names.
 
     Raises:
         UserError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: {next_step}")
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob(f"*{ending}.*")):
-        if path.suffix.lower() in suffixes and path.name[0] != ".":
-            found.setdefault(path.stem.removesuffix(ending), []).append(path)
-    if not found and suffixes == IMAGE_SUFFIXES:
-        raise UserError(
-            f"{folder} holds no images (png, jpg or webp): check the data folder and split"
-        )
-    return found
+    names: dict[str, list[Path]] = {}
+    files = find_files(folder)
+    used = [p for p in files if p.suffix.lower() in suffixes and p.stem.endswith(ending)]
+    for path in used:
+        name = (path.relative_to(folder) if relative else Path(path.name)).with_suffix("")
+        names.setdefault(normalized(name.as_posix()).removesuffix(ending), []).append(path)
+    unused = unused_images(files, set(used))
+    if not names and suffixes == IMAGE_SUFFIXES:
+        found = f" named *{ending}" if ending else f" ({', '.join(IMAGE_SUFFIXES)})"
+        other = f", but {list_examples(p.name for p in unused)}" if unused else ""
+        raise UserError(f"{folder} holds no images{found}{other}: check the data folder and split")
+    return NamedFiles(names, unused)
 
 
 def require_unique(files: dict[str, list[Path]], what: str) -> dict[str, Path]:

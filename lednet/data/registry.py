@@ -1,5 +1,6 @@
 """The built-in data sets: location of their files, and the classes that their labels stand for."""
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from lednet.data.labels import LabelScheme
 from lednet.data.pairs import FileIndex, Sample, SplitSpec, list_examples, pair_files
 from lednet.data.voc import ade20k_folder, open_ade20k, open_voc, voc_list
 from lednet.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class DatasetSpec(NamedTuple):
@@ -96,13 +99,18 @@ def hold_out_split(
     held_out = {
         pair
         for i, pair in enumerate(pairs, start=1)
-        if (i % val_stride == 0 if val_stride else pair.image.name.startswith(val_prefix or ""))
+        if (i % val_stride == 0 if val_stride else _has_prefix(pair.image, val_prefix or ""))
     }
     chosen = [pair for pair in pairs if (pair in held_out) == (split == "val")]
     if not chosen:
         flag = f"--val-stride {val_stride}" if val_stride else f"--val-prefix {val_prefix}"
         raise UserError(f"{place} {split} is empty after {flag}: hold out others")
     return chosen
+
+
+def _has_prefix(path: Path, prefix: str) -> bool:
+    """Whether the name, or the name with its folder ("rec1/0.png"), begins with `prefix`."""
+    return path.name.startswith(prefix) or f"{path.parent.name}/{path.name}".startswith(prefix)
 
 
 def open_dataset(
@@ -137,6 +145,11 @@ def open_dataset(
         name, root, split, annotations=annotations, labels=labels, class_file=class_file,
         holds_out=bool(val_stride or val_prefix),
     )  # fmt: skip
+    if index.unused:
+        logger.warning(
+            "%s: %d image files are not used, because of their format or name: %s",
+            index.place, len(index.unused), list_examples(path.name for path in index.unused),
+        )  # fmt: skip
     pairs = hold_out_split(pair_files(index), split, val_stride, val_prefix, str(root))
     return SegmentationDataset(pairs, scheme)
 

@@ -1,12 +1,13 @@
 """The data sets Pascal VOC and ADE20K: location of their images and labels."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from lednet.data.folders import CLASS_FILES, list_folders, read_class_file
 from lednet.data.labels import LabelScheme
-from lednet.data.pairs import LABEL_SUFFIXES, FileIndex, SplitSpec, find_files, list_examples
+from lednet.data.pairs import FileIndex, SplitSpec, list_examples, name_files
 from lednet.errors import UserError
+from lednet.files import LABEL_SUFFIXES, read_text
 
 
 def _root_of(root: Path, subfolders: tuple[str, ...], content: str, archive: str) -> Path:
@@ -50,17 +51,14 @@ def list_voc(root: str | os.PathLike, split: str, annotations: str = "fine") -> 
     next_step = "unpack VOCtrainval_11-May-2012.tar again, or specify another folder with --datadir"
     if augmented:
         next_step = "add SBD's list and labels (datasets/README.md), or choose fine annotations"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"no file {path}: {next_step}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}): {next_step}") from error
-    # Some copies of trainaug give the paths of image and label in place of a name.
-    names = {Path(line.split()[0]).stem: None for line in lines if line.strip()}
+    if not path.is_file():
+        raise UserError(f"no file {path}: {next_step}")
+    lines = read_text(path).splitlines()
+    # Some copies of trainaug have the paths of image and label instead of a name.
+    names = {PureWindowsPath(line.split()[0]).stem: None for line in lines if line.strip()}
     if not names:
         raise UserError(f"{path} names no images: {next_step}")
-    found = find_files(root / "JPEGImages", next_step)
+    found = name_files(root / "JPEGImages", next_step).names
     images = {name: found[name] for name in names if name in found}
     if missing := names.keys() - images.keys():
         raise UserError(
@@ -70,9 +68,9 @@ def list_voc(root: str | os.PathLike, split: str, annotations: str = "fine") -> 
     labels = None
     if split != "test":
         folder = root / ("SegmentationClassAug" if augmented else "SegmentationClass")
-        found = find_files(folder, next_step, suffixes=LABEL_SUFFIXES)
+        found = name_files(folder, next_step, suffixes=LABEL_SUFFIXES).names
         labels = {name: found[name] for name in names if name in found}
-    return FileIndex(images, labels, (), str(path))
+    return FileIndex(images, labels, [], str(path))
 
 
 def open_voc(spec: SplitSpec) -> tuple[LabelScheme, FileIndex]:

@@ -161,7 +161,7 @@ def match_pairs(index: FileIndex, found: IssueCollector) -> list[Sample]:
     for files in (images, labels or {}):
         groups = files.values()
         found.add("double", ((first, f"and {p.name}") for first, *others in groups for p in others))
-    found.add("not-taken", index.unmatched_files())
+    found.add("not-taken", index.unused)
     if labels is None:
         return [Sample(images[key][0], None) for key in sorted(images)]
     lone_images = sorted(images.keys() - labels.keys())

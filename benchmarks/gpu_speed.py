@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,8 +44,9 @@ LOGITS, LABELS = "logits", "labels"
 def free_memory(leg: Leg) -> None:
     """Free what a measurement has left in memory, and restart the count of the peak."""
     gc.collect()
-    if leg.cuda:
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    if leg.cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(leg.device)
 

@@ -3,12 +3,12 @@
     python benchmarks/gpu.py --data /data/cityscapes --golden /data/golden --out gpu --minutes 9.5
     python benchmarks/gpu.py --dry-run --out gpu
 
-Five legs, each in a process of its own with a time limit: what the machine can do, whether the
-results on it are right, inference, training steps, and a real training for the time that is
-left. A leg that fails or takes too long is logged, and the next ones run. OUT holds at most six
-files: results.json, summary.md (printed at the end, too) and log.txt, and of the last leg
-weights.pth, log.jsonl and curves.png. The exit status is 0 if every leg has run to its end.
---dry-run does it all on a CPU at tiny sizes, in a few minutes. docs/gpu.md says more.
+Five legs, each in a process of its own with a time limit: the rates of the machine, whether the
+results on it are right, inference, training steps, and a real training for the remaining time.
+A leg that fails or takes too long is logged, and the next ones run. OUT holds at most six
+files: results.json, summary.md (also printed last) and log.txt, and from the last leg
+weights.pth, log.jsonl and curves.png. The exit status is 0 if every leg has finished.
+--dry-run runs everything on a CPU at tiny sizes, in a few minutes. See docs/gpu.md.
 """
 
 import argparse
@@ -20,36 +20,26 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-ROOT = Path(__file__).resolve().parents[1]
-# lednet may not be installed on a machine that is lent for minutes. Scripts that are started from
-# here find it by PYTHONPATH.
-sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-)
-if "benchmarks" not in sys.modules:  # an installed package may have this name too
-    sys.modules["benchmarks"] = types.ModuleType("benchmarks")
-    sys.modules["benchmarks"].__path__ = [str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The scripts that are started from here find lednet, which need not be installed, in this way.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[0], os.getenv("PYTHONPATH"))))
 
+from benchmarks._common import ROOT, Row, make_parser, markdown, show
 from lednet.errors import UserError, exit_on_user_error
 from lednet.io import read_json, write_between_marks, write_json, write_text
 
-Row = dict[str, Any]
-
 WEIGHTS = {"machine": 1.5, "proof": 5.0, "inference": 5.0, "training": 4.0, "run": 7.0}
-"""The legs in their order. Each gets its share of the time that is left; what it does not use
-goes to the next ones."""
+"""The legs in their order, each with its share of the remaining time."""
 RESERVE = 8.0
-"""Seconds that no leg gets: for this process, and for ending the last one."""
+"""Seconds kept for this process and for ending the last leg."""
 LEAST_SECONDS = 15.0
-"""A leg that would get less is left out."""
+"""A leg with less time is left out."""
 ATTEMPTS = 4
-"""How often a leg is started whose process ends in the middle; it continues after that point."""
+"""How often a leg is started whose process ends early; each start resumes the one before."""
 LOG_BYTES = 8_000_000
 PAGE = ROOT / "docs/gpu.md"
 MARK = "LEDNET_GPU_LEG"
@@ -64,105 +54,76 @@ class Ended(NamedTuple):
     limit: float
 
 
-def run_leg(
-    name: str,
-    command: Sequence[str],
-    work: Path,
-    log: Path,
-    limit: float,
-) -> Ended:
-    """Run a leg for at most `limit` seconds; its output is added to `log`.
+def run_leg(name: str, command: Sequence[str], work: Path, log: Path, limit: float) -> Ended:
+    """Run a leg for at most `limit` seconds, and append its output to `log`.
 
-    A process that ends early, in whatever way, is started again while that brings new rows.
+    A process that ends early is started again as long as that brings new rows.
     """
-    begin = time.monotonic()
-    found = work / f"{name}.json"
+    begin, path = time.monotonic(), work / f"{name}.json"
     status = "failed"
-    for _ in range(ATTEMPTS):
-        rows = len(rows_of(found))
-        left = limit - (time.monotonic() - begin)
+    for attempt in range(ATTEMPTS):
+        before, left = progress(path), limit - (time.monotonic() - begin)
+        if attempt and left < LEAST_SECONDS:
+            status = "over its limit"
+            break
+        seconds = left - min(10.0, 0.15 * left)  # at which the leg ends by itself
         with open(log, "a", encoding="utf-8") as output:
             print(f"\n=== {name}: {left:.0f} s ===", file=output, flush=True)
-            code = run_process([*command, "--seconds", f"{left - margin(left):.1f}"], output, left)
-        if code is None:
-            status = "over its limit"
-            break
-        if code == 0:
-            status = "ran"
-            break
-        left = limit - (time.monotonic() - begin)
-        came_further = len(rows_of(found)) > rows or current_of(found) is not None
-        if left < LEAST_SECONDS:
-            status = "over its limit"
-        if left < LEAST_SECONDS or not came_further:
+            code = run_process([*command, "--seconds", f"{seconds:.1f}"], output, left)
+        status = {0: "ran", None: "over its limit"}.get(code, "failed")
+        if status != "failed" or progress(path) == before:
             break
     return Ended(status, time.monotonic() - begin, limit)
 
 
-def margin(seconds: float) -> float:
-    """Seconds before its limit at which a leg ends by itself."""
-    return min(10.0, 0.15 * seconds)
-
-
 def run_process(command: Sequence[str], output: Any, seconds: float) -> int | None:
-    """Exit status; None if the process had to be ended, with all that it has started."""
+    """Exit status, or None if the process and all that it started had to be killed."""
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
-    environment = {**os.environ, MARK: mark, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
+    env = {**os.environ, MARK: mark, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
     process = subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        command, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
     )
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        end_group(process, mark)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for entry in Path("/proc").glob("[0-9]*"):  # processes of torchrun leave the group
+            with contextlib.suppress(OSError):
+                if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(entry.name), signal.SIGKILL)
+        process.wait()
 
 
-def end_group(process: subprocess.Popen, mark: str) -> None:
-    """End a process, its group, and what has left the group, as processes of torchrun do."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                os.kill(int(entry.name), signal.SIGKILL)
-    process.wait()
-
-
-def content_of(path: Path) -> dict[str, Any]:
+def read_leg(path: Path) -> Row:
+    """The file that a leg writes; empty if there is none."""
     with contextlib.suppress(UserError):
-        found = read_json(path)
-        if isinstance(found, dict):
-            return found
+        return read_json(path)
     return {}
 
 
-def rows_of(path: Path) -> list[Row]:
-    return content_of(path).get("rows", [])
-
-
-def current_of(path: Path) -> Row | None:
-    return content_of(path).get("current")
+def progress(path: Path) -> tuple[int, Row | None]:
+    """Number of measurements, and the current one."""
+    found = read_leg(path)
+    return len(found.get("rows", [])), found.get("current")
 
 
 def leg_command(name: str, work: Path) -> list[str]:
-    """The command of a leg, but for its --seconds."""
+    """The command of a leg, without its --seconds."""
     return [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--leg", name,
             "--work", str(work)]  # fmt: skip
 
 
-def run_legs(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """All legs, one after the other; results and summary are written after each."""
+def run_legs(args: argparse.Namespace, work: Path) -> Row:
+    """Run the legs in order; results and summary are written after each."""
     end = time.monotonic() + 60 * args.minutes - RESERVE
-    results: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
-        "dry_run": args.dry_run,
-        "legs": {},
-    }
+    command = " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
+    results: Row = {"command": command, "dry_run": args.dry_run, "legs": {}}
     log = args.out / "log.txt"
-    for place, name in enumerate(args.legs):
-        rest = sum(WEIGHTS[leg] for leg in args.legs[place:])
+    for index, name in enumerate(args.legs):
+        rest = sum(WEIGHTS[leg] for leg in args.legs[index:])
         limit = (end - time.monotonic()) * WEIGHTS[name] / rest
         ended = Ended("left out", 0.0, max(limit, 0.0))
         try:
@@ -172,24 +133,18 @@ def run_legs(args: argparse.Namespace, work: Path) -> dict[str, Any]:
                 ended = run_leg(name, leg_command(name, work), work, log, limit)
         finally:
             print(f"{name}: {ended.status} after {ended.seconds:.0f} s", flush=True)
-            results["legs"][name] = {**ended._asdict(), **rows_of_leg(work / f"{name}.json")}
+            found = read_leg(work / f"{name}.json")
+            if killed := found.pop("current", None):
+                found["rows"].append({**killed, "error": "ended in it; see log.txt"})
+            results["legs"][name] = ended._asdict() | found
             write_json(args.out / "results.json", results)
             write_text(args.out / "summary.md", summary(results))
             shorten(log)
     return results
 
 
-def rows_of_leg(path: Path) -> dict[str, Any]:
-    """What a leg has written, with a row for the measurement in which it was ended."""
-    found = content_of(path)
-    kept: dict[str, Any] = {key: found[key] for key in ("rows", "info", "left_out") if key in found}
-    if lost := found.get("current"):
-        kept["rows"] = [*kept.get("rows", []), {**lost, "error": "ended in it; see log.txt"}]
-    return kept
-
-
 def shorten(log: Path) -> None:
-    """Keep the beginning and the end of a log that has grown too long to be sent home."""
+    """Keep the beginning and the end of a log that is too long."""
     content = log.read_bytes() if log.is_file() else b""
     if len(content) > LOG_BYTES:
         half = LOG_BYTES // 2
@@ -200,164 +155,72 @@ def shorten(log: Path) -> None:
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """All results as Markdown tables."""
+    """All results as Markdown tables, with the keys of the rows as titles of the columns."""
     parts = [f"`{results['command']}`"]
     if results.get("dry_run"):
         parts.append("A dry run on a CPU: no figure says anything about a GPU.")
-    legs = results["legs"]
-    head = ("leg", "", "seconds", "limit", "rows", "failed")
-    parts.append(table(head, map(leg_line, legs.items())))
-    for name, leg in legs.items():
-        if leg.get("rows") or leg.get("info"):
-            parts.append(f"### {TITLES[name]}")
-            parts += TABLES[name](leg)
+    counts = []
+    for name, leg in results["legs"].items():
+        rows = leg.get("rows", [])
+        failed = sum("error" in row or row.get("passed") is False for row in rows)
+        times = show(leg["seconds"]), show(leg["limit"])
+        counts.append((name, leg["status"], *times, len(rows), failed))
+    parts.append(markdown(("leg", "status", "seconds", "limit", "rows", "failed"), counts))
+    for name, leg in results["legs"].items():
+        if "rows" in leg:
+            parts += [f"### {name}", text(leg["info"]), table(leg["rows"])]
         if leg.get("left_out"):
             parts.append(f"No time was left for: {'; '.join(leg['left_out'])}.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def leg_line(item: tuple[str, Row]) -> tuple[Any, ...]:
-    name, leg = item
-    rows = leg.get("rows", [])
-    failed = sum("error" in row or row.get("passed") is False for row in rows)
-    return name, leg["status"], show(leg["seconds"]), show(leg["limit"]), len(rows), failed
+HIDDEN = ("kind", "runs", "copies_runs", "copies_p95_ms", "flop_ms", "bytes_ms")
+"""Keys that are only in results.json."""
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    cells = [[str(cell).replace("|", "/").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells).replace("| --- ", "|---")
+def table(rows: Sequence[Row]) -> str:
+    """A table of several rows, or a list of the values of one."""
+    if len(rows) == 1:
+        return "\n".join(f"- {key.replace('_', ' ')}: {text(v)}" for key, v in rows[0].items())
+    keys = dict.fromkeys(key for row in rows for key in row if key not in HIDDEN)
+    head = [key.replace("_", " ") for key in keys]
+    return markdown(head, [[text(row.get(key)) for key in keys] for row in rows])
 
 
-def show(value: Any, percent: bool = False) -> str:
-    """A number in few characters."""
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if percent:
-        return f"{100 * value:.2f} %"
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
-
-
-def remark(row: Row) -> str:
-    return f"**{row['error']}**" if "error" in row else str(row.get("note", ""))
-
-
-def machine_tables(leg: Row) -> list[str]:
-    info = {key: value for key, value in leg.get("info", {}).items() if key != "ceilings"}
-    facts = ", ".join(f"{key} {show(value)}" for key, value in info.items() if value is not None)
-    head = ("measured", "best", "median", "", "remark")
-    lines = ((row["name"], show(row.get("best")), show(row.get("median")), row.get("unit", ""),
-              remark(row)) for row in leg.get("rows", []))  # fmt: skip
-    return [facts, table(head, lines)]
-
-
-def proof_tables(leg: Row) -> list[str]:
-    verdicts = {True: "yes", False: "**NO**", None: ""}
-    lines = []
-    for row in leg["rows"]:
-        equal = row.get("equal_labels")
-        text = remark(row) or ("" if equal is None else f"{show(equal, True)} equal labels")
-        lines.append((row["name"], show(row.get("value")), row.get("limit", ""),
-                      verdicts[row.get("passed")], text))  # fmt: skip
-    return [table(("check", "value", "limit", "passed", "remark"), lines)]
-
-
-def size_of(row: Row) -> str:
-    return f"{row['height']}x{row['width']} x{row['batch']}"
-
-
-def inference_tables(leg: Row) -> list[str]:
-    published = {
-        (row["scope"], size_of(row)): row["p50_ms"]
-        for row in leg["rows"]
-        if row["title"].startswith("as published, eager, fp32") and "p50_ms" in row
-    }
-    lines = []
-    for row in leg["rows"]:
-        p50, floor = row.get("p50_ms"), row.get("floor_ms")
-        plain = published.get((row["scope"], size_of(row)))
-        lines.append((
-            row["title"], row["scope"], size_of(row), show(p50), show(row.get("p95_ms")),
-            show(row.get("fps")), show(row.get("copies_p50_ms")), show(row.get("copies_fps")),
-            show(plain / p50 if plain and p50 else None), show(floor),
-            show(floor / p50 if floor and p50 else None, True), show(row.get("peak_mb")),
-            show(row.get("equal_labels"), True), remark(row),
-        ))  # fmt: skip
-    head = ("network", "to", "size", "p50 ms", "p95 ms", "FPS", "with copies, ms", "FPS",
-            "x published", "floor ms", "of it", "MB", "equal labels", "remark")  # fmt: skip
-    return [table(head, lines)]
-
-
-def training_tables(leg: Row) -> list[str]:
-    rows = [row for row in leg["rows"] if not row["name"].endswith(": GPU busy")]
-    busy = {row["name"]: row for row in leg["rows"] if row["name"].endswith(": GPU busy")}
-    plain = {size_of(row): row.get("images_per_second") for row in rows
-             if row["name"].startswith("files, fp32, eager")}  # fmt: skip
-    lines = []
-    for row in rows:
-        profile = busy.get(f"{row['name']}: GPU busy", {})
-        rate, base = row.get("images_per_second"), plain.get(size_of(row))
-        lines.append((
-            row["source"], f"{row['precision']}, {row['mode']}", size_of(row), show(rate),
-            show(rate / base if rate and base else None), show(row.get("p50_ms")),
-            show(row.get("p95_ms")), show(profile.get("busy"), True), show(row.get("peak_mb")),
-            remark(row) or remark(profile),
-        ))  # fmt: skip
-    head = ("data from", "step", "size", "images/s", "x plain", "p50 ms", "p95 ms", "GPU busy",
-            "MB", "remark")  # fmt: skip
-    return [table(head, lines)]
-
-
-def run_tables(leg: Row) -> list[str]:
-    parts = [f"`{leg['info']['command']}`"] if "command" in leg.get("info", {}) else []
-    parts += leg.get("info", {}).get("fallbacks", [])
-    for row in leg["rows"]:
-        figures = {key: value for key, value in row.items()
-                   if key not in ("name", "class_iou", "curve", "error", "note")}  # fmt: skip
-        lines = [(key.replace("_", " "), show(value)) for key, value in figures.items()]
-        lines += [("remark", remark(row))] * bool(remark(row))
-        parts.append(table(("run", ""), lines))
-        if classes := row.get("class_iou"):
-            ious = ", ".join(f"{name} {show(value)}" for name, value in classes.items())
-            parts.append(f"IoU of the best epoch: {ious}.")
-        if curve := row.get("curve"):
-            parts.append("val mIoU by epoch: " + ", ".join(f"{e}: {s:.3f}" for e, s in curve) + ".")
-    return parts
-
-
-TITLES = {"machine": "The machine", "proof": "Proof", "inference": "Inference",
-          "training": "Training steps", "run": "A training run"}  # fmt: skip
-TABLES = {"machine": machine_tables, "proof": proof_tables, "inference": inference_tables,
-          "training": training_tables, "run": run_tables}  # fmt: skip
+def text(value: Any) -> str:
+    """A value of a row as text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {text(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list | tuple):
+        return ", ".join(": ".join(map(text, item)) if isinstance(item, list) else text(item)
+                         for item in value)  # fmt: skip
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    return show(value, digits=4)
 
 
 # The command
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     # fmt: off
-    parser.add_argument("--data", type=Path, help="folder of the data set (toy data)")
+    parser.add_argument("--data", type=Path, help="folder of the data set (default: toy data)")
     parser.add_argument("--dataset", choices=("cityscapes", "camvid"), default="cityscapes")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the results are written")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for everything (9.5)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time limit (default: 9.5)")
     parser.add_argument("--legs", nargs="+", choices=tuple(WEIGHTS), default=list(WEIGHTS),
-                        help="which ones; always in this order")
+                        help="legs to run, always in this order (default: all)")
     parser.add_argument("--only", metavar="REGEX", help="only measurements whose names match")
     parser.add_argument("--golden", type=Path, metavar="DIR",
                         help="outputs of the reference implementation")
     parser.add_argument("--state", type=Path,
-                        help="weights to measure with and to train from: a file, a run's folder "
-                             "or a released name (cityscapes-demo-d20, and from scratch)")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, at tiny sizes")
+                        help="weights to measure with and to train from: a file, a run folder or "
+                             "a released name (default: cityscapes-demo-d20, training from "
+                             "scratch)")
+    parser.add_argument("--dry-run", action="store_true", help="run on a CPU, at tiny sizes")
     parser.add_argument("--write-docs", type=Path, metavar="JSON",
-                        help="write the tables of a results.json into docs/gpu.md, and do no more")
+                        help="only write the tables of a results.json into docs/gpu.md")
     parser.add_argument("--leg", choices=tuple(WEIGHTS), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -367,15 +230,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 MODULES = {"machine": "gpu_legs", "proof": "gpu_proof", "inference": "gpu_speed",
            "training": "gpu_speed", "run": "gpu_legs"}  # fmt: skip
-"""Where the function of each leg, of the same name, is."""
+"""Module of the function of each leg, which has the leg's name."""
 
 
 def run_in_this_process(args: argparse.Namespace) -> NoReturn:
-    """Run one leg, and end the process."""
+    """Run one leg and end the process."""
     function = getattr(importlib.import_module(f"benchmarks.{MODULES[args.leg]}"), args.leg)
-    leg = importlib.import_module("benchmarks.gpu_legs").open_leg(args)
-    function(leg)
-    leg.save(finished=True)
+    function(importlib.import_module("benchmarks.gpu_legs").open_leg(args))
     sys.stdout.flush()
     os._exit(0)  # without waiting for threads, whose processes are ended by the parent
 
@@ -395,7 +256,7 @@ def main() -> int:
         if path and not path.is_dir():
             raise UserError(f"no {path}: check --{flag}")
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.dry_run:  # a second thread only waits, on tensors as small as these
+    if args.dry_run:  # more threads do not help on such small tensors
         os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:

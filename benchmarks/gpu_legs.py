@@ -1,8 +1,8 @@
-"""What the legs of `benchmarks/gpu.py` share, and two of them: the machine, and a training run.
+"""Base of the legs of `benchmarks/gpu.py`, and two of them: the machine, and a training run.
 
 A leg is a list of measurements in a process of its own. A measurement that raises becomes a row
 with its error, and the next one follows. Rows are written after each measurement, so that a
-process that is killed keeps what it had; started again on the same file, it continues after the
+process that is killed keeps them; started again on the same file, it continues after the
 measurement that ended it.
 """
 
@@ -29,20 +29,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-
-import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks._common import ROOT, Row, time_calls
 from lednet.data.registry import open_dataset
-from lednet.device import autocast, describe_device, synchronize
+from lednet.device import autocast, describe_device
 from lednet.errors import UserError
 from lednet.io import read_json, write_json
 from lednet.model import LEDNet, load_model
 from lednet.training.run_dir import environment
-
-Row = dict[str, Any]
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
@@ -56,11 +52,11 @@ class NeedsCuda(Exception):
 
 
 class Leg:
-    """A leg that is running.
+    """A running leg.
 
     Args:
-        args: of `benchmarks/gpu.py`.
-        path: JSON file of the rows. Measurements that it has already are not repeated.
+        args: options of `benchmarks/gpu.py`.
+        path: JSON file of the rows. Measurements that are already in it are not repeated.
 
     Attributes:
         rows: one per measurement, with its "name" and "seconds", and "error" if it failed.
@@ -77,8 +73,9 @@ class Leg:
         self.rows: list[Row] = found.get("rows", [])
         self.info: Row = found.get("info", {})
         self.left_out: list[str] = []
-        if lost := found.get("current"):
-            self.rows.append({**lost, "error": "its process ended or hung; see log.txt"})
+        self.row: Row = {}
+        if killed := found.get("current"):
+            self.rows.append({**killed, "error": "its process ended or hung; see log.txt"})
         self.save()
 
     def left(self) -> float:
@@ -89,6 +86,15 @@ class Leg:
         rest = {"rows": self.rows, "info": self.info, "left_out": self.left_out}
         write_json(self.path, finite({**rest, **state}))
 
+    def find(self, name: str, key: str) -> Any:
+        """A value of the row `name`, or None."""
+        return next((row.get(key) for row in self.rows if row["name"] == name), None)
+
+    def note(self, **facts: Any) -> None:
+        """Add items to the row of the current measurement, which are kept even if it fails."""
+        self.row |= facts
+        self.save(current=self.row)
+
     def measure(
         self,
         name: str,
@@ -98,57 +104,50 @@ class Leg:
         needs: float = 1.0,
         limit: float = 60.0,
         **facts: Any,
-    ) -> Row:
+    ) -> None:
         """Call `function` and keep the row that it returns.
 
         Args:
             cuda: whether it needs a GPU.
-            needs: seconds that must be left, or it is left out.
+            needs: seconds that must be left; with less, it is left out.
             limit: seconds after which the process is ended with a traceback of all threads.
             facts: further items of the row.
-
-        Returns:
-            The row; empty if the measurement was left out or has been done before.
         """
-        if any(row["name"] == name for row in self.rows):
-            return {}
-        if self.args.only and not re.search(self.args.only, name):
-            return {}
-        row: Row = {"name": name, **facts}
+        done = any(row["name"] == name for row in self.rows)
+        if done or (self.args.only and not re.search(self.args.only, name)):
+            return
+        self.row = {"name": name, **facts}
         if cuda and not self.cuda:
-            return self._keep(row | {"note": "needs CUDA"})
+            self._keep({"note": "needs CUDA"})
+            return
         if self.left() < needs:
             self.left_out.append(name)
             self.save()
-            return {}
-        self.save(current=row)
-        start = time.monotonic()
-        patience = min(limit, max(self.left(), 1) + 5)
-        faulthandler.dump_traceback_later(patience, exit=True, file=2)
+            return
+        self.note()
+        start, found = time.monotonic(), {}
+        faulthandler.dump_traceback_later(min(limit, max(self.left(), 1) + 5), exit=True, file=2)
         try:
-            row |= function()
+            found = function()
         except NeedsCuda:
-            row["note"] = "needs CUDA"
+            found["note"] = "needs CUDA"
         except Exception as error:
             print(f"{name} failed:", flush=True)
             traceback.print_exc(file=sys.stdout)
-            row["error"] = one_line(error)
+            found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         finally:
             faulthandler.cancel_dump_traceback_later()
-        row["seconds"] = time.monotonic() - start
-        self._keep(row)
-        if "error" in row:
+        self._keep(found | {"seconds": time.monotonic() - start})
+        if "error" in found:
             self._recover()
-        return row
 
-    def _keep(self, row: Row) -> Row:
-        self.rows.append(row)
+    def _keep(self, found: Row) -> None:
+        self.rows.append(self.row | found)
         self.save()
-        print(json.dumps(finite(row)), flush=True)
-        return row
+        print(json.dumps(finite(self.rows[-1])), flush=True)
 
     def _recover(self) -> None:
-        """Free memory; end the process if CUDA does not work any more."""
+        """Free memory; end the process if CUDA no longer works."""
         gc.collect()
         if not self.cuda:
             return
@@ -173,78 +172,22 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300]
-
-
-def time_calls(
-    call: Callable[[], Any],
-    device: torch.device,
-    seconds: float = 0.6,
-    warmup: int = 3,
-    least: int = 5,
-    most: int = 300,
-) -> list[float]:
-    """Milliseconds of each of `least` to `most` calls, about `seconds` in all.
-
-    On CUDA, events around each call give the time; the queue is not emptied between calls.
-    """
-    for _ in range(warmup):
-        call()
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    count = round(seconds / max(time.perf_counter() - start, 1e-6))
-    count = min(most, max(least, count))
-    if device.type == "cuda":
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        for begin, finish in pairs:
-            begin.record()
-            call()
-            finish.record()
-        torch.cuda.synchronize(device)
-        return [begin.elapsed_time(finish) for begin, finish in pairs]
-    times = []
-    for _ in range(count):
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    return times
-
-
-def time_whole_calls(call: Callable[[], Any], device: torch.device, seconds: float) -> list[float]:
-    """Milliseconds of each call by the host's clock, which stops when the device has finished."""
-
-    def whole() -> None:
-        call()
-        synchronize(device)
-
-    times: list[float] = []
-    for _ in range(2):
-        whole()
-    start = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - start < seconds and len(times) < 200):
-        before = time.perf_counter()
-        whole()
-        times.append(1000 * (time.perf_counter() - before))
-    return times
-
-
-def speed(times: Sequence[float], batch: int, prefix: str = "") -> Row:
-    """Percentiles of `times` in ms, and images a second by the median."""
-    p50 = statistics.median(times)
-    return {
-        f"{prefix}p50_ms": p50,
-        f"{prefix}p95_ms": float(np.quantile(times, 0.95)),
-        f"{prefix}fps": 1000 * batch / p50,
-        f"{prefix}runs": len(times),
-    }
+def open_leg(args: argparse.Namespace) -> Leg:
+    """The leg `args.leg`, on a GPU, or on a CPU in a dry run."""
+    faulthandler.enable()
+    path = Path(args.work) / f"{args.leg}.json"
+    if args.dry_run:
+        torch.set_num_threads(1)
+        return Leg(args, torch.device("cpu"), path)
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA GPU can be used here: mend the driver, or try --dry-run")
+    device = torch.device("cuda", 0)
+    torch.zeros(1, device=device).add_(1).item()  # statistics of memory need a context
+    return Leg(args, device, path)
 
 
 def float_modes(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
-    """TF32 permitted or forbidden; nothing for modules that have been brought to 16 bits."""
+    """TF32 permitted or forbidden; 16-bit precisions are up to the module."""
     if device.type == "cuda":
         return autocast(device, "fp32" if precision == "fp32" else "tf32")
     if precision == "tf32":
@@ -277,10 +220,9 @@ def toy_data(args: argparse.Namespace) -> Path:
     """A small Cityscapes tree, drawn once for all legs."""
     root = Path(args.work) / "toy"
     if not root.is_dir():
-        command = [sys.executable, str(ROOT / "datasets/make_toy_cityscapes.py")]
-        command += ["--out", str(root), "--train", "16", "--val", "2", "--test", "0"]
-        command += ["--train-extra", "0", "--width", "128", "--height", "64", "--workers", "1"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "datasets/make_toy_cityscapes.py", "--out", str(root)]
+        options = "--train 16 --val 2 --test 0 --train-extra 0 --width 128 --height 64 --workers 1"
+        subprocess.run(command + options.split(), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return root
 
 
@@ -295,7 +237,7 @@ def image_folder(args: argparse.Namespace) -> Path:
 
 
 def trained_network(args: argparse.Namespace) -> tuple[LEDNet, Row]:
-    """The network of --state, else a released one, and its normalisation."""
+    """The network of --state, or a released one, and its normalization."""
     net, meta = load_model(args.state or "cityscapes-demo-d20")
     return net.eval(), {key: meta[key] for key in ("mean", "std") if key in meta}
 
@@ -304,11 +246,9 @@ def trained_network(args: argparse.Namespace) -> tuple[LEDNet, Row]:
 
 
 def machine(leg: Leg) -> None:
-    """What is there, and two ceilings: of copying and of multiplying."""
+    """Describe the machine and measure two rates: of copying, and of matrix products."""
     leg.info.update(describe_machine(leg.device))
-    leg.save()
-    sizes = (28, 30, 32) if leg.cuda else (22,)
-    for bits in sizes:
+    for bits in (28, 30, 32) if leg.cuda else (22,):
         copying = partial(copy_rate, leg.device, 2**bits)
         leg.measure(f"copy {2**bits >> 20} MiB", copying, kind="copy", unit="GB/s")
     sides = (4096, 8192, 16384) if leg.cuda else (256,)
@@ -336,7 +276,7 @@ def describe_machine(device: torch.device) -> Row:
         "memory_gb": properties.total_memory / 1e9,
         "multiprocessors": properties.multi_processor_count,
         "l2_mb": getattr(properties, "L2_cache_size", 0) / 1e6,
-        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
@@ -363,12 +303,12 @@ def copy_rate(device: torch.device, size: int) -> Row:
     return rates(2 * size / 1e9, time_calls(lambda: target.copy_(source), device, 0.3))
 
 
-def product_rate(device: torch.device, precision: str, side: int) -> Row:
+def product_rate(device: torch.device, precision: str, side: int, seconds: float = 0.3) -> Row:
     """TFLOP/s of a product of two square matrices of random values."""
     with float_modes(device, precision), torch.inference_mode():
         a, b = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
         out = torch.empty_like(a)
-        times = time_calls(lambda: torch.matmul(a, b, out=out), device, 0.3)
+        times = time_calls(lambda: torch.matmul(a, b, out=out), device, seconds)
     return rates(2 * side**3 / 1e12, times)
 
 
@@ -382,7 +322,7 @@ def best_rates(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def ceilings(leg: Leg) -> dict[str, float]:
-    """Those that the first leg measured; measured now if it did not run."""
+    """The rates that the first leg measured; measured now if it did not run."""
     path = Path(leg.args.work) / "machine.json"
     found = read_json(path).get("info", {}).get("ceilings", {}) if path.is_file() else {}
     if not found and leg.cuda:
@@ -395,52 +335,42 @@ def ceilings(leg: Leg) -> dict[str, float]:
 
 # The last leg
 
+OVERHEAD = 20.0
+"""Seconds of a run before and after its time limit counts: imports, plots, copies."""
+
 
 def run(leg: Leg) -> None:
-    """A training run through train/main.py for the time that is left."""
-    leg.measure("training run", partial(train, leg), needs=1.0, limit=leg.left() + 5)
-
-
-OVERHEAD = 20.0
-"""Seconds of a run before its time counts and after it: imports, plots, copies."""
+    """A training run with train/main.py for the remaining time."""
+    leg.measure("training run", partial(train, leg), limit=leg.left() + 5)
 
 
 def run_flags(leg: Leg, folder: Path, minutes: float) -> list[str]:
     """Arguments of train/main.py: a short training on one large GPU."""
     name, root = data_of(leg.args)
     data = open_dataset(name, root, "train")
-    stored = data.read(0)[0].shape[:2]
-    size, batch, lr = ((360, 480), 16, "1.5e-3") if name == "camvid" else ((256, 512), 32, "2e-3")
-    if name == "cityscapes" and stored[1] > 512:
+    size, batch, lr = ((360, 480), 16, 1.5e-3) if name == "camvid" else ((256, 512), 32, 2e-3)
+    if name == "cityscapes" and data.read(0)[0].shape[1] > 512:
         size = (512, 1024)
     if leg.dry:
         size, batch = (64, 128), 2
-    flags = [
-        "--dataset",
-        name,
-        "--datadir",
-        root.resolve(),
-        "--savedir",
-        folder,
-        "--height",
-        size[0],
-    ]
-    flags += ["--width", size[1], "--max-minutes", f"{minutes:.3f}", "--num-epochs", 100]
-    flags += ["--warmup-epochs", 3, "--batch-size", batch, "--lr", lr, "--schedule", "cosine"]
-    flags += ["--augment", "modern", "--ema-decay", 0.999, "--decoder", "--no-iouTrain"]
-    flags += ["--validate-every", 2 if leg.dry else 10, "--device", leg.device.type]
-    flags += ["--num-workers", 0 if leg.dry else min(12, os.cpu_count() or 1), "--cache-device"]
+    workers = 0 if leg.dry else min(12, os.cpu_count() or 1)
+    flags = ["--dataset", name, "--datadir", root.resolve(), "--savedir", folder]
+    flags += (
+        f"--height {size[0]} --width {size[1]} --max-minutes {minutes:.3f} --num-epochs 100 "
+        f"--warmup-epochs 3 --batch-size {batch} --lr {lr} --schedule cosine --augment modern "
+        f"--ema-decay 0.999 --decoder --no-iouTrain --validate-every {2 if leg.dry else 10} "
+        f"--device {leg.device.type} --num-workers {workers} --cache-device"
+    ).split()
     flags += ["--precision", "bf16", "--channels-last", "--cuda-graph"] if leg.cuda else []
-    if leg.args.state:
-        outputs = load_model(leg.args.state)[0].num_classes
-        same = outputs == data.scheme.num_outputs
-        state = leg.args.state.resolve() if leg.args.state.exists() else leg.args.state
-        flags += ["--state" if same else "--pretrainedEncoder", state]
+    if state := leg.args.state:
+        same = load_model(state)[0].num_classes == data.scheme.num_outputs
+        flags += ["--state" if same else "--pretrainedEncoder",
+                  state.resolve() if state.exists() else state]  # fmt: skip
     return [str(flag) for flag in flags]
 
 
 def train(leg: Leg) -> Row:
-    """Train, copy what the run wrote, and read its scores."""
+    """Train, copy the files of the run, and read its scores."""
     out = Path(leg.args.out)
     with tempfile.TemporaryDirectory(dir=leg.args.work) as name:
         folder = Path(name) / "run"
@@ -449,7 +379,7 @@ def train(leg: Leg) -> Row:
             raise UserError(f"only {leg.left():.0f} s are left: give the leg more --minutes")
         flags = run_flags(leg, folder, seconds / 60)
         leg.info["command"] = " ".join(["python", "train/main.py", *flags])
-        leg.save(current={"name": "training run"})
+        leg.note()
         print(leg.info["command"], flush=True)
         process = subprocess.Popen([sys.executable, "train/main.py", *flags], cwd=ROOT)
         stopped = False
@@ -467,8 +397,8 @@ def train(leg: Leg) -> Row:
             if (folder / source).is_file():
                 shutil.copyfile(folder / source, out / target)
         row = scores(folder / "log.jsonl")
-        said = (folder / "log.txt").read_text(encoding="utf-8") if row else ""
-        leg.info["fallbacks"] = [line for line in said.splitlines() if "--cuda-graph:" in line]
+        output = (folder / "log.txt").read_text(encoding="utf-8") if row else ""
+        leg.info["fallbacks"] = [line for line in output.splitlines() if "--cuda-graph:" in line]
     if stopped:
         row["note"] = "stopped at its limit"
     elif process.returncode:
@@ -477,33 +407,20 @@ def train(leg: Leg) -> Row:
 
 
 def scores(path: Path) -> Row:
-    """What a log says of a run."""
+    """Speed, memory and scores of a run, from its log."""
     if not path.is_file():
         return {}
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     scored = [r for r in records if r.get("val_miou") is not None]
-    best = max(scored, key=lambda r: r["val_miou"], default=None)
+    best: Row = max(scored, key=lambda r: r["val_miou"], default={})
     return {
         "epochs": len(records),
         "training_seconds": sum(r["seconds"] for r in records),
         "images_per_second": statistics.median(r["images_per_second"] for r in records),
-        "gpu_memory_mb": records[-1].get("gpu_memory_mb") if records else None,
-        "best_val_miou": best and best["val_miou"],
-        "best_epoch": best and best["epoch"],
+        "gpu_memory_mb": records[-1].get("gpu_memory_mb"),
+        "best_val_miou": best.get("val_miou"),
+        "best_epoch": best.get("epoch"),
         "last_val_miou": scored[-1]["val_miou"] if scored else None,
-        "class_iou": best and best.get("val_class_iou"),
+        "class_iou": best.get("val_class_iou"),
         "curve": [[r["epoch"], r["val_miou"]] for r in scored],
     }
-
-
-def open_leg(args: argparse.Namespace) -> Leg:
-    """The leg `args.leg`, on a GPU that is ready, or on a CPU for a dry run."""
-    faulthandler.enable()
-    if args.dry_run:
-        torch.set_num_threads(1)
-        return Leg(args, torch.device("cpu"), Path(args.work) / f"{args.leg}.json")
-    if not torch.cuda.is_available():
-        raise UserError("no CUDA GPU can be used here: mend the driver, or try --dry-run")
-    device = torch.device("cuda", 0)
-    torch.zeros(1, device=device).add_(1).item()  # statistics of memory need a context
-    return Leg(args, device, Path(args.work) / f"{args.leg}.json")

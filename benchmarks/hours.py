@@ -1,27 +1,27 @@
-"""Estimate the hours and the disk space of the three ways to train, on GPUs of three classes.
+"""Estimate hours and disk space of the three ways to train, on GPUs of three classes.
 
     python benchmarks/hours.py --write docs/training.md
 
-Prints markdown, or puts it between the marks in a page; takes a second. Nothing is measured
-here. What a training step costs in units of an inference was measured (benchmarks/training.py
-and inference.py, plain fp32 both); the letter measured inference on a GTX 1080 Ti, 71 FPS at
-512x1024; and a network of so few operations to each byte is taken to speed up as the memory of
-the GPU does.
+Nothing is measured here. Measured were the cost of a training step in units of an inference
+(benchmarks/training.py and inference.py, both plain fp32) and, by the letter, inference on a
+GTX 1080 Ti: 71 FPS at 512x1024. A network with so few operations per byte is assumed to speed up
+with the memory bandwidth of the GPU.
 """
 
-import argparse
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from lednet.errors import exit_on_user_error
-from lednet.io import read_json, write_between_marks
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks._common import RESULTS, make_parser, markdown, publish
+from lednet.errors import exit_on_user_error
+from lednet.io import read_json
 
 LETTER_FPS = 71
 """On a GTX 1080 Ti at 512x1024 (the letter)."""
 BANDWIDTHS = {"GTX 1080 Ti": 484, "RTX 4090": 1008, "H200": 4800}
-"""Of the GPU's memory, GB/s (their makers)."""
+"""Memory bandwidth of each GPU in GB/s (vendors' data sheets)."""
 CITYSCAPES, IMAGENET = 512 * 1024, 224 * 224
 FINE, EXTRA, VAL = 2975, 19_998, 500
 """Cityscapes images: train, train_extra, val."""
@@ -31,14 +31,7 @@ CORE_PAIRS = 13.8
 
 
 class Way(NamedTuple):
-    """A way to train, or a step of it.
-
-    Attributes:
-        images: trained on in all.
-        pixels: of each.
-        cache_gb: size of its cache.
-        downloads_gb: of the archives, as their pages state.
-    """
+    """A way to train, or a step of it: training images in all, and pixels of each."""
 
     name: str
     images: int
@@ -59,55 +52,33 @@ WAYS = (
 
 
 def page(step_per_inference: float) -> str:
-    lines = [
-        f"A training image was measured to cost {step_per_inference:.1f} inferences (plain fp32, "
-        "two CPU cores). **Estimates, not measurements:**",
-        "",
-        f"| | {' | '.join(f'{gpu} class' for gpu in BANDWIDTHS)} | downloads | cache |",
-        f"|---|{'---|' * (len(BANDWIDTHS) + 2)}",
-    ]
+    """The text, given the cost of a training image in inferences."""
     rates = {
         gpu: LETTER_FPS / step_per_inference * bandwidth / BANDWIDTHS["GTX 1080 Ti"]
         for gpu, bandwidth in BANDWIDTHS.items()
     }
+    rows = []
     for way in WAYS:
-        hours = [
-            f"{hours_text(way.images * way.pixels / CITYSCAPES / rate / 3600)}"
-            for rate in rates.values()
-        ]
-        lines.append(
-            f"| {way.name} | {' | '.join(hours)} | {way.downloads_gb:,.0f} GB "
-            f"| {way.cache_gb:,.0f} GB |"
-        )
-    rate = ", ".join(f"{value:.0f} on a {gpu}" for gpu, value in rates.items())
+        hours = [way.images * way.pixels / CITYSCAPES / rate / 3600 for rate in rates.values()]
+        times = [f"{h:.0f} h" if h < 72 else f"{h / 24:.0f} days" for h in hours]
+        rows.append((way.name, *times, f"{way.downloads_gb:,.0f} GB", f"{way.cache_gb:,.0f} GB"))
+    head = ("", *(f"{gpu} class" for gpu in BANDWIDTHS), "downloads", "cache")
+    speeds = ", ".join(f"{value:.0f} on a {gpu}" for gpu, value in rates.items())
     cores = ", ".join(f"{value / CORE_PAIRS:.0f}" for value in rates.values())
-    lines += [
-        "",
-        f"That is, in images of 512x1024 a second, {rate}; to decode as fast without a cache takes "
+    return (
+        f"A training image was measured to cost {step_per_inference:.1f} inferences (plain fp32, "
+        f"two CPU cores). **Estimates, not measurements:**\n\n{markdown(head, rows)}\n\n"
+        f"In images of 512x1024 per second: {speeds}; decoding as fast without a cache takes "
         f"{cores} cores. What bf16, `--channels-last` and `--compile` save on a GPU was not "
-        "measured; `benchmarks/training.py` does it in ten minutes.",
-    ]
-    return "\n".join(lines)
-
-
-def hours_text(hours: float) -> str:
-    return f"{hours:.0f} h" if hours < 72 else f"{hours / 24:.0f} days"
+        "measured; `benchmarks/training.py` measures it in ten minutes."
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the text into this page")
-    args = parser.parse_args()
-    results = ROOT / "benchmarks/results"
-    step = read_json(results / "training.json")["step"][0]["images_per_second"]
-    inference = read_json(results / "inference.json")["results"][0]
-    text = page(inference["fps"] / step)
-    if args.write:
-        write_between_marks(args.write, "benchmarks/hours.py", text)
-    else:
-        print(text)
+    args = make_parser(__doc__, "--write").parse_args()
+    step = read_json(RESULTS / "training.json")["step"][0]["images_per_second"]
+    inference = read_json(RESULTS / "inference.json")["results"][0]
+    publish(page(inference["fps"] / step), args.write)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Race the backends: from a uint8 image to a uint8 label map, against the plain network.
+"""Compare the backends with the plain network, from a uint8 image to a uint8 label map.
 
     python benchmarks/inference.py --weights save/cityscapes-d20 --images val --calibrate train \
         --json benchmarks/results/inference.json --plot benchmarks/results/inference.png
@@ -6,31 +6,41 @@
 "plain" is the network as it was trained: eager, fp32, batch norms, logits at full size,
 argmax. The others are `Predictor`'s backends, its int8 file where nncf is installed
 (calibrated on images of --calibrate), and torchvision's lraspp_mobilenet_v3_large (random
-weights, for its speed alone). Every round runs each of them once, so that they share the
-machine's good and bad moments: compare ratios. With real weights and --images the
-agreement of the labels means something; without, the images are random blocks. About
-half an hour on two cores.
+weights, for its speed alone). Every round runs each of them once: compare ratios. Agreement of
+the labels needs real weights and --images; without, the images are random blocks. About half an
+hour on two cores.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
-from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+from torch import Tensor, nn
+from torchvision.models import segmentation
 from torchvision.transforms import v2
-from tqdm import tqdm
 
+from benchmarks._common import (
+    Row,
+    add_options,
+    alternate,
+    call_alone,
+    make_parser,
+    plot_bars,
+    print_row,
+    summarize,
+    time_calls,
+    write_record,
+)
 from lednet.data.image_io import read_image
 from lednet.files import IMAGE_SUFFIXES
 from lednet.device import (
@@ -48,134 +58,123 @@ from lednet.export.formats import compile_openvino, missing_packages
 from lednet.inference.backends import BACKENDS, is_available
 from lednet.inference.benchmark import count_macs
 from lednet.inference.predictor import Predictor
-from lednet.io import write_json
 from lednet.model import LEDNet, load_model
-from lednet.training.run_dir import environment
-
-ROOT = Path(__file__).resolve().parents[1]
 
 SIZES = ((512, 1024), (1024, 2048))
 CALIBRATION_IMAGES = 32
 PEER = "lraspp_mobilenet_v3_large"
 SETTLE = 0.1
-"""Seconds before each timed run, in which the threads of the engine before it, which go on
-spinning for a while, come to rest: who uses one engine has no other's beside it."""
+"""Seconds before each timed run, in which the threads of the previous engine, which spin for a
+while, go to sleep."""
+
+Size = tuple[int, int]
+Run = Callable[[Tensor], Tensor]
 
 
 class Runner(NamedTuple):
-    """One competitor: uint8 images (N, 3, H, W) in main memory to label maps there."""
+    """A competitor. `run` takes uint8 images (N, 3, H, W) in main memory to label maps there."""
 
     backend: str
     precision: str
-    run: Callable[[Tensor], Tensor]
+    run: Run
     weights: Path | None = None
     """What a process of its own would open."""
 
+    @property
+    def name(self) -> str:
+        return f"{self.backend} {self.precision}"
 
-def plain_runner(net: LEDNet, meta: dict, device: torch.device) -> Runner:
-    """The network as trained, nothing folded or fused."""
-    net = net.to(device)
-    mean, std = (
-        torch.tensor(meta.get(key, [value] * 3), device=device).view(-1, 1, 1)
-        for key, value in (("mean", 0.0), ("std", 1.0))
-    )
+
+class Peer(nn.Module):
+    """A model of torchvision with random weights, for its speed: (N, 3, H, W) to logits."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        build = getattr(segmentation, name)
+        self.net = build(weights=None, weights_backbone=None, num_classes=20).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)["out"]
+
+
+class ToLabels(nn.Module):
+    """uint8 images (N, 3, H, W) to label maps (N, H, W), without any optimization."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, meta: Row):
+        super().__init__()
+        self.net = net
+        for key, value in (("mean", 0.0), ("std", 1.0)):
+            self.register_buffer(key, torch.tensor(meta.get(key, [value] * 3)).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images.to(self.mean.device).float() / 255 - self.mean) / self.std
+        return self.net(x).argmax(1).to(torch.uint8)
+
+
+def openvino_peer() -> Run:
+    """The peer through OpenVINO, with its argmax inside."""
+    openvino, net = import_optional("openvino"), ToLabels(Peer(PEER), {}).eval()
+    compiled: dict[torch.Size, Callable] = {}
 
     def run(images: Tensor) -> Tensor:
-        x = (images.to(device).float() / 255 - mean) / std
-        return net(x).argmax(dim=1).to(torch.uint8).cpu()
-
-    return Runner("plain", "fp32", run)
-
-
-def peer_runner(device: torch.device) -> Runner:
-    net = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=20)
-    net = net.to(device).eval()
-
-    def run(images: Tensor) -> Tensor:
-        return net(images.to(device).float() / 255)["out"].argmax(1).to(torch.uint8).cpu()
-
-    return Runner(PEER, "fp32", run)
-
-
-def openvino_peer_runner() -> Runner:
-    """The peer through OpenVINO, its argmax inside."""
-    openvino = import_optional("openvino")
-
-    net = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=20).eval()
-
-    class Labels(torch.nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return net(images.float() / 255)["out"].argmax(1).to(torch.uint8)
-
-    compiled: dict[tuple, Any] = {}
-
-    def run(images: Tensor) -> Tensor:
-        shape = tuple(images.shape)
-        if shape not in compiled:
-            model = openvino.convert_model(torch.export.export(Labels(), (images.clone(),)))
+        if images.shape not in compiled:
+            model = openvino.convert_model(torch.export.export(net, (images.clone(),)))
             hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-            compiled[shape] = compile_openvino(model, hints)
-        return torch.from_numpy(compiled[shape](images.numpy())[0])
+            compiled[images.shape] = compile_openvino(model, hints)
+        return torch.from_numpy(compiled[images.shape](images.numpy())[0])
 
-    return Runner(f"{PEER}, openvino", "fp32", run)
+    return run
 
 
-def precisions(backend: str, device: torch.device) -> list[str]:
-    """Those that the backend and the machine are made for."""
-    return ["fp32", *(fast_precisions(device) if backend != "onnxruntime" else ())]
+def labels_of(predictor: Predictor) -> Run:
+    return lambda images: predictor.label_maps(images)[0].cpu()
 
 
 def make_runners(
-    args: argparse.Namespace, device: torch.device, size: tuple[int, int], folder: Path
+    args: argparse.Namespace, device: torch.device, size: Size, folder: Path
 ) -> list[Runner]:
-    """All that run here; files that they need are written to `folder`."""
+    """All that can run here; files that they need are written to `folder`."""
     net, meta = open_network(args.weights)
+    plain = ToLabels(net, meta).to(device)
     normalization = {key: meta[key] for key in ("mean", "std") if key in meta}
-    runners = [plain_runner(net, meta, device)._replace(weights=args.weights)]
+    runners = [Runner("plain", "fp32", lambda images: plain(images).cpu(), args.weights)]
     for backend in args.backends:
         if not is_available(backend, device):
             print(f"skipped: backend {backend} is not installed, or not for {device}")
             continue
-        for precision in precisions(backend, device):
+        for precision in ("fp32", *(fast_precisions(device) if backend != "onnxruntime" else ())):
             predictor = Predictor(
                 net, size, **normalization, device=device, backend=backend, precision=precision
             )
             runners.append(Runner(backend, precision, labels_of(predictor), args.weights))
     if args.int8 and device.type == "cpu" and not missing_packages("openvino", "int8"):
-        path = write_int8(args, net, meta, size, folder / f"int8_{size[0]}x{size[1]}.xml")
-        run = labels_of(Predictor.from_weights(path))
-        runners.append(Runner("openvino", "int8", run, path))
+        path = folder / f"int8_{size[0]}x{size[1]}.xml"
+        images = load_images(args.calibrate or args.images, size, CALIBRATION_IMAGES)
+        batches = [image[None].permute(0, 2, 3, 1).numpy() for image in images]
+        export(
+            net, meta, path, "openvino", size, batches[:1], output="logits", calibration=batches,
+            min_agreement=0, max_difference=float("inf"),  # the table contains its agreement
+        )  # fmt: skip
+        runners.append(Runner("openvino", "int8", labels_of(Predictor.from_weights(path)), path))
     if args.peer:
-        runners.append(peer_runner(device))
+        peer = ToLabels(Peer(PEER), {}).to(device).eval()
+        runners.append(Runner(PEER, "fp32", lambda images: peer(images).cpu()))
         if device.type == "cpu" and is_available("openvino", device):
-            runners.append(openvino_peer_runner())
+            runners.append(Runner(f"{PEER}, openvino", "fp32", openvino_peer()))
     return runners
 
 
-def labels_of(predictor: Predictor) -> Callable[[Tensor], Tensor]:
-    return lambda images: predictor.label_maps(images)[0].cpu()
-
-
-def write_int8(
-    args: argparse.Namespace, net: LEDNet, meta: dict, size: tuple[int, int], path: Path
-) -> Path:
-    images = load_images(args.calibrate or args.images, size, CALIBRATION_IMAGES)
-    batches = [image[None].permute(0, 2, 3, 1).numpy() for image in images]
-    export(
-        net, meta, path, "openvino", size, batches[:1], output="logits", calibration=batches,
-        min_agreement=0, max_difference=float("inf"),  # the table says how near it is
-    )  # fmt: skip
-    return path
-
-
-def open_network(weights: Path | None) -> tuple[LEDNet, dict]:
+def open_network(weights: Path | None) -> tuple[LEDNet, Row]:
     if weights:
         return load_model(weights)
     torch.manual_seed(0)
     return LEDNet(20).eval(), {}
 
 
-def load_images(folder: Path | None, size: tuple[int, int], count: int) -> Tensor:
+def load_images(folder: Path | None, size: Size, count: int) -> Tensor:
     """(count, 3, *size) uint8: images of the folder at even distances, resized; or blocks."""
     if folder is None:
         rng = np.random.default_rng(0)
@@ -183,253 +182,166 @@ def load_images(folder: Path | None, size: tuple[int, int], count: int) -> Tenso
         return torch.from_numpy(blocks.repeat(32, axis=2).repeat(32, axis=3))
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise UserError(
-            f"{folder} holds no images (png, jpg or webp): check --images and --calibrate"
-        )
-    images = (read_image(paths[i * len(paths) // count]) for i in range(count))
-    return torch.stack(
-        [
-            v2.functional.resize(torch.from_numpy(image).permute(2, 0, 1), size, antialias=True)
-            for image in images
-        ]
-    )
+        raise UserError(f"{folder} has no images (png, jpg, webp): check --images and --calibrate")
+    images = [torch.from_numpy(read_image(paths[i * len(paths) // count])) for i in range(count)]
+    resize = partial(v2.functional.resize, size=size, antialias=True)
+    return torch.stack([resize(image.permute(2, 0, 1)) for image in images])
+
+
+def time_run(runner: Runner, images: Tensor, device: torch.device) -> float:
+    """Milliseconds of a run."""
+    synchronize(device)
+    time.sleep(SETTLE)
+    start = time.perf_counter()
+    runner.run(images)
+    synchronize(device)
+    return 1000 * (time.perf_counter() - start)
+
+
+def agreement(runner: Runner, images: Tensor, expected: list[Tensor]) -> float | None:
+    """Share of the pixels labelled as expected; None for another network."""
+    if runner.backend.startswith(PEER):
+        return None
+    pairs = zip(images, expected, strict=True)
+    return statistics.mean((runner.run(i[None]) == labels).double().mean().item()
+                           for i, labels in pairs)  # fmt: skip
 
 
 @torch.inference_mode()
-def race(
-    runners: list[Runner], images: Tensor, device: torch.device, warmup: int, runs: int
-) -> list[list[float]]:
-    """Milliseconds of each run of each runner, all of them in turn in every round."""
-    times: list[list[float]] = [[] for _ in runners]
-    for round_ in tqdm(range(warmup + runs), f"{tuple(images.shape)}", leave=False):
-        for runner, record in zip(runners, times, strict=True):
-            synchronize(device)
-            time.sleep(SETTLE)
-            start = time.perf_counter()
-            runner.run(images)
-            synchronize(device)
-            if round_ >= warmup:
-                record.append((time.perf_counter() - start) * 1000)
-    return times
-
-
-@torch.inference_mode()
-def agreements(runners: list[Runner], images: Tensor) -> list[float | None]:
-    """Share of the pixels labelled as the first runner does; None for another network."""
-    expected = [runners[0].run(image[None]) for image in images]
-    found: list[float | None] = []
-    for runner in runners:
-        if runner.backend.startswith(PEER):
-            found.append(None)
-            continue
-        same = [
-            (runner.run(image[None]) == labels).double().mean().item()
-            for image, labels in zip(images, expected, strict=True)
-        ]
-        found.append(statistics.mean(same))
-    return found
-
-
-def matrix_rate(device: torch.device, precision: str = "fp32", seconds: float = 1.0) -> float:
-    """Best rate of a 2048 x 2048 matrix product, in GFLOP/s."""
-    a = torch.rand(2048, 2048, device=device)
-    best, end = float("inf"), time.perf_counter() + seconds
-    with torch.inference_mode(), autocast(device, precision):
-        while time.perf_counter() < end:
-            synchronize(device)
-            start = time.perf_counter()
-            a @ a
-            synchronize(device)
-            best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best / 1e9
-
-
-def peak_of(args: argparse.Namespace, runner: Runner, size: tuple[int, int]) -> float | None:
-    """Peak memory in MB of a process that runs this runner alone."""
-    command = [sys.executable, __file__, "--peak-of", runner.backend, runner.precision]
-    command += [str(side) for side in size] + ["--device", args.device]
-    command += ["--weights", str(runner.weights)] if runner.weights else []
-    result = subprocess.run(command, capture_output=True, text=True)
-    return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
-
-
-def print_peak(args: argparse.Namespace, device: torch.device) -> None:
-    backend, precision, *size = args.peak_of
-    size = tuple(map(int, size))
+def peak_memory(
+    args: argparse.Namespace, device: torch.device, size: Size, backend: str, precision: str,
+    weights: Path | None,
+) -> float:  # fmt: skip
+    """Peak memory of this process in MB, after two runs of one runner."""
     if precision == "int8":
-        run = labels_of(Predictor.from_weights(args.weights))
+        run = labels_of(Predictor.from_weights(weights))  # type: ignore[arg-type]
     else:
         args.backends = [backend] if backend in BACKENDS else []
         args.peer, args.int8 = PEER in backend, False
         runners = make_runners(args, device, size, Path())
-        run = next(r for r in runners if (r.backend, r.precision) == (backend, precision)).run
-    with torch.inference_mode():
-        for _ in range(2):
-            run(load_images(None, size, 1))
-    print(json.dumps(peak_memory_mb(device)))
+        run = next(r.run for r in runners if (r.backend, r.precision) == (backend, precision))
+    for _ in range(2):
+        run(load_images(None, size, 1))
+    return peak_memory_mb(device)
 
 
-def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Every size and batch; see the module's docstring."""
-    results = []
-    for size in SIZES if args.sizes is None else args.sizes:
+@torch.inference_mode()
+def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> Row:
+    """Measure every size and batch; see the module's docstring."""
+    results: list[Row] = []
+    for size in args.sizes or SIZES:
         runners = make_runners(args, device, size, folder)
         images = load_images(args.images, size, max(args.agreement_images, *args.batches))
-        shares = agreements(runners, images[: args.agreement_images])
-        peaks = [peak_of(args, r, size) if args.memory else None for r in runners]
+        compared = images[: args.agreement_images]
+        expected = [runners[0].run(image[None]) for image in compared]
+        shares = [agreement(runner, compared, expected) for runner in runners]
+        peaks = [
+            args.memory and call_alone(
+                peak_memory, args, device, size, r.backend, r.precision, r.weights
+            )
+            for r in runners
+        ]  # fmt: skip
         for batch in args.batches:
-            runs = max(3, args.runs // batch)
-            times = race(runners, images[:batch], device, args.warmup, runs)
-            plain = statistics.median(times[0])
-            for runner, record, share, peak in zip(runners, times, shares, peaks, strict=True):
-                p50 = statistics.median(record)
-                results.append(
-                    {
-                        "backend": runner.backend,
-                        "precision": runner.precision,
-                        "height": size[0],
-                        "width": size[1],
-                        "batch": batch,
-                        "p50_ms": p50,
-                        "p95_ms": float(np.quantile(record, 0.95)),
-                        "fps": batch * 1000 / p50,
-                        "fps_per_core": batch * 1000 / p50 / torch.get_num_threads(),
-                        "ratio_to_plain": plain / p50,
-                        "agreement": share,
-                        "peak_mb": peak,
-                        "runs": runs,
-                    }
-                )
-                print_row(results[-1])
-    print_best_batches(results)
+            runs = {r.name: partial(time_run, r, images[:batch], device) for r in runners}
+            found = alternate(runs, max(3, args.runs // batch), args.warmup)
+            plain = statistics.median(found[runners[0].name])
+            for runner, share, peak in zip(runners, shares, peaks, strict=True):
+                row: Row = {"backend": runner.backend, "precision": runner.precision,
+                            "height": size[0], "width": size[1], "batch": batch}  # fmt: skip
+                row |= summarize(found[runner.name], batch)
+                row |= {
+                    "fps_per_core": row["fps"] / torch.get_num_threads(),
+                    "ratio_to_plain": plain / row["p50_ms"],
+                    "agreement": share,
+                    "peak_mb": peak or None,
+                }
+                results.append(row)
+                print_row(row)
     net, _ = open_network(args.weights)
     return {"results": results, "limits": limits(results, net, device)}
 
 
-def print_best_batches(results: list[dict[str, Any]]) -> None:
-    """For each size the batch that each runner answers the most images a second with."""
-    best: dict[tuple, dict[str, Any]] = {}
-    for row in results:
-        key = (row["height"], row["width"], row["backend"], row["precision"])
-        best[key] = max(best.get(key, row), row, key=lambda r: r["fps"])
-    for (height, width, backend, precision), row in best.items():
-        print(
-            f"{height}x{width} {backend} {precision}: best batch {row['batch']}, "
-            f"{row['fps']:.2f} images/s, {row['fps_per_core']:.2f} a core"
-        )
-
-
-def limits(
-    results: list[dict[str, Any]], net: LEDNet, device: torch.device
-) -> dict[str, dict[str, Any]]:
-    """For each size and precision that PyTorch multiplies matrices in: the time that the
-    network's operations would take at that rate, and the share of it that the best reaches."""
-    found: dict[str, dict[str, Any]] = {}
+def limits(results: list[Row], net: LEDNet, device: torch.device) -> dict[str, Row]:
+    """For each size and precision of a matrix product in PyTorch: the time of the network's
+    operations at that rate, and the share of it that the best backend reaches."""
+    found: dict[str, Row] = {}
     for precision in ("fp32", "bf16", "fp16"):
         rows = [r for r in results if r["batch"] == 1 and r["precision"] == precision
                 and r["backend"] in BACKENDS]  # fmt: skip
-        rate = matrix_rate(device, precision) if rows else 0
+        if not rows:
+            continue
+        a = torch.rand(2048, 2048, device=device)
+        with torch.inference_mode(), autocast(device, precision):
+            fastest = min(time_calls(partial(torch.matmul, a, a), device, 1.0, host_clock=True))
+        rate = 2 * 2048**3 / fastest / 1e6
         for size in sorted({(r["height"], r["width"]) for r in rows}):
-            best = min((r for r in rows if (r["height"], r["width"]) == size),
-                       key=lambda r: r["p50_ms"])  # fmt: skip
+            same_size = (r for r in rows if (r["height"], r["width"]) == size)
+            best = min(same_size, key=lambda r: r["p50_ms"])
             operations = 2 * count_macs(net, size) / 1e9
             limit = 1000 * operations / rate
-            found[f"{size[0]}x{size[1]} {precision}"] = {
+            key = f"{size[0]}x{size[1]} {precision}"
+            found[key] = {
                 "gflop": operations,
                 "matrix_gflops": rate,
                 "limit_ms": limit,
                 "best": best["backend"],
                 "share_of_limit": limit / best["p50_ms"],
             }
-            print(
-                f"{size[0]}x{size[1]} {precision}: {operations:.1f} GFLOP at {rate:.0f} GFLOP/s "
-                f"is {limit:.0f} ms; {best['backend']} reaches {limit / best['p50_ms']:.0%} of it"
-            )
+            print_row({"limit": key} | found[key])
     return found
 
 
-def print_row(row: dict[str, Any]) -> None:
-    share = "-" if row["agreement"] is None else f"{100 * row['agreement']:.4f} %"
-    peak = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f} MB"
-    print(
-        f"{row['backend']:36} {row['precision']}  {row['height']}x{row['width']} x{row['batch']}  "
-        f"{row['p50_ms']:8.1f} ms  p95 {row['p95_ms']:8.1f}  {row['fps']:7.2f} FPS  "
-        f"{row['ratio_to_plain']:5.2f}x  {share:>11}  {peak}",
-        flush=True,
-    )
-
-
-def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
+def plot(results: list[Row], path: Path, title: str) -> None:
     """Bars of the ratio to plain at batch 1, a panel for each size."""
-    rows = [row for row in results if row["batch"] == 1]
-    sizes = sorted({(row["height"], row["width"]) for row in rows})
-    bars = max(sum((r["height"], r["width"]) == size for r in rows) for size in sizes)
-    figure = Figure(figsize=(6.5 * len(sizes), 1.4 + 0.42 * bars), layout="constrained")
-    figure.suptitle(title)
-    for axis, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
-        here = [row for row in rows if (row["height"], row["width"]) == size]
-        names = [f"{row['backend']} {row['precision']}" for row in here]
-        ratios = [row["ratio_to_plain"] for row in here]
-        colors = ["#f58518" if row["backend"].startswith(PEER) else "#4c78a8" for row in here]
-        axis.barh(names, ratios, color=colors)
-        for y, row in enumerate(here):
-            text = f" {row['ratio_to_plain']:.2f}x, {row['p50_ms']:.0f} ms"
-            axis.text(row["ratio_to_plain"], y, text, va="center")
-        axis.set(xlim=(0, 1.35 * max(ratios)), title=f"{size[0]}x{size[1]}, batch 1",
-                 xlabel="times as fast as plain")  # fmt: skip
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    panels: dict[str, list[tuple[str, float, str, str]]] = {}
+    for row in (row for row in results if row["batch"] == 1):
+        text = f"{row['ratio_to_plain']:.2f}x, {row['p50_ms']:.0f} ms"
+        color = "#f58518" if row["backend"].startswith(PEER) else "#4c78a8"
+        bar = (f"{row['backend']} {row['precision']}", row["ratio_to_plain"], text, color)
+        panels.setdefault(f"{row['height']}x{row['width']}, batch 1", []).append(bar)
+    plot_bars(path, title, "times as fast as plain", panels)
+
+
+def parse_size(text: str) -> Size:
+    height, width = map(int, text.split("x"))
+    return height, width
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "--json", "--plot", "--device")
     # fmt: off
-    parser.add_argument("--weights", type=Path, help="weights file or run folder (random ones)")
+    parser.add_argument("--weights", type=Path,
+                        help="weights file or run folder (default: random weights)")
     parser.add_argument("--images", type=Path, help="folder of images to compare labels on")
     parser.add_argument("--calibrate", type=Path, metavar="DIR",
                         help=f"{CALIBRATION_IMAGES} images of this folder calibrate int8 "
-                             "(those of --images)")
-    parser.add_argument("--int8", action=argparse.BooleanOptionalAction, default=True,
-                        help="race OpenVINO's int8 as well")
-    parser.add_argument("--agreement-images", type=int, default=4, metavar="N")
+                             "(default: those of --images)")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--sizes", nargs="+", metavar="HxW",
-                        type=lambda text: tuple(map(int, text.split("x"))),
-                        help="images and network input (512x1024 1024x2048)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True,
-                        help=f"race torchvision's {PEER} too")
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True,
-                        help="peak memory, each in a process of its own")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=12, help="rounds at batch 1")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="PNG")
-    parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", nargs="+", metavar="HxW", type=parse_size,
+                        help="of images and network input (default: 512x1024 1024x2048)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4],
+                        help="(default: 1 2 4)")
     # fmt: on
+    add_options(
+        parser,
+        int8=(True, "include OpenVINO's int8"),
+        agreement_images=(4, "images to compare labels on"),
+        peer=(True, f"include torchvision's {PEER}"),
+        memory=(True, "peak memory, each in a process of its own"),
+        warmup=(2, "untimed rounds"),
+        runs=(12, "rounds at batch 1"),
+    )
     return parser
 
 
 def main() -> None:
     args = build_parser().parse_args()
     device = choose_device(args.device)
-    if args.peak_of:
-        print_peak(args, device)
-        return
     with tempfile.TemporaryDirectory() as folder:
-        record = {
-            "command": " ".join(["python", "benchmarks/inference.py", *sys.argv[1:]]),
-            "device": describe_device(device),
-            "environment": environment(ROOT),
-        } | measure(args, device, Path(folder))
-    if args.json:
-        write_json(args.json, record)
+        record = measure(args, device, Path(folder))
+    write_record(args.json, device, record)
     if args.plot:
-        plot(record["results"], args.plot, record["device"])
+        plot(record["results"], args.plot, describe_device(device))
 
 
 if __name__ == "__main__":

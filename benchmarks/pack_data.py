@@ -3,9 +3,9 @@
     python benchmarks/pack_data.py --datadir cityscapes=/data/cityscapes --golden /data/golden \\
         --exclude "*.pth.tar" --out /tmp/packed --limit-mib 48
 
-Each NAME=DIR becomes OUT/NAME: images as lossy WebP, PNG of one channel, which are labels, packed
-harder without loss, other files copied. --golden, reference outputs, becomes OUT/golden and loses
-nothing. The same command finishes a run that was interrupted.
+Each NAME=DIR becomes OUT/NAME: images as lossy WebP; PNG files of one channel, which are labels,
+compressed further without loss; other files copied. --golden, reference outputs, becomes
+OUT/golden without loss. The same command resumes an interrupted run.
 """
 
 import contextlib
@@ -20,8 +20,6 @@ from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
-
-ROOT = Path(__file__).resolve().parents[1]
 
 import numpy as np
 from PIL import Image
@@ -43,7 +41,7 @@ class Job(NamedTuple):
 
 
 def to_webp(job: Job) -> bytes:
-    """The pixels as they lie on disk, and the EXIF that says how to turn them."""
+    """The pixels as stored, with the EXIF data that contains their orientation."""
     image, buffer = open_image(job.source), BytesIO()
     pixels, exif = Image.fromarray(to_rgb(image, upright=False)), image.info.get("exif", b"")
     pixels.save(buffer, "WEBP", quality=job.quality, method=6, exif=exif)
@@ -51,7 +49,7 @@ def to_webp(job: Job) -> bytes:
 
 
 def unfiltered_png(grey: np.ndarray) -> bytes:
-    """A PNG of (H, W) uint8; labels pack better without the row filters that Pillow takes."""
+    """A PNG of (H, W) uint8 without row filters, which is smaller for labels than Pillow's."""
     rows = np.pad(grey, ((0, 0), (1, 0))).tobytes()  # a 0 in front of each: no filter
     header = struct.pack(">2I5B", *grey.shape[::-1], 8, 0, 0, 0, 0)
     chunks = (b"IHDR" + header, b"IDAT" + zlib.compress(rows, 9), b"IEND")
@@ -60,7 +58,7 @@ def unfiltered_png(grey: np.ndarray) -> bytes:
 
 
 def smaller(source: Path) -> bytes:
-    """The file, or a smaller one of the same arrays or the same grey values."""
+    """The file, or a smaller one with equal arrays or grey values."""
     content, buffer = source.read_bytes(), BytesIO()
     if source.suffix.lower() == ".npz":
         with contextlib.suppress(Exception), np.load(source) as arrays:
@@ -74,7 +72,7 @@ def smaller(source: Path) -> bytes:
 
 
 def pack(job: Job) -> None:
-    """Write the target, unless it has the source's time: then it was made of it."""
+    """Write the target, unless it has the modification time of the source and is up to date."""
     time = job.source.stat().st_mtime_ns
     if not job.target.is_file() or job.target.stat().st_mtime_ns != time:
         content = to_webp(job) if job.kind == "image" else smaller(job.source)
@@ -93,7 +91,11 @@ def kind_of(path: Path) -> str:
 
 
 def plan(args: Namespace) -> Iterator[Job]:
-    """The files to pack; UserError where one cannot be."""
+    """The files to pack.
+
+    Raises:
+        UserError: a folder does not exist, or two files would get the same name.
+    """
     golden = [("golden", args.golden)] if args.golden else []
     sources: dict[Path, Path] = {}
     for name, folder in [*(text.rpartition("=")[::2] for text in args.datadir), *golden]:
@@ -125,11 +127,11 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     # fmt: off
     parser.add_argument("--datadir", nargs="+", default=[], metavar="NAME=DIR")
-    parser.add_argument("--golden", metavar="DIR", help="loses nothing")
+    parser.add_argument("--golden", metavar="DIR", help="reference outputs, packed without loss")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help='"*.zip"')
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--quality", type=int, default=80, help="of WebP, 1 to 100 (80)")
-    parser.add_argument("--limit-mib", type=float, default=float("inf"), help="of --out in all")
+    parser.add_argument("--quality", type=int, default=80, help="of WebP, 1 to 100 (default: 80)")
+    parser.add_argument("--limit-mib", type=float, default=float("inf"), help="limit of --out")
     # fmt: on
     args = parser.parse_args()
     jobs, record = list(plan(args)), args.out / ".packed.json"

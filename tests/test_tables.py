@@ -40,5 +40,5 @@ def test_ways_are_compared_with_the_first_seed_by_seed():
         "other": ways.summary([[0.9, 0.29], [0.2, 0.53]]),
     }
     rows = ways.table(found, {"as it is": "", "other": "--x 1"}).splitlines()
-    assert rows[2] == "| as it is |  | 0.400 | 0.300, 0.500 | |"
+    assert rows[2] == "| as it is |  | 0.400 | 0.300, 0.500 |  |"
     assert rows[3] == "| other | `--x 1` | 0.410 | 0.290, 0.530 | +0.010, 1 of 2 seeds |"

@@ -1,10 +1,11 @@
-"""The documentation site: `make docs` builds it into docs/_build/html, without a network.
+"""Sphinx configuration: `make docs` builds the site into docs/_build/html, without a network.
 
-The source is the whole repository, so that the links of its Markdown files lead to the same
-places here and where the files are read as they are.
+The source folder is the repository, so links in Markdown files work both on the site and in the
+repository.
 """
 
 import re
+from pathlib import Path
 
 from sphinx.application import Sphinx
 
@@ -23,7 +24,6 @@ include_patterns = [
     "CHANGELOG.md",
     "CONTRIBUTING.md",
 ]
-# Folders that hold no pages are not even searched.
 exclude_patterns = [
     ".*", "build", "dist", "docs/_build", "datasets/*/**", "save/demo*", "third_party", "tests",
 ]  # fmt: skip
@@ -37,6 +37,7 @@ extensions = [
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
+autodoc_default_options = {"members": True, "special-members": "__call__"}
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -54,10 +55,30 @@ html_show_sourcelink = False
 highlight_language = "sh"
 
 
-def write_as_rest(
+def list_modules(app: Sphinx, page: str, source: list[str]) -> None:
+    """Replace the list of modules of a page in docs/api by their documentation.
+
+    A package stands for those of its modules that the page does not list.
+    """
+    if not page.startswith("docs/api/"):
+        return
+    root = Path(app.srcdir)
+    listed = re.findall(r"^- `(lednet\S+)`\n", source[0], re.MULTILINE)
+    modules = [name for name in listed if (root / f"{name.replace('.', '/')}.py").is_file()]
+    for package in listed:
+        for path in sorted((root / package.replace(".", "/")).rglob("[!_]*.py")):
+            name = ".".join(path.relative_to(root).with_suffix("").parts)
+            if name not in modules:
+                modules.append(name)
+    source[0] = re.sub(r"^- `lednet\S+`\n", "", source[0], flags=re.MULTILINE)
+    for name in modules:
+        source[0] += f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n\n"
+
+
+def escape_rest(
     app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
 ) -> None:
-    """A docstring is plain text with `names`: escape what reStructuredText takes for markup."""
+    """Escape reStructuredText markup in docstrings, which are plain text with `names`."""
     for i, line in enumerate(lines):
         parts = line.split("`")
         parts[::2] = [re.sub(r"([*|]|_(?!\w))", r"\\\1", part) for part in parts[::2]]
@@ -71,10 +92,11 @@ def write_as_rest(
 def skip_generated(
     app: Sphinx, what: str, name: str, thing: object, skip: bool, options: object
 ) -> bool | None:
-    """Fields of a NamedTuple that say no more than their number."""
+    """Skip the generated docstrings of the fields of a NamedTuple."""
     return True if str(thing.__doc__).startswith("Alias for field number") else None
 
 
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-skip-member", skip_generated)
-    app.connect("autodoc-process-docstring", write_as_rest, priority=400)  # before napoleon's
+    app.connect("autodoc-process-docstring", escape_rest, priority=400)  # before napoleon's
+    app.connect("source-read", list_modules)

@@ -1,9 +1,9 @@
-"""Draw the network for docs/architecture.md, and write the table of its stages into that page.
+"""Draw the network for docs/architecture.md, and write its tables of modules.
 
     python docs/draw_architecture.py
 
-Kernels, channels, dilations, sizes and parameters are read off the modules, while an image of
-512x1024 passes through them; what stands where on the paper is all that is written here.
+Kernels, channels, dilations, sizes and parameters are read from the modules and a forward pass of
+a 512x1024 image; only the positions in the figure are set here.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DOWN, BLOCK, CONV, JOIN = "#f2b179", "#9cc5e8", "#cfe3d4", "#f3f3f3"
 
 
 class Stage(NamedTuple):
-    """One module as an image passes through it."""
+    """A module and the size of its output."""
 
     name: str
     module: nn.Module
@@ -38,8 +38,8 @@ class Stage(NamedTuple):
     """(channels, height, width) of its output."""
 
 
-def pass_through(net: LEDNet, size: tuple[int, int] = SIZE) -> dict[str, Stage]:
-    """Every module of `net` by name, with the shape that an image of `size` has behind it."""
+def trace(net: LEDNet, size: tuple[int, int] = SIZE) -> dict[str, Stage]:
+    """All modules of `net` by name, with their outputs' sizes for an image of `size`."""
     stages: dict[str, Stage] = {}
 
     def note(name: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -62,12 +62,12 @@ def kernel_of(conv: nn.Conv2d) -> str:
 
 
 def describe(module: nn.Module) -> str:
-    """One module in the words of the table."""
+    """Description of a module in the tables."""
     if isinstance(module, Downsampler):
         conv = module.conv
         return (
             f"downsampler: {kernel_of(conv)} stride {conv.stride[0]} to {conv.out_channels}, "
-            f"beside 2×2 max-pool of {conv.in_channels}"
+            f"and 2×2 max-pool of {conv.in_channels}"
         )
     if isinstance(module, SSnbt):
         dropout = next(layer.p for layer in module.left if isinstance(layer, nn.Dropout2d))
@@ -92,16 +92,16 @@ def row(stage: Stage) -> str:
 
 
 def table(title: str, rows: list[str], module: nn.Module) -> str:
-    """Modules in the order of the flow: what each is, its output, its parameters."""
+    """A Markdown table of modules with a total."""
     header = f"| {title} | | output at {SIZE[0]}x{SIZE[1]} | parameters |\n|---|---|---|---|"
-    return "\n".join((header, *rows, f"| all | | | **{count_parameters(module):,}** |"))
+    return "\n".join((header, *rows, f"| total | | | **{count_parameters(module):,}** |"))
 
 
 def tables() -> str:
-    """What the page holds between its marks: the encoder, and each variant's decoder."""
+    """Tables of the encoder and of each variant's decoder."""
     parts: list[str] = []
     for variant in VARIANTS:
-        stages = pass_through(LEDNet(variant=variant))
+        stages = trace(LEDNet(variant=variant))
         for part in ("encoder", "decoder"):
             module = stages[part].module
             if part == "encoder" and parts:
@@ -126,7 +126,7 @@ def box(
 
 
 def sign(ax: Axes, x: float, y: float, text: str) -> None:
-    """An operation of two inputs: a circle with its sign."""
+    """A circle with the sign of an operation of two inputs."""
     ax.text(
         x, y, text, ha="center", va="center", fontsize=10, color=INK, zorder=3,
         bbox={"boxstyle": "circle,pad=0.18", "facecolor": JOIN, "edgecolor": INK, "linewidth": 0.8},
@@ -134,7 +134,7 @@ def sign(ax: Axes, x: float, y: float, text: str) -> None:
 
 
 def arrow(ax: Axes, *points: tuple[float, float], text: str = "") -> None:
-    """A path along `points`, its head at the last one; `text` stands at its middle leg."""
+    """An arrow along `points`, with `text` at its last segment."""
     for start, end in itertools.pairwise(points[:-1]):
         ax.plot(*zip(start, end, strict=True), color=INK, linewidth=0.9, zorder=1)
     ax.annotate(
@@ -148,7 +148,7 @@ def arrow(ax: Axes, *points: tuple[float, float], text: str = "") -> None:
 
 
 def draw_encoder(ax: Axes, stages: dict[str, Stage]) -> None:
-    """Its modules side by side: as high as their output, as wide as their channels."""
+    """The modules of the encoder, with heights of the outputs and widths of the channels."""
     x, group_start, last = 0.0, 0.0, None
     ax.text(0, 1.16, f"Encoder of {SIZE[0]}x{SIZE[1]} px", fontsize=10, weight="bold", color=INK)
 
@@ -213,7 +213,7 @@ def draw_block(ax: Axes, block: SSnbt) -> None:
 
 
 def draw_decoder(ax: Axes, stages: dict[str, Stage], variant: str) -> None:
-    """The attention pyramid network; every box is a convolution, BN and ReLU."""
+    """The attention pyramid network: each box is a convolution with BN and ReLU."""
     decoder = stages["decoder"].module
 
     def conv(name: str, x: float, y: float) -> None:
@@ -268,7 +268,7 @@ def draw_decoder(ax: Axes, stages: dict[str, Stage], variant: str) -> None:
 
 
 def draw(path: Path) -> None:
-    """The encoder, its block and both decoders as one picture."""
+    """Draw the encoder, its block and both decoders into one figure."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -276,7 +276,7 @@ def draw(path: Path) -> None:
     grid = figure.add_gridspec(2, 12, height_ratios=(1, 1.1), hspace=0.08, wspace=0.3)
     for i, variant in enumerate(VARIANTS):
         net = LEDNet(variant=variant)
-        stages = pass_through(net)
+        stages = trace(net)
         if i == 0:  # the same in all variants
             draw_encoder(figure.add_subplot(grid[0, :8]), stages)
             last = [layer for layer in net.encoder if isinstance(layer, SSnbt)][-1]

@@ -1,4 +1,4 @@
-"""The documentation: the site builds, links lead somewhere, commands are ones that scripts take."""
+"""Documentation: the site builds, links are valid, and scripts accept the documented commands."""
 
 import argparse
 import os
@@ -20,23 +20,11 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
     if path.relative_to(ROOT).parts[0] not in ("build", "dist")
 )
-API = (
-    "lednet.cli",
-    "lednet.data",
-    "lednet.data.prepare",
-    "lednet.training",
-    "lednet.evaluation",
-    "lednet.export",
-    "lednet.inference",
-    "lednet.validation",
-    "lednet.demo",
-)
-"""Packages whose own module holds nothing to document."""
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The built site. Every warning is an error: a link or an anchor that is not there, for one."""
+    """The built site. Warnings are errors, such as links to missing pages or sections."""
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", ".", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -44,7 +32,7 @@ def site(tmp_path_factory) -> Path:
     return out
 
 
-def test_the_site_needs_no_network(site):
+def test_site_loads_nothing_from_the_network(site):
     for page in site.rglob("*.html"):
         html = page.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=\"([^\"]*)\"", html)
@@ -52,13 +40,13 @@ def test_the_site_needs_no_network(site):
         assert not [address for address in loaded if "//" in address], page
 
 
-def test_the_first_page_leads_to_the_site(site):
+def test_site_index_redirects_to_first_page(site):
     target = re.search(r"url=([^\"]+)", (site / "index.html").read_text())[1]
     assert "Training on your own data" in (site / target).read_text(encoding="utf-8")
 
 
-def test_readme_links_lead_somewhere(site):
-    """README.md is no page of the site, so that the build does not see its links."""
+def test_readme_links_exist(site):
+    """README.md is not part of the site, so Sphinx does not check its links."""
     links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(links) > 20
     for link in links:
@@ -71,19 +59,23 @@ def test_readme_links_lead_somewhere(site):
             assert f'id="{anchor}"' in html, link
 
 
-def test_every_module_is_in_the_api():
-    named = set()
-    for page in (ROOT / "docs/api").glob("*.md"):
-        named.update(re.findall(r"automodule:: (\S+)", page.read_text(encoding="utf-8")))
-    modules = set()
-    for path in (ROOT / "lednet").rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        modules.add(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    assert named == modules - {"lednet", *API}
+def test_api_reference_contains_every_module(site):
+    pages = (site / "docs/api").glob("*.html")
+    documented = {
+        module
+        for page in pages
+        for module in re.findall(r'id="module-(\S+?)"', page.read_text(encoding="utf-8"))
+    }
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "lednet").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert documented == modules
 
 
 def code_lines(text: str) -> Iterator[str]:
-    """Lines of the code blocks of Markdown, indented or fenced, continued lines joined."""
+    """Lines of indented and fenced code blocks, with continued lines joined."""
     fenced, pending = False, ""
     for line in text.splitlines():
         if line.startswith("```"):
@@ -97,27 +89,22 @@ def code_lines(text: str) -> Iterator[str]:
                 pending = ""
 
 
-def inline_commands(text: str) -> Iterator[str]:
-    """Commands in running text, such as `python x.py --flag`; they may go over a line's end."""
-    for code in re.findall(r"`((?:python|torchrun) [^`]*)`", text):
-        yield " ".join(code.split())
-
-
 def commands() -> Iterator[tuple[str, str]]:
-    """(page, command) of everything in the docs that calls a script of the repository."""
+    """(page, command) for every call of a script of the repository, in blocks and inline code."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for line in (*code_lines(text), *inline_commands(text)):
+        inline = re.findall(r"`((?:python|torchrun) [^`]*)`", text)
+        for line in (*code_lines(text), *(" ".join(code.split()) for code in inline)):
             if re.match(r"(python|torchrun|srun torchrun) ", line) and ".py" in line:
                 yield str(page.relative_to(ROOT)), line
 
 
 class Parsed(BaseException):
-    """The script took its arguments."""
+    """Raised when a script has parsed its arguments."""
 
 
 @pytest.mark.parametrize(("page", "command"), sorted(set(commands())))
-def test_scripts_take_the_commands_of_the_docs(page, command, monkeypatch, capsys):
+def test_script_accepts_documented_command(page, command, monkeypatch, capsys):
     words = [word for word in shlex.split(command, comments=True) if not word.startswith("$")]
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     if words[at - 1] == "pytest":
@@ -125,11 +112,11 @@ def test_scripts_take_the_commands_of_the_docs(page, command, monkeypatch, capsy
         return
     parse = argparse.ArgumentParser.parse_args
 
-    def stop(parser, *args, **kwargs):
+    def parse_and_stop(parser, *args, **kwargs):
         parse(parser, *args, **kwargs)
         raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", [str(ROOT / words[at]), *words[at + 1 :]])
     monkeypatch.setattr(sys, "path", [str((ROOT / words[at]).parent), *sys.path])
     try:
@@ -138,10 +125,10 @@ def test_scripts_take_the_commands_of_the_docs(page, command, monkeypatch, capsy
         return
     except SystemExit:
         pytest.fail(capsys.readouterr().err)
-    pytest.fail(f"{words[at]} reads no arguments")
+    pytest.fail(f"{words[at]} parses no arguments")
 
 
-def test_the_architecture_page_is_that_of_the_code(tmp_path):
+def test_architecture_page_matches_the_modules(tmp_path):
     script = runpy.run_path(str(ROOT / "docs/draw_architecture.py"))
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     assert script["tables"]() in page, "run python docs/draw_architecture.py"
@@ -154,13 +141,12 @@ SMALLER = {
     "--width 128 --height 64 --workers 1",
     "--height 128 --width 256": "--height 64 --width 128 --num-workers 0",
     "--num-epochs 12": "--num-epochs 1",
-    "check_dataset.py": "check_dataset.py --fail-on never",  # few images lack some classes
+    "check_dataset.py": "check_dataset.py --fail-on never",  # some classes are absent
 }
-"""What makes the worked example short enough for a test."""
+"""Replacements that make the worked example short enough for a test."""
 
 
-def test_own_data_in_ten_minutes(tmp_path):
-    """The page's commands, one after the other, in a copy of the repository."""
+def test_own_data_page_commands_succeed_in_order(tmp_path):
     for folder in ("lednet", "train", "test", "utils", "save/released"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "datasets").mkdir()

@@ -5,7 +5,7 @@ import ast
 from conftest import ROOT
 
 FLOORS = (
-    {"errors", "io", "device", "distributed", "metrics"},
+    {"errors", "files", "io", "device", "distributed", "metrics", "progress"},
     {"checkpoint"},
     {"hub"},
     {"model"},

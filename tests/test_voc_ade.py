@@ -214,7 +214,7 @@ def test_open_voc_files_of_the_list_must_exist_once(voc, tmp_path):
     [
         (None, r"no file .*val\.txt: unpack"),
         (b"\n \n", r"val\.txt names no images: unpack"),
-        (b"\xff", r"cannot read .*val\.txt"),
+        (b"\xff", r"val\.txt is not UTF-8 text \(line 1\)"),
     ],
 )
 def test_open_voc_list_without_names_is_refused(voc, content, words):

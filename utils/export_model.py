@@ -95,12 +95,12 @@ from tqdm import tqdm
 from lednet.data.dataset import SegmentationDataset
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import require_classes
-from lednet.files import IMAGE_SUFFIXES
 from lednet.data.registry import open_dataset
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.evaluator import evaluate, require_labels
 from lednet.export.exporter import Parity, ParityError, export
 from lednet.export.formats import FORMATS, MIN_TRACED_SIDE, ExportedModel, require_packages
+from lednet.files import IMAGE_SUFFIXES
 from lednet.hub import input_size, resolve_weights
 from lednet.inference.predictor import Predictor
 from lednet.model import LEDNet, load_model

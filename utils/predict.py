@@ -94,11 +94,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lednet.data.imagefolder import SUFFIXES
 from lednet.data.labels import LabelScheme, cityscapes_label_ids, cityscapes_scheme
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.distributed import DistributedContext, destroy_distributed, init_distributed
 from lednet.errors import UserError, exit_on_user_error, raise_if_problems
+from lednet.files import IMAGE_SUFFIXES
 from lednet.hub import weights_checksum
 from lednet.inference.inputs import find_inputs
 from lednet.inference.predictor import Predictor
@@ -330,7 +330,7 @@ def predict(args: argparse.Namespace, context: DistributedContext) -> None:
     """Predict all images, then all videos, then all cameras."""
     cameras = [text.removeprefix(CAMERA) for text in args.inputs if text.startswith(CAMERA)]
     sources = [text for text in args.inputs if not text.startswith(CAMERA)]
-    inputs = find_inputs(sources, args.out, SUFFIXES + VIDEO_SUFFIXES)
+    inputs = find_inputs(sources, args.out, IMAGE_SUFFIXES + VIDEO_SUFFIXES)
     if cameras and context.size > 1:
         raise UserError("a camera is read by one process: run the command without torchrun")
     videos = {name: path for name, path in inputs.items() if path.suffix.lower() in VIDEO_SUFFIXES}

@@ -1,21 +1,24 @@
 """Find input files by path, folder or pattern."""
 
-import glob
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lednet.data.imagefolder import SUFFIXES
+from lednet.data.pairs import list_examples
 from lednet.errors import UserError
+from lednet.files import IMAGE_SUFFIXES, find_files, match_files, split_pattern, unused_images
+
+logger = logging.getLogger(__name__)
 
 
 def find_inputs(
-    sources: Iterable[str | Path], out: Path, suffixes: tuple[str, ...] = SUFFIXES
+    sources: Iterable[str | Path], out: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES
 ) -> dict[str, Path]:
     """Input files by the names of their results.
 
-    The name is the path without suffix, relative to the folder that was given, or to the part of
-    a pattern before the first wildcard. Folders are searched recursively. Hidden files, and files
-    inside `out`, are left out.
+    The name is the path without suffix, relative to the folder that was given, or to the existing
+    folder at the beginning of a pattern. Folders are searched as in `lednet.files.find_files`.
+    Files inside `out` are left out; images of other formats are logged.
 
     Args:
         sources: files of any suffix, folders, and patterns such as "city/**/*.png".
@@ -28,7 +31,7 @@ def find_inputs(
     """
     inputs: dict[str, Path] = {}
     for source in map(str, sources):
-        for name, path in _find_files(source, out, suffixes):
+        for name, path in _find_source(source, out, suffixes):
             if inputs.setdefault(name, path).resolve() != path.resolve():
                 raise UserError(
                     f"{inputs[name]} and {path} would have the same result files: rename one of "
@@ -37,30 +40,30 @@ def find_inputs(
     return inputs
 
 
-def _find_files(source: str, out: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+def _find_source(source: str, out: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
     """Yield the name and path of each file of one source."""
     folder = Path(source)
     if folder.is_file():
         yield folder.stem, folder
         return
     if folder.is_dir():
-        paths: Iterable[Path] = folder.rglob("*")
-    elif any(sign in source for sign in "*?["):
-        paths = map(Path, glob.glob(source, recursive=True))
-        fixed = next(i for i, part in enumerate(folder.parts) if any(c in part for c in "*?["))
-        folder = Path(*folder.parts[:fixed])
+        paths = find_files(folder)
+    elif pattern := split_pattern(source):
+        folder = pattern[0]
+        paths = match_files(*pattern)
     else:
         raise UserError(f"no file or folder {source}: check the path")
-    results = out.resolve()
-    if results == folder.resolve():
+    results, parent = out.resolve(), folder.resolve()
+    if results == parent:
         raise UserError(f"--out {out} is the folder of the inputs: choose another one")
-    found = False
-    for path in sorted(paths):
-        skipped = path.name.startswith(".") or (
-            results.is_relative_to(folder.resolve()) and path.resolve().is_relative_to(results)
-        )
-        if path.suffix.lower() in suffixes and not skipped and path.is_file():
-            found = True
-            yield path.relative_to(folder).with_suffix("").as_posix(), path
+    if results.is_relative_to(parent):
+        paths = [path for path in paths if not path.resolve().is_relative_to(results)]
+    found = [path for path in paths if path.suffix.lower() in suffixes]
+    unused = list_examples(path.name for path in unused_images(paths, set(found)))
     if not found:
-        raise UserError(f"{source} holds no images ({', '.join(suffixes)}): check the path")
+        other = f", but {unused}" if unused else ""
+        raise UserError(f"{source} holds no images ({', '.join(suffixes)}){other}: check the path")
+    if unused:
+        logger.warning("%s: image files of other formats are not used: %s", source, unused)
+    for path in found:
+        yield path.relative_to(folder).with_suffix("").as_posix(), path

@@ -45,22 +45,24 @@ def _find_files(source: str, out: Path, suffixes: tuple[str, ...]) -> Iterator[t
         return
     if folder.is_dir():
         paths: Iterable[Path] = folder.rglob("*")
-    elif any(sign in source for sign in "*?["):
+    elif glob.has_magic(source):
         paths = map(Path, glob.glob(source, recursive=True))
-        fixed = next(i for i, part in enumerate(folder.parts) if any(c in part for c in "*?["))
-        folder = Path(*folder.parts[:fixed])
+        folder = next(parent for parent in folder.parents if not glob.has_magic(str(parent)))
     else:
         raise UserError(f"no file or folder {source}: check the path")
-    results = out.resolve()
-    if results == folder.resolve():
+    results, parent = out.resolve(), folder.resolve()
+    if results == parent:
         raise UserError(f"--out {out} is the folder of the inputs: choose another one")
-    found = False
-    for path in sorted(paths):
-        skipped = path.name.startswith(".") or (
-            results.is_relative_to(folder.resolve()) and path.resolve().is_relative_to(results)
-        )
-        if path.suffix.lower() in suffixes and not skipped and path.is_file():
-            found = True
-            yield path.relative_to(folder).with_suffix("").as_posix(), path
+    inside = results.is_relative_to(parent)
+    found = [
+        path
+        for path in sorted(paths)
+        if path.suffix.lower() in suffixes
+        and not path.name.startswith(".")
+        and not (inside and path.resolve().is_relative_to(results))
+        and path.is_file()
+    ]
     if not found:
         raise UserError(f"{source} holds no images ({', '.join(suffixes)}): check the path")
+    for path in found:
+        yield path.relative_to(folder).with_suffix("").as_posix(), path

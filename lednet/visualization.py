@@ -155,17 +155,17 @@ class Visualizer:
             label: (H, W) uint8 class indices.
         """
         if kind == "overlay":
-            picture = overlay(image, label, self.scheme, self.alpha)
+            drawn = overlay(image, label, self.scheme, self.alpha)
         else:
-            picture = colorize(label, self.scheme)
+            drawn = colorize(label, self.scheme)
         if kind == "side":
-            picture = np.concatenate((image, picture), axis=1)
+            drawn = np.concatenate((image, drawn), axis=1)
         if not self.legend:
-            return picture
-        height, width = picture.shape[:2]
+            return drawn
+        height, width = drawn.shape[:2]
         legend = self._legend(width, kind != "overlay")
         whole = np.full((height + len(legend), legend.shape[1], 3), 255, np.uint8)
-        whole[:height, :width] = picture
+        whole[:height, :width] = drawn
         whole[height:] = legend
         return whole
 
@@ -180,9 +180,9 @@ def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:
             image.save(temporary, format="JPEG", **_JPEG)
 
 
-def data_uri(picture: Image.Image, format: str = "JPEG", **options: Any) -> str:
+def data_uri(image: Image.Image, format: str = "JPEG", **options: Any) -> str:
     """An image as a data URI, with the options of PIL for this format."""
     buffer = io.BytesIO()
-    picture.save(buffer, format, **(options or (_JPEG if format == "JPEG" else {})))
+    image.save(buffer, format, **(options or (_JPEG if format == "JPEG" else {})))
     encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
     return f"data:image/{format.lower()};base64,{encoded}"

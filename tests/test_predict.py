@@ -114,20 +114,20 @@ def scene(i: int, height: int = 48, width: int = 64) -> np.ndarray:
 
 def make_video(
     path: Path, count: int, rate=NTSC, stamps=None, size=(48, 64), matrix=None, codec="libx264",
-    sound: int = 0,
+    audio_seconds: int = 0,
 ) -> Path:  # fmt: skip
     """Write a video with PyAV alone.
 
     Args:
         stamps: timestamps in milliseconds.
         matrix: display matrix.
-        sound: duration of an audio stream in seconds.
+        audio_seconds: duration of an audio stream in seconds.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = size
         stream.pix_fmt, stream.gop_size = "yuv420p", 5
-        if sound:
+        if audio_seconds:
             audio = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         if stamps:
             stream.codec_context.time_base = MS
@@ -139,7 +139,7 @@ def make_video(
                 frame.pts, frame.time_base = stamps[i], MS
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-        for second in range(sound):
+        for second in range(audio_seconds):
             samples = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), layout="mono")
             samples.rate, samples.pts = 8000, 8000 * second
             container.mux(audio.encode(samples))
@@ -237,15 +237,15 @@ def test_video_reader_applies_rotation(tmp_path):
     assert image.shape == expected.shape and np.abs(image.astype(int) - expected).mean() < 4
 
 
-@pytest.mark.parametrize("sound", [0, 4])
-def test_video_reader_truncated_file_reports_missing_frames(tmp_path, sound):
-    path = make_video(tmp_path / "v.mkv", 60, sound=sound)
+@pytest.mark.parametrize("audio", [0, 4])
+def test_video_reader_truncated_file_reports_missing_frames(tmp_path, audio):
+    path = make_video(tmp_path / "v.mkv", 60, audio_seconds=audio)
     with VideoReader(path) as reader:
         assert len(list(reader)) == 60 and reader.problem is None
     truncate(path, 0.7)
     with VideoReader(path) as reader:
         frames = list(reader)
-    assert 5 < len(frames) < (61 if sound else 55)
+    assert 5 < len(frames) < (61 if audio else 55)
     of = reader.expected
     assert reader.problem.startswith(f"{path} is damaged or cut short: {len(frames)} of about {of}")
 
@@ -261,14 +261,14 @@ def test_video_reader_other_content_is_refused(tmp_path, content):
         VideoReader(tmp_path / "v.mp4")
 
 
-def test_video_reader_sound_without_video_is_refused(tmp_path):
-    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+def test_video_reader_audio_without_video_is_refused(tmp_path):
+    with av.open(str(tmp_path / "audio.mkv"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
         samples.rate = 8000
         container.mux(stream.encode(samples))
     with pytest.raises(VideoError, match="holds no video"):
-        VideoReader(tmp_path / "sound.mkv")
+        VideoReader(tmp_path / "audio.mkv")
 
 
 def test_video_reader_checks_pixels_before_decoding(tmp_path):

@@ -203,7 +203,7 @@ def export(
         return row.load(path, RunOptions())
 
     with contextlib.ExitStack() as stack:
-        # Closed in reverse order: the files beside the main file are in place before it.
+        # Closed in reverse order: the further files are in place before the main file.
         temporary = stack.enter_context(write_atomically(path))
         for suffix in row.beside:
             stack.enter_context(write_atomically(path.with_suffix(suffix)))

@@ -19,7 +19,7 @@ CPUs."""
 
 
 def write_openvino(module: EndToEndModel, path: Path, options: ExportOptions) -> None:
-    """Write an IR, `path` ending in .xml and the weights beside it in .bin.
+    """Write an IR: `path` ending in .xml, and the weights in a .bin file of the same name.
 
     It is converted from ONNX, so that both formats have one exporter. The metadata are its
     rt_info "lednet". With `options.calibration`, convolutions get 8-bit weights and activations

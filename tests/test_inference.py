@@ -107,6 +107,11 @@ def test_fuse_channel_shuffles_graph_has_no_shuffle(short_stages):
         assert not any(word in name for name in names), names
 
 
+def test_end_to_end_model_unknown_output_is_rejected(net):
+    with pytest.raises(ValueError, match="output must be one of"):
+        EndToEndModel(net, output="scores")
+
+
 # Predictor
 
 

@@ -1,8 +1,9 @@
-"""Label maps as pictures: class colours, overlays, the legend that explains them."""
+"""Visualizations of label maps: class colours, overlays and the legend."""
 
 import base64
 import io
 import os
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,25 +13,28 @@ from lednet.data.labels import LabelScheme, camvid_scheme, cityscapes_scheme
 from lednet.errors import UserError
 from lednet.io import write_atomically
 
+VISUALIZATIONS = ("color", "overlay", "side")
+"""Class colours, the image tinted with them, and the image and the class colours side by side."""
+
 _FONT_SIZE = 15
-"""Of the legend; its other measures are given for this size and grow with it."""
+"""Font size of the legend whose other measures are in the code; they are scaled with it."""
 _BAND = 32
-"""Rows that are mixed at a time."""
+"""Rows that are blended at a time, so that their values stay in a processor's cache."""
 _JPEG = {"quality": 90, "subsampling": 0}
-"""At full resolution of colour, which is what tells classes apart."""
+"""With colours at full resolution, because they tell classes apart."""
 
 
 def output_scheme(meta: dict[str, Any], num_outputs: int, source: str | os.PathLike) -> LabelScheme:
     """Names and colours of a network's outputs.
 
     Args:
-        meta: as `lednet.model.load_model` returned it. Without classes in it, 20
-            outputs are those of Cityscapes and 12 those of CamVid.
-        num_outputs: of the network, void included.
-        source: of the weights, for the message.
+        meta: metadata from `load_model`. Without classes in it, 20 outputs are those of
+            Cityscapes and 12 those of CamVid.
+        num_outputs: number of outputs of the network, void included.
+        source: path of the weights, for the message.
 
     Raises:
-        UserError: the outputs' meaning is not known.
+        UserError: the classes of the outputs are not known.
     """
     if "classes" not in meta:
         for scheme in (cityscapes_scheme(), camvid_scheme()):
@@ -61,7 +65,7 @@ def overlay(image: np.ndarray, label: np.ndarray, scheme: LabelScheme, alpha: fl
     Args:
         image: (H, W, 3) uint8 RGB.
         label: (H, W) class indices; those past the classes are void.
-        alpha: share of the class's colour, 0 to 1, in steps of 1/256.
+        alpha: opacity of the class colours, 0 to 1, in steps of 1/256.
 
     Returns:
         (H, W, 3) uint8, rounded to the nearest.
@@ -69,9 +73,9 @@ def overlay(image: np.ndarray, label: np.ndarray, scheme: LabelScheme, alpha: fl
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be 0 to 1, not {alpha}")
     share = round(256 * alpha)
-    color = scheme.palette * np.uint16(share) + np.uint16(128)  # and the half that rounds
+    color = scheme.palette * np.uint16(share) + np.uint16(128)  # 128/256 rounds
     tinted = np.empty_like(image)
-    for top in range(0, len(image), _BAND):  # whose values stay in a processor's cache
+    for top in range(0, len(image), _BAND):
         rows = slice(top, top + _BAND)
         sums = image[rows] * np.uint16(256 - share)
         sums += color.take(label[rows], axis=0)
@@ -100,62 +104,46 @@ def draw_legend(
     """Every class with its colour, in columns, on white.
 
     Args:
-        width: in pixels; the legend is wider where one name alone needs more.
+        width: in pixels; the legend is wider if one name alone needs more.
         font_size: in pixels.
-        void: whether void is among the entries.
+        void: whether void is one of the entries.
     """
     font = ImageFont.load_default(font_size)
-    scale = font_size / _FONT_SIZE
-    margin, gap, row = round(8 * scale), round(14 * scale), round(24 * scale)
-    swatch, text_left = (round(22 * scale), round(15 * scale)), round(28 * scale)
+    margin, gap, row, swatch_width, swatch_height, text_left = (
+        round(length * font_size / _FONT_SIZE) for length in (8, 14, 24, 22, 15, 28)
+    )
     entries = [*zip(scheme.classes, scheme.colors, strict=True)]
     if void:
         entries.append(("void", (0, 0, 0)))
     needed = text_left + gap + round(max(font.getlength(name) for name, _ in entries))
-    columns = max(1, (width - margin) // needed)
-    rows = -(-len(entries) // columns)
+    rows = -(-len(entries) // max(1, (width - margin) // needed))
     columns = -(-len(entries) // rows)  # as few as these rows need, to spread them evenly
     width = max(width, margin + needed)
-    legend = Image.new("RGB", (width, 2 * margin + (rows - 1) * row + swatch[1]), "white")
+    legend = Image.new("RGB", (width, 2 * margin + (rows - 1) * row + swatch_height), "white")
     draw = ImageDraw.Draw(legend)
     for i, (name, color) in enumerate(entries):
         x = margin + (i % columns) * ((width - margin) // columns)
         y = margin + (i // columns) * row
-        draw.rectangle((x, y, x + swatch[0], y + swatch[1]), fill=color, outline="gray")
-        draw.text((x + text_left, y + swatch[1] / 2), name, "black", font, anchor="lm")
+        draw.rectangle((x, y, x + swatch_width, y + swatch_height), fill=color, outline="gray")
+        draw.text((x + text_left, y + swatch_height / 2), name, "black", font, anchor="lm")
     return legend
-
-
-def _legend_for(width: int, scheme: LabelScheme, void: bool) -> np.ndarray:
-    return np.asarray(draw_legend(scheme, width, max(13, width / 72), void))
-
-
-def _stack(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """One picture above another, which is at least as wide."""
-    height, width = upper.shape[:2]
-    picture = np.full((height + len(lower), lower.shape[1], 3), 255, np.uint8)
-    picture[:height, :width] = upper
-    picture[height:] = lower
-    return picture
-
-
-VISUALIZATIONS = ("color", "overlay", "side")
-"""Kinds of pictures: class colours, those on the image, those beside it."""
 
 
 class Visualizer:
     """Draws the label maps of one network. Threads may share it.
 
     Args:
-        alpha: share of the class's colour in an overlay, 0 to 1.
-        legend: whether it stands below, its letters as large as the picture's width asks for. It
-            shows all classes, so that the pictures of one network keep one layout; an overlay's
-            leaves void out, which is not drawn.
+        alpha: opacity of the class colours in an overlay, 0 to 1.
+        legend: draw a legend below, its letters scaled with the width. It has all classes, so
+            that all outputs for one network have the same layout; void, which overlays do not
+            draw, is left out of theirs.
     """
 
     def __init__(self, scheme: LabelScheme, alpha: float = 0.5, legend: bool = True):
         self.scheme, self.alpha, self.legend = scheme, alpha, legend
-        self._legends: dict[tuple[int, bool], np.ndarray] = {}
+        self._legend = cache(
+            lambda width, void: np.asarray(draw_legend(scheme, width, max(13, width / 72), void))
+        )
 
     def draw(self, kind: str, image: np.ndarray, label: np.ndarray) -> np.ndarray:
         """Draw one of `VISUALIZATIONS`, RGB uint8.
@@ -167,21 +155,23 @@ class Visualizer:
             label: (H, W) uint8 class indices.
         """
         if kind == "overlay":
-            picture = overlay(image, label, self.scheme, self.alpha)
+            drawn = overlay(image, label, self.scheme, self.alpha)
         else:
-            picture = colorize(label, self.scheme)
+            drawn = colorize(label, self.scheme)
         if kind == "side":
-            picture = np.concatenate((image, picture), axis=1)
+            drawn = np.concatenate((image, drawn), axis=1)
         if not self.legend:
-            return picture
-        key = picture.shape[1], kind != "overlay"
-        if key not in self._legends:
-            self._legends[key] = _legend_for(key[0], self.scheme, key[1])
-        return _stack(picture, self._legends[key])
+            return drawn
+        height, width = drawn.shape[:2]
+        legend = self._legend(width, kind != "overlay")
+        whole = np.full((height + len(legend), legend.shape[1], 3), 255, np.uint8)
+        whole[:height, :width] = drawn
+        whole[height:] = legend
+        return whole
 
 
 def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:
-    """Write RGB pixels, (H, W, 3) uint8, to a PNG or a JPEG, as the suffix says, atomically."""
+    """Write RGB pixels (H, W, 3) uint8 to a PNG or JPEG file, by its suffix, atomically."""
     with write_atomically(path) as temporary:
         image = Image.fromarray(pixels)
         if temporary.suffix == ".png":
@@ -190,14 +180,9 @@ def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:
             image.save(temporary, format="JPEG", **_JPEG)
 
 
-def data_uri(picture: Image.Image, format: str = "JPEG", **options: Any) -> str:
-    """A picture as text for a page.
-
-    Args:
-        format: of PIL.
-        options: of PIL for this format.
-    """
+def data_uri(image: Image.Image, format: str = "JPEG", **options: Any) -> str:
+    """An image as a data URI, with the options of PIL for this format."""
     buffer = io.BytesIO()
-    picture.save(buffer, format, **(options or (_JPEG if format == "JPEG" else {})))
+    image.save(buffer, format, **(options or (_JPEG if format == "JPEG" else {})))
     encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
     return f"data:image/{format.lower()};base64,{encoded}"

@@ -1,32 +1,24 @@
-"""Colour any images by class: colour maps, and overlays on the images themselves.
+"""Draw class colours of any images: colour maps, and overlays on the images.
 
     python test/eval_cityscapes_color.py --weights save/run --input photos --out save/colored
 
-For each image below --input, <name>_color.png and <name>_overlay.png in the same
-sub-folder of --out, at the image's size and with a legend below. Takes the weights of any
-data set; classes and colours are those they were trained with. Existing
-outputs are kept, so that an interrupted run can be resumed. On two CPU cores a
-2048x1024 image takes one to two seconds at a network size of 256x512.
-utils/predict.py does more: label maps, videos, the classes' shares.
+For each image in --input, writes <name>_color.png and <name>_overlay.png to the same subfolder of
+--out, at the image's size and with a legend below. Takes the weights of any data set, with the
+classes and colours of their training. Existing outputs are kept, so that an interrupted run is
+resumed by the same command. On two CPU cores a 2048x1024 image takes one to two seconds at a
+network size of 256x512. utils/predict.py does more: label maps, videos, class shares.
 """
 
 import argparse
 from pathlib import Path
 
-from lednet.cli.common import (
-    add_alias,
-    add_backend_flags,
-    add_input_size_flags,
-    add_overlay_flags,
-    make_parser,
-    print_help_early,
-)
+from lednet.cli import common
 
 KINDS = ("color", "overlay")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     # fmt: off
     parser.add_argument("--weights", type=Path, required=True,
                         help="weights file, run folder (its best.pth), released name or exported "
@@ -35,17 +27,17 @@ def build_parser() -> argparse.ArgumentParser:
                         help="an image, or a folder that is searched with its subfolders")
     parser.add_argument("--out", type=Path, required=True, help="folder for the output images")
     parser.add_argument("--outputs", choices=KINDS, nargs="+", default=KINDS, help="what to draw")
-    add_alias(parser, "--what", "--outputs")
-    add_overlay_flags(parser)
+    common.add_alias(parser, "--what", "--outputs")
+    common.add_overlay_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="draw existing outputs again")
-    add_input_size_flags(parser)
-    add_backend_flags(parser)
+    common.add_input_size_flags(parser)
+    common.add_backend_flags(parser)
     # fmt: on
     return parser
 
 
 if __name__ == "__main__":
-    print_help_early(build_parser)
+    common.print_help_early(build_parser)
 
 from tqdm import tqdm
 

@@ -3,8 +3,8 @@
     python test/eval_forward_time.py
     python test/eval_forward_time.py --weights save/cityscapes-d20 --precision fp16 --batch-size 8
 
-The same card as test/eval_cityscapes_server.py prints. The images are random; weights
-change the answers, not the time, so none are needed. On a CPU half a minute.
+The same table as test/eval_cityscapes_server.py prints. The images are random, and so are the
+weights by default, because they do not change the time. On a CPU half a minute.
 """
 
 import argparse
@@ -60,12 +60,8 @@ from lednet.model import LEDNet
 
 
 def open_predictor(args: argparse.Namespace) -> Predictor:
-    options = {
-        "device": choose_device(args.device),
-        "backend": args.backend,
-        "precision": args.precision,
-        "fold": args.fold,
-    }
+    options = {key: getattr(args, key) for key in ("backend", "precision", "fold")}
+    options["device"] = choose_device(args.device)
     default = DEFAULT_SIZES["cityscapes"]
     if args.weights:
         return Predictor.from_weights(

@@ -25,21 +25,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from lednet.cli.common import (
-    DATASETS,
-    POSITIVE,
-    add_input_size_flags,
-    at_least,
-    make_parser,
-    print_help_early,
-)
+from lednet.cli import common
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY_IMAGES = 4
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     # fmt: off
     parser.add_argument("--weights", type=Path, required=True,
                         help="weights file, run folder (its best.pth) or released name")
@@ -48,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="file to write (default: the name of the weights with the suffix of "
                              "the format)")
-    add_input_size_flags(parser)
+    common.add_input_size_flags(parser)
     parser.add_argument("--dynamic", action="store_true",
                         help="accept any batch and size; otherwise one image of one size, which is "
                              "faster in some runtimes")
@@ -57,10 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check-images", type=Path, metavar="DIR",
                         help="compare the outputs on every image below DIR (default: some of "
                              f"--calibrate, or {TOY_IMAGES} toy street scenes)")
-    parser.add_argument("--min-agreement", type=at_least(0, float), metavar="SHARE",
+    parser.add_argument("--min-agreement", type=common.at_least(0, float), metavar="SHARE",
                         help="share of the pixels that must get the same class (default: 0.9999; "
                              "int8: 0.9)")
-    parser.add_argument("--max-difference", type=at_least(0, float), metavar="X",
+    parser.add_argument("--max-difference", type=common.at_least(0, float), metavar="X",
                         help="allowed difference between two logits, relative to the largest "
                              "(default: 1e-3; int8: 0.5)")
     int8 = parser.add_argument_group("int8")
@@ -68,20 +61,20 @@ def build_parser() -> argparse.ArgumentParser:
                       help="int8: convolutions in 8 bits, several times faster on many CPUs")
     int8.add_argument("--calibrate", type=Path, metavar="DIR",
                       help="images for the calibration of int8, such as those of the training")
-    int8.add_argument("--calibration-images", type=POSITIVE, default=64, metavar="N",
+    int8.add_argument("--calibration-images", type=common.POSITIVE, default=64, metavar="N",
                       help="number of images to use, evenly spaced")
-    int8.add_argument("--dataset", choices=DATASETS, default="cityscapes", help="data set")
+    int8.add_argument("--dataset", choices=common.DATASETS, default="cityscapes", help="data set")
     int8.add_argument("--datadir", type=Path,
                       help="folder of the data set on whose val images network and file are "
                              "evaluated")
-    int8.add_argument("--max-drop", type=at_least(0, float), default=0.5, metavar="POINTS",
+    int8.add_argument("--max-drop", type=common.at_least(0, float), default=0.5, metavar="POINTS",
                       help="allowed drop of the mIoU in percentage points")
     # fmt: on
     return parser
 
 
 if __name__ == "__main__":
-    print_help_early(build_parser)
+    common.print_help_early(build_parser)
 sys.path.insert(0, str(ROOT / "datasets"))
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -92,13 +85,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lednet.data.dataset import SegmentationDataset
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import require_classes
 from lednet.data.registry import open_dataset
 from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.evaluator import evaluate, require_labels
-from lednet.export.exporter import Parity, ParityError, export
+from lednet.export.exporter import ParityError, export
 from lednet.export.formats import FORMATS, MIN_TRACED_SIDE, ExportedModel, require_packages
 from lednet.files import IMAGE_SUFFIXES
 from lednet.hub import input_size, resolve_weights
@@ -107,8 +99,6 @@ from lednet.model import LEDNet, load_model
 
 EXIT_STATUS = 1
 """The outputs of the file differ from the network's."""
-
-
 MIN_AGREEMENT = {"fp32": 0.9999, "int8": 0.9}
 MAX_DIFFERENCE = {"fp32": 1e-3, "int8": 0.5}
 """Largest difference between two logits, relative to the largest logit."""
@@ -126,14 +116,14 @@ def spread(paths: list[Path], count: int) -> list[Path]:
     return [paths[i * len(paths) // count] for i in range(count)] if count < len(paths) else paths
 
 
-def read_images(paths: list[Path], what: str) -> Iterator[Image.Image]:
-    for path in tqdm(paths, what, unit="image", leave=False, dynamic_ncols=True):
+def read_images(paths: list[Path] | None, name: str) -> Iterator[Image.Image]:
+    """The images of `paths`, or else some toy street scenes."""
+    if paths is None:
+        scenes = (toy_scene(1, "val", i, width=512, height=256) for i in range(TOY_IMAGES))
+        yield from (Image.fromarray(scene.image) for scene in scenes)
+        return
+    for path in tqdm(paths, name, unit="image", leave=False, dynamic_ncols=True):
         yield Image.fromarray(to_rgb(open_image(path)))
-
-
-def toy_streets() -> Iterator[Image.Image]:
-    for i in range(TOY_IMAGES):
-        yield Image.fromarray(toy_scene(1, "val", i, width=512, height=256).image)
 
 
 def batch_of(image: Image.Image, size: Sequence[int]) -> np.ndarray:
@@ -156,12 +146,14 @@ def batches(
 
 
 def miou_gate(
-    net: LEDNet, meta: dict, size: tuple[int, int], data: SegmentationDataset, max_drop: float
+    args: argparse.Namespace, net: LEDNet, meta: dict, size: tuple[int, int]
 ) -> Callable[[ExportedModel], None]:
     """A check that compares a file's mIoU with the network's and prints both."""
+    data = open_dataset(args.dataset, args.datadir, "val")
+    require_classes(net, meta, data.scheme, args.weights)
 
-    def miou(predictor: Predictor, what: str) -> float:
-        images = tqdm(DataLoader(data), what, unit="image", leave=False, dynamic_ncols=True)
+    def miou(predictor: Predictor, name: str) -> float:
+        images = tqdm(DataLoader(data), name, unit="image", leave=False, dynamic_ncols=True)
         confusion = evaluate(
             predictor.label_maps, images, data.scheme.num_classes, predictor.device
         )
@@ -177,70 +169,51 @@ def miou_gate(
             f"mIoU on the {len(data)} val images of {data.scheme.name}: {before:.2f} before, "
             f"{after:.2f} as int8"
         )
-        if not before - after <= max_drop:
+        if not before - after <= args.max_drop:
             raise ParityError(
-                f"the mIoU falls from {before:.2f} to {after:.2f}, by more than {max_drop} points; "
-                "nothing was written"
+                f"the mIoU falls from {before:.2f} to {after:.2f}, by more than {args.max_drop} "
+                "points; nothing was written"
             )
 
     return accept
 
 
-def print_result(path: Path, format: str, output: str, parity: Parity) -> None:
-    for file in (path, *(path.with_suffix(suffix) for suffix in FORMATS[format].beside)):
-        print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
-    print(
-        f"{output} as the network's over {parity.images} images: {parity.agreement:.6f} of the "
-        f"pixels agree, largest logit difference {parity.max_difference:.1e} of the largest logit"
-    )
-
-
-def check_options(args: argparse.Namespace) -> None:
-    if args.precision == "int8" and not args.calibrate:
-        raise UserError("--precision int8 needs images: give a folder of them with --calibrate")
-    if args.precision != "int8" and (args.calibrate or args.datadir):
-        raise UserError("--calibrate and --datadir are for --precision int8: leave them out")
-    require_packages(args.format, args.precision)
-
-
-def default_path(args: argparse.Namespace) -> Path:
-    weights = resolve_weights(args.weights)
-    name = weights.stem + ("-int8" if args.precision == "int8" else "")
-    return weights.with_name(name + FORMATS[args.format].suffix)
-
-
 def main() -> None:
     args = build_parser().parse_args()
-    check_options(args)
+    int8, row = args.precision == "int8", FORMATS[args.format]
+    if int8 and not args.calibrate:
+        raise UserError("--precision int8 needs images: give a folder of them with --calibrate")
+    if not int8 and (args.calibrate or args.datadir):
+        raise UserError("--calibrate and --datadir are for --precision int8: leave them out")
+    require_packages(args.format, args.precision)
     check = list_images(args.check_images) if args.check_images else None
     net, meta = load_model(args.weights)
     size = input_size(meta, None, args.height, args.width)
     calibration = accept = None
-    if args.precision == "int8":
+    if int8:
         paths = spread(list_images(args.calibrate), args.calibration_images)
         check = check or spread(paths, TOY_IMAGES)
         calibration = [batch_of(image, size) for image in read_images(paths, "calibration")]
         if args.datadir:
-            data = open_dataset(args.dataset, args.datadir, "val")
-            require_classes(net, meta, data.scheme, args.weights)
-            accept = miou_gate(net, meta, size, data, args.max_drop)
-    path = args.out or default_path(args)
+            accept = miou_gate(args, net, meta, size)
+    weights = resolve_weights(args.weights)
+    path = args.out or weights.with_name(f"{weights.stem}{'-int8' * int8}{row.suffix}")
     agreement, difference = args.min_agreement, args.max_difference
     parity = export(
-        net,
-        meta,
-        path,
-        args.format,
-        size,
-        batches(read_images(check, "check") if check else toy_streets(), size, args.dynamic),
-        output=args.output,
-        dynamic=args.dynamic,
-        calibration=calibration,
+        net, meta, path, args.format, size,
+        batches(read_images(check, "check"), size, args.dynamic),
+        output=args.output, dynamic=args.dynamic, calibration=calibration,
         min_agreement=MIN_AGREEMENT[args.precision] if agreement is None else agreement,
         max_difference=MAX_DIFFERENCE[args.precision] if difference is None else difference,
         accept=accept,
+    )  # fmt: skip
+    for file in (path, *map(path.with_suffix, row.beside)):
+        print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
+    print(
+        f"{args.output} as the network's over {parity.images} images: {parity.agreement:.6f} of "
+        f"the pixels agree, largest logit difference {parity.max_difference:.1e} of the largest "
+        "logit"
     )
-    print_result(path, args.format, args.output, parity)
 
 
 if __name__ == "__main__":

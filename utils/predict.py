@@ -24,17 +24,7 @@ about 12 images of 480x360 a second with the weights camvid-d20.
 import argparse
 from pathlib import Path
 
-from lednet.cli.common import (
-    BACKENDS,
-    DEVICES,
-    OUTPUTS,
-    POSITIVE,
-    PRECISIONS,
-    add_alias,
-    add_input_size_flags,
-    make_parser,
-    print_help_early,
-)
+from lednet.cli import common
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,7 +33,7 @@ IMAGE_OUTPUTS, VIDEO_OUTPUTS = ("labels", "overlay"), ("overlay",)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     # fmt: off
     parser.add_argument("inputs", nargs="+", metavar="INPUT",
                         help='image, video, folder, pattern ("*.jpg"), or camera:NUMBER')
@@ -52,37 +42,35 @@ def build_parser() -> argparse.ArgumentParser:
                              "file")
     parser.add_argument("--out", type=Path, default=ROOT / "save" / "predictions",
                         help="folder of the results (default: save/predictions)")
-    parser.add_argument("--outputs", choices=OUTPUTS, nargs="+",
+    parser.add_argument("--outputs", choices=common.OUTPUTS, nargs="+",
                         help="files to write (default: labels and overlay for images, overlay for "
                              "videos)")
     parser.add_argument("--label-ids", action="store_true",
                         help="write label ids instead of class indices, as the Cityscapes "
                              "benchmark expects (Cityscapes weights only)")
-    parser.add_argument("--alpha", type=float, default=0.5,
-                        help="opacity of the class colours in overlays, 0 to 1")
-    parser.add_argument("--legend", action=argparse.BooleanOptionalAction, default=True,
-                        help="draw a legend")
+    common.add_overlay_flags(parser)
     parser.add_argument("--image-format", choices=("jpg", "png"), default="jpg",
                         help="format of overlay and side; png is lossless, slower and larger")
     parser.add_argument("--overwrite", action="store_true", help="discard earlier results")
-    parser.add_argument("--max-frames", type=POSITIVE, metavar="N",
+    parser.add_argument("--max-frames", type=common.POSITIVE, metavar="N",
                         help="stop each video or camera after N frames; a video is then not "
                              "marked as finished")
-    parser.add_argument("--num-workers", type=POSITIVE, default=2, metavar="N",
+    parser.add_argument("--num-workers", type=common.POSITIVE, default=2, metavar="N",
                         help="threads that decode images, and threads that write")
-    add_input_size_flags(parser)
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="device to run on")
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto",
+    common.add_input_size_flags(parser)
+    parser.add_argument("--device", choices=common.DEVICES, default="auto", help="device to run on")
+    parser.add_argument("--backend", choices=("auto", *common.BACKENDS), default="auto",
                         help="inference engine; auto: the fastest that is installed")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="number format")
+    parser.add_argument("--precision", choices=common.PRECISIONS, default="fp32",
+                        help="number format")
     # fmt: on
-    add_alias(parser, "--what", "--outputs")
-    add_alias(parser, "--photo", "--image-format")
+    common.add_alias(parser, "--what", "--outputs")
+    common.add_alias(parser, "--photo", "--image-format")
     return parser
 
 
 if __name__ == "__main__":
-    print_help_early(build_parser)
+    common.print_help_early(build_parser)
 
 import itertools
 import shlex
@@ -100,19 +88,11 @@ from lednet.distributed import DistributedContext, destroy_distributed, init_dis
 from lednet.errors import UserError, exit_on_user_error, raise_if_problems
 from lednet.files import IMAGE_SUFFIXES
 from lednet.hub import weights_checksum
+from lednet.inference import writers
 from lednet.inference.inputs import find_inputs
 from lednet.inference.predictor import Predictor
 from lednet.inference.progress_log import ProgressLog
 from lednet.inference.video import VIDEO_SUFFIXES, VideoError, VideoReader, import_av, open_camera
-from lednet.inference.writers import (
-    PredictionJob,
-    PredictionWriter,
-    class_shares,
-    errors_of,
-    predict_images,
-    predict_video,
-    video_output,
-)
 from lednet.io import write_json
 from lednet.training.signals import StopRequest
 from lednet.visualization import Visualizer, output_scheme
@@ -128,39 +108,34 @@ class Run:
     scheme: LabelScheme
     log: ProgressLog
 
-    def writer(self, default_outputs: tuple[str, ...]) -> PredictionWriter:
-        return PredictionWriter(
-            self.args.out,
-            self.args.outputs or default_outputs,
-            Visualizer(self.scheme, self.args.alpha, self.args.legend),
-            f".{self.args.image_format}",
-            cityscapes_label_ids() if self.args.label_ids else None,
-        )
+    def writer(self, default_outputs: tuple[str, ...]) -> writers.PredictionWriter:
+        args = self.args
+        visualizer = Visualizer(self.scheme, args.alpha, args.legend)
+        ids = cityscapes_label_ids() if args.label_ids else None
+        outputs = args.outputs or default_outputs
+        return writers.PredictionWriter(args.out, outputs, visualizer, f".{args.image_format}", ids)
 
-    def write_report(
-        self, path: Path, entries: list[dict[str, Any]], name: str, **more: Any
-    ) -> None:
-        """Write class shares as JSON, and print the largest.
+    def shares_file(self, name: str) -> Path:
+        return self.args.out / f"{name}_shares.json"
 
-        Args:
-            entries: images or frames with "pixels".
-            name: key of the entries.
-            more: further keys of the report.
-        """
-        total = class_shares((entry["pixels"] for entry in entries), self.scheme)
-        rows = [
-            {key: value for key, value in entry.items() if key not in ("pixels", "source")}
-            | {"shares": class_shares([entry["pixels"]], self.scheme)}
-            for entry in entries
-        ]
+    def write_report(self, path: Path, entries: list[dict], name: str, **more: Any) -> None:
+        """Write the class shares of images or frames as JSON, and print the largest."""
+        total = writers.class_shares((entry["pixels"] for entry in entries), self.scheme)
         report = {
             "command": shlex.join(["python", *sys.argv]),
             "weights": str(self.args.weights),
             "network_size": list(self.predictor.size),
             "backend": self.predictor.backend,
             "precision": self.predictor.precision,
+            **more,
+            "shares": total,
+            name: [
+                {key: value for key, value in entry.items() if key not in ("pixels", "source")}
+                | {"shares": writers.class_shares([entry["pixels"]], self.scheme)}
+                for entry in entries
+            ],
         }
-        write_json(path, report | more | {"shares": total, name: rows})
+        write_json(path, report)
         largest = sorted(total.items(), key=lambda item: -item[1])[:5]
         print(", ".join(f"{label} {share:.1%}" for label, share in largest))
 
@@ -169,7 +144,14 @@ class Run:
         return tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, disable=hidden)
 
 
-def open_run(args: argparse.Namespace, context: DistributedContext) -> Run:
+def fingerprint(path: Path) -> list:
+    """Resolved path, size and modification time of a file."""
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def open_run(args: argparse.Namespace, context: DistributedContext, inputs: dict[str, Path]) -> Run:
+    """Load the weights, and check that earlier results are of the same settings and files."""
     predictor = Predictor.from_weights(
         args.weights, None, DEFAULT_SIZES["cityscapes"], args.height, args.width,
         device=context.device, backend=args.backend, precision=args.precision,
@@ -183,46 +165,26 @@ def open_run(args: argparse.Namespace, context: DistributedContext) -> Run:
     if args.overwrite and context.is_main:
         ProgressLog.clear(args.out)
     context.barrier()
-    settings = {
-        "weights": weights_checksum(args.weights),
-        "size": predictor.size,
-        "backend": predictor.backend,
-        "precision": predictor.precision,
-        "label_ids": args.label_ids,
-        "alpha": args.alpha,
-        "legend": args.legend,
-    }
+    settings: dict[str, Any] = {"weights": weights_checksum(args.weights), "size": predictor.size}
+    settings |= {key: getattr(predictor, key) for key in ("backend", "precision")}
+    settings |= {key: getattr(args, key) for key in ("label_ids", "alpha", "legend")}
 
     def check(entry: dict[str, Any]) -> None:
         _path, _size, _time = entry["source"]
         if "pixels" in entry:  # an image, not a video
-            class_shares([entry["pixels"]], scheme)
+            writers.class_shares([entry["pixels"]], scheme)
 
     log = ProgressLog(args.out, settings, context.rank, check)
-    context.barrier()  # all processes have read the logs before one writes
-    return Run(args, context, predictor, scheme, log)
-
-
-def fingerprint(path: Path) -> list:
-    """Resolved path, size and modification time of a file."""
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-
-
-def require_same_inputs(run: Run, inputs: dict[str, Path]) -> None:
-    """Check that earlier results are of the same files.
-
-    Raises:
-        UserError: There are results of another file for an input's name.
-    """
     for name, path in inputs.items():
-        entry = run.log.entries.get(name)
+        entry = log.entries.get(name)
         if entry and entry["source"] != fingerprint(path):
             raise UserError(
-                f"{run.args.out} holds the results for {name} of {entry['source'][0]}, another "
-                f"file than {path} or the same before a change: choose another --out, or add "
+                f"{args.out} holds the results for {name} of {entry['source'][0]}, another file "
+                f"than {path} or the same before a change: choose another --out, or add "
                 "--overwrite to start over"
             )
+    context.barrier()  # all processes have read the logs before one writes
+    return Run(args, context, predictor, scheme, log)
 
 
 def run_images(run: Run, images: dict[str, Path]) -> list[str]:
@@ -238,7 +200,7 @@ def run_images(run: Run, images: dict[str, Path]) -> list[str]:
         if entry:  # otherwise existing files may be of an older run
             files = {kind: file for kind, file in files.items() if not file.exists()}
         if files:
-            jobs.append(PredictionJob(name, path, files))
+            jobs.append(writers.PredictionJob(name, path, files))
         else:
             done.append(entry)
 
@@ -247,7 +209,7 @@ def run_images(run: Run, images: dict[str, Path]) -> list[str]:
 
     jobs = jobs[run.context.rank :: run.context.size]
     with run.bar(len(jobs), "images", "image") as bar:
-        entries = predict_images(
+        entries = writers.predict_images(
             run.predictor, jobs, writer, bar.update, on_written=on_written,
             num_workers=run.args.num_workers,
         )  # fmt: skip
@@ -260,7 +222,7 @@ def run_images(run: Run, images: dict[str, Path]) -> list[str]:
     print(f"{len(predicted) - len(done)} of {len(images)} images predicted in {run.args.out}{note}")
     if predicted:
         run.write_report(run.args.out / "shares.json", predicted, "images", passed_over=skipped)
-    return errors_of(skipped)
+    return writers.errors_of(skipped)
 
 
 def predict_frames(run: Run, name: str, video: VideoReader, frames: Iterator) -> None:
@@ -268,15 +230,16 @@ def predict_frames(run: Run, name: str, video: VideoReader, frames: Iterator) ->
     limit = run.args.max_frames
     expected = min(filter(None, (video.expected, limit)), default=None)
     with (
-        video_output(run.writer(VIDEO_OUTPUTS), name, video.rate, video.time_base) as files,
+        writers.video_output(run.writer(VIDEO_OUTPUTS), name, video.rate, video.time_base) as files,
         run.bar(expected, name, "frame") as bar,
     ):
-        entries = predict_video(run.predictor, itertools.islice(frames, limit), files, bar.update)
+        frames = itertools.islice(frames, limit)
+        entries = writers.predict_video(run.predictor, frames, files, bar.update)
         if not entries:
             raise VideoError(f"{video.source} gave no frame: nothing was written")
     print(f"{len(entries)} frames of {video.source} predicted in {run.args.out}")
     run.write_report(
-        shares_file(run, name), entries, "frames", video=video.source, frame_rate=str(video.rate),
+        run.shares_file(name), entries, "frames", video=video.source, frame_rate=str(video.rate),
         height=files.size[0], width=files.size[1],
     )  # fmt: skip
     if files.padded:
@@ -286,16 +249,12 @@ def predict_frames(run: Run, name: str, video: VideoReader, frames: Iterator) ->
         )
 
 
-def shares_file(run: Run, name: str) -> Path:
-    return run.args.out / f"{name}_shares.json"
-
-
 def run_videos(run: Run, videos: dict[str, Path]) -> list[str]:
     """Predict the videos that are not finished, each in one process; returns errors."""
     writer = run.writer(VIDEO_OUTPUTS)
     unfinished = []
     for name, path in videos.items():
-        files = [*writer.video_files(name).values(), shares_file(run, name)]
+        files = [*writer.video_files(name).values(), run.shares_file(name)]
         if name not in run.log.entries or not all(file.exists() for file in files):
             unfinished.append((name, path))
         elif run.context.is_main:
@@ -337,8 +296,7 @@ def predict(args: argparse.Namespace, context: DistributedContext) -> None:
     images = {name: path for name, path in inputs.items() if name not in videos}
     if videos or cameras:
         import_av()  # report a missing package before predicting images
-    run = open_run(args, context)
-    require_same_inputs(run, inputs)
+    run = open_run(args, context, inputs)
     errors = run_images(run, images) if images else []
     errors += run_videos(run, videos)
     for device in cameras:

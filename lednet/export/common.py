@@ -64,22 +64,16 @@ class RunOptions(NamedTuple):
     precision: str = "fp32"
 
 
-_METADATA_ERRORS = (
-    KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError
-)  # fmt: skip
-"""Errors that metadata of another kind raise."""
-
-
 @dataclass(frozen=True)
 class ExportedModel:
     """An exported file in its own runtime: call it with images (N, H, W, 3) uint8 RGB.
 
     Attributes:
-        path: of the file, for messages.
+        path: path of the file, for messages.
         runtime: name of the runtime.
-        bounds: of batch, height and width.
+        bounds: limits of batch, height and width.
         metadata: as `lednet.export.exporter.describe` wrote them.
-        run: the runtime's forward pass; takes images that have been checked.
+        run: forward pass of the runtime, for images that have been checked.
     """
 
     path: Path
@@ -99,12 +93,10 @@ class ExportedModel:
                 f"{self.path} takes images (N, H, W, 3) of bytes, not {images.dtype} of shape "
                 f"{images.shape}: convert them to 8-bit RGB"
             )
-        if not all(
-            least <= length and (most is None or length <= most)
-            for length, (least, most) in zip(images.shape, self.bounds, strict=False)
-        ):
+        limits = [*zip(images.shape, self.bounds, strict=False)]
+        if not all(low <= n and (high is None or n <= high) for n, (low, high) in limits):
             batch, height, width = (
-                f"{least}" if most == least else f"{least} or more" for least, most in self.bounds
+                f"{low}" if high == low else f"{low} or more" for low, high in self.bounds
             )
             raise UserError(
                 f"{self.path} takes batch {batch}, height {height} and width {width}, not "
@@ -126,9 +118,8 @@ class ExportedModel:
                 for key, value in self.metadata.items()
             }
             require_meta(meta, self.path)
-            missing = {"output", "precision", "size"} - meta.keys()
-            if missing:
-                raise KeyError(*missing)
+            if not {"output", "precision", "size"} <= meta.keys():
+                raise KeyError("output, precision or size")
             return meta | {"size": tuple(meta["size"])}
 
     def build_meta_model(self) -> LEDNet:
@@ -141,7 +132,9 @@ class ExportedModel:
     def _require_metadata(self) -> Iterator[None]:
         try:
             yield
-        except _METADATA_ERRORS as error:
+        except UserError:
+            raise
+        except Exception as error:  # depends on where the code expects another value
             raise UserError(
                 f"{self.path} does not say what network it holds: write it with "
                 "utils/export_model.py"

@@ -10,14 +10,8 @@ import numpy as np
 import torch
 
 from lednet.errors import UserError
-from lednet.export.common import (
-    ExportedModel,
-    ExportOptions,
-    RunOptions,
-    import_optional,
-    opening,
-    trace,
-)
+from lednet.export import common
+from lednet.export.common import ExportedModel, ExportOptions, RunOptions, import_optional
 from lednet.export.wrappers import EndToEndModel
 
 
@@ -29,7 +23,7 @@ def _executorch_imports() -> Iterator[None]:
         yield
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise UserError(
-            f"executorch {importlib.metadata.version('executorch')} does not load beside torch "
+            f"executorch {importlib.metadata.version('executorch')} does not load with torch "
             f"{torch.__version__}: pip install executorch==1.5.1 torch==2.15.0, which do"
         ) from error
 
@@ -47,7 +41,7 @@ def write_executorch(module: EndToEndModel, path: Path, options: ExportOptions) 
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
     lowered = to_edge_transform_and_lower(
-        trace(module, options),
+        common.trace(module, options),
         partitioner=[XnnpackPartitioner()],
         constant_methods={"metadata": json.dumps(options.metadata)},
     )
@@ -56,15 +50,10 @@ def write_executorch(module: EndToEndModel, path: Path, options: ExportOptions) 
 
 
 def load_executorch(path: Path, options: RunOptions) -> ExportedModel:
-    """Open a program of `write_executorch` in ExecuTorch's runtime for this machine, which
-    chooses its own number of threads.
-
-    Raises:
-        UserError: no such file, or executorch is missing or does not fit this torch.
-    """
+    """Open a program in ExecuTorch's runtime, which chooses its own number of threads."""
     with _executorch_imports():
         from executorch.runtime import Runtime
-    with opening(path):
+    with common.opening(path):
         program = Runtime.get().load_program(path)
         method = program.load_method("forward")
     metadata = {}

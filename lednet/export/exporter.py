@@ -31,7 +31,7 @@ from lednet.io import write_atomically
 from lednet.model import LEDNet, resize
 
 PRECISIONS = ("fp32", "int8")
-"""Precision of the convolutions in a file."""
+"""Precisions of the convolutions in a file."""
 
 
 class ParityError(Exception):
@@ -45,7 +45,7 @@ class Parity:
     Attributes:
         agreement: fraction of the pixels with the same class.
         max_difference: largest difference between two logits, relative to the network's largest
-            logit; None if no logits were compared.
+            logit; None if only labels were compared.
         images: number of images compared.
     """
 
@@ -60,7 +60,7 @@ def describe(
     """Metadata of a file; every value but "lednet", "output" and "dataset" is JSON.
 
     Args:
-        meta: of the weights, from `load_model`; missing keys are left out.
+        meta: metadata of the weights, from `load_model`; missing keys are left out.
         size: (height, width) in pixels that the network is meant to run at.
         output: one of `lednet.export.wrappers.OUTPUTS`.
         precision: one of `PRECISIONS`.
@@ -71,15 +71,14 @@ def describe(
         "variant": net.variant,
         "pyramid_channels": None if net.variant == "d20" else net.pyramid_channels,
         "precision": precision,
-        "size": list(size),
+        "size": size,
         **{key: meta[key] for key in ("classes", "colors") if key in meta},
-        "mean": list(mean),
-        "std": list(std),
+        "mean": mean,
+        "std": std,
     }
-    names = {"lednet": lednet.__version__, "output": output}
-    if "dataset" in meta:
-        names["dataset"] = str(meta["dataset"])
-    return names | {key: json.dumps(value) for key, value in values.items()}
+    texts = {"lednet": lednet.__version__, "output": output}
+    texts |= {key: str(meta[key]) for key in ("dataset",) if key in meta}
+    return texts | {key: json.dumps(value) for key, value in values.items()}
 
 
 def _normalization(meta: dict) -> tuple[Sequence[float], Sequence[float]]:
@@ -110,7 +109,7 @@ def check_parity(
     Args:
         run: an exported file with either output; labels are computed from logits.
         net: on the CPU, in evaluation mode.
-        meta: of the weights, for their normalization.
+        meta: metadata of the weights, for their normalization.
         images: batches (N, H, W, 3) uint8 RGB of sizes that the file takes.
         run_logits: the same network exported with logits, compared if `run` returns labels.
     """
@@ -119,8 +118,7 @@ def check_parity(
         return resize(logits, size).argmax(dim=1).numpy()
 
     equal = pixels = count = 0
-    difference: float | None = None
-    largest = 0.0
+    differences, largest = [], 0.0
     for batch in images:
         expected, size = reference_logits(net, batch, meta), batch.shape[1:3]
         labels, found = labels_of(expected, size), run(batch)
@@ -130,26 +128,20 @@ def check_parity(
         else:
             logits = run_logits(batch) if run_logits else None
         if logits is not None:
-            # np.maximum, unlike max, propagates NaN.
-            worst = np.abs(logits - expected.numpy()).max()
-            difference = float(np.maximum(worst, difference or 0.0))
+            differences.append(np.abs(logits - expected.numpy()).max())
             largest = max(largest, expected.abs().max().item())
         equal += int((found == labels).sum())
         pixels += labels.size
         count += len(batch)
     if not count:
         raise ValueError("no images to compare")
-    if difference is not None:
-        difference /= largest or 1.0
+    # np.max, unlike max, propagates NaN.
+    difference = float(np.max(differences)) / (largest or 1.0) if differences else None
     return Parity(equal / pixels, difference, count)
 
 
 def require_parity(parity: Parity, min_agreement: float, max_difference: float) -> None:
-    """Check a `Parity` against its thresholds.
-
-    Raises:
-        ParityError: the agreement is too low, or the difference is too high or NaN.
-    """
+    """Raise a `ParityError` if the agreement is too low, or the difference too high or NaN."""
     if not parity.agreement >= min_agreement:
         raise ParityError(
             f"the exported file agrees with the network in {parity.agreement:.6f} of the pixels "
@@ -186,18 +178,16 @@ def export(
         net: on the CPU, in evaluation mode, from `load_model` together with `meta`.
         format: a key of `FORMATS`.
         size: (height, width) in pixels.
-        images: to compare on, batches (N, H, W, 3) uint8 RGB: of one image of `size`, or
-            for `dynamic` of several sizes.
+        images: batches to compare on, (N, H, W, 3) uint8 RGB: single images of `size`, or of
+            several sizes with `dynamic`.
         output: one of `lednet.export.wrappers.OUTPUTS`.
         dynamic: take any batch and size, as far as the format supports it.
-        calibration: images (1, *size, 3) uint8 RGB to quantize to int8 with; None writes
-            float32.
+        calibration: images (1, *size, 3) uint8 RGB to quantize to int8 with; None writes float32.
         min_agreement, max_difference: thresholds for `require_parity`.
         accept: a further check of the file with `output` "logits"; it raises to reject it.
 
     Raises:
-        UserError: a package is missing, the suffix is not the format's, the format does not
-            support int8, or the file cannot be written.
+        UserError: as `require_packages`; the suffix is not the format's; a write error.
         ParityError: the outputs differ.
     """
     row, path = FORMATS[format], Path(path)
@@ -213,7 +203,7 @@ def export(
         return row.load(path, RunOptions())
 
     with contextlib.ExitStack() as stack:
-        # Closed in reverse order: the files beside the main file are in place before it.
+        # Closed in reverse order: the further files are in place before the main file.
         temporary = stack.enter_context(write_atomically(path))
         for suffix in row.beside:
             stack.enter_context(write_atomically(path.with_suffix(suffix)))

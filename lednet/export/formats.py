@@ -17,26 +17,16 @@ from lednet.export.openvino import PRECISION_HINTS, compile_openvino, load_openv
 from lednet.export.torch_export import load_torch, write_torch
 from lednet.export.wrappers import EndToEndModel
 
-__all__ = [
-    "FORMATS",
-    "MIN_TRACED_SIDE",
-    "ExportOptions",
-    "ExportedModel",
-    "Format",
-    "RunOptions",
-    "compile_openvino",
-    "is_exported",
-    "load",
-    "missing_packages",
-    "require_packages",
-]
+__all__ = ["FORMATS", "MIN_TRACED_SIDE", "ExportOptions", "ExportedModel", "Format", "RunOptions",
+           "compile_openvino", "is_exported", "load", "missing_packages", "require_packages",
+           "require_supported"]  # fmt: skip
 
 
 class Format(NamedTuple):
     """Row of `FORMATS`.
 
     Attributes:
-        suffix: of its files; `load` recognizes the format by it.
+        suffix: suffix of its files, by which `load` recognizes the format.
         packages: pip names of what writing and checking it needs.
         write, load: the writer, and the function that opens a file in its runtime.
         beside: suffixes of further files that belong to one.
@@ -55,23 +45,17 @@ class Format(NamedTuple):
 
 
 _ONNX = ("onnx", "onnxscript")
-
 FORMATS = {
     "onnx": Format(
         ".onnx", (*_ONNX, "onnxruntime"), write_onnx, load_onnx, devices=("cpu", "cuda")
     ),
     "openvino": Format(
-        ".xml",
-        (*_ONNX, "openvino"),
-        write_openvino,
-        load_openvino,
-        beside=(".bin",),
-        int8="nncf",
-        precisions=tuple(PRECISION_HINTS),
+        ".xml", (*_ONNX, "openvino"), write_openvino, load_openvino, beside=(".bin",),
+        int8="nncf", precisions=tuple(PRECISION_HINTS),
     ),
     "torch": Format(".pt2", (), write_torch, load_torch),
     "executorch": Format(".pte", ("executorch",), write_executorch, load_executorch),
-}
+}  # fmt: skip
 
 
 def is_exported(path: str | os.PathLike) -> bool:
@@ -90,15 +74,25 @@ def load(path: str | os.PathLike, **options: Any) -> ExportedModel:
             runtime does not support the device or precision.
     """
     run_options, path = RunOptions(**options), Path(path)
-    row = next((row for row in FORMATS.values() if row.suffix == path.suffix), None)
-    if row is None:
-        known = ", ".join(row.suffix for row in FORMATS.values())
-        raise UserError(f"{path} is no exported network: give a file that ends in one of {known}")
+    rows = {row.suffix: row for row in FORMATS.values()}
+    if path.suffix not in rows:
+        raise UserError(
+            f"{path} is no exported network: give a file that ends in one of {', '.join(rows)}"
+        )
+    require_supported(rows[path.suffix], path, run_options)
+    return rows[path.suffix].load(path, run_options)
+
+
+def require_supported(row: Format, what: object, options: RunOptions) -> None:
+    """Check that a format's runtime supports the device and precision.
+
+    Args:
+        what: a file or backend, for the message.
+    """
     for name, supported in (("device", row.devices), ("precision", row.precisions)):
-        value = getattr(run_options, name)
+        value = getattr(options, name)
         if value not in supported:
-            raise UserError(f"{path} runs with --{name} {' or '.join(supported)}, not {value}")
-    return row.load(path, run_options)
+            raise UserError(f"{what} runs with --{name} {' or '.join(supported)}, not {value}")
 
 
 def installed(package: str) -> bool:

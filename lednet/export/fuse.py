@@ -1,6 +1,8 @@
 """Graph rewrites for inference: batch norm and channel shuffles fused into convolutions."""
 
 import copy
+import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +12,10 @@ from lednet.model import Downsampler, LEDNet, SSnbt
 
 
 class FusedDownsampler(nn.Module):
-    """A `Downsampler` without batch norm.
+    """A `Downsampler` without batch norm: (N, in, H, W) -> (N, out, ceil(H/2), ceil(W/2)).
 
     The norm is applied to a concatenation. Its first channels are fused into the convolution;
     the max-pooled channels have no weights, so they keep a scale and a shift.
-
-    x: (N, in_channels, H, W) -> (N, out_channels, ceil(H/2), ceil(W/2))
     """
 
     scale: Tensor
@@ -168,8 +168,7 @@ class _SplitDownsampler(nn.Module):
 class _Stage(nn.Module):
     """A downsampler and its blocks. x: (N, in, H, W) -> (N, out, ceil(H/2), ceil(W/2))
 
-    Attributes:
-        order: (out,) the original channel at each position of the output.
+    order: (out,) the original channel at each position of the output.
     """
 
     def __init__(self, down: FusedDownsampler, blocks: list[SSnbt], order: Tensor):
@@ -205,16 +204,12 @@ def fuse_channel_shuffles(fused: LEDNet) -> nn.Sequential:
     Returns:
         x: (N, 3, H, W) -> logits (N, num_classes, ceil(H/8), ceil(W/8))
     """
-    parts: list[tuple[FusedDownsampler, list[SSnbt]]] = []
-    for layer in fused.encoder:
-        if isinstance(layer, FusedDownsampler):
-            parts.append((layer, []))
-        elif isinstance(layer, SSnbt):
-            parts[-1][1].append(layer)
+    layers: list[Any] = list(fused.encoder)
+    starts = [i for i, layer in enumerate(layers) if isinstance(layer, FusedDownsampler)]
     stages: list[_Stage] = []
     order = torch.arange(3)
-    for down, blocks in parts:
-        stages.append(_Stage(down, blocks, order))
+    for start, stop in itertools.pairwise([*starts, len(layers)]):
+        stages.append(_Stage(layers[start], layers[start + 1 : stop], order))
         order = stages[-1].order
     decoder = fused.decoder
     for branch in (decoder.mid, decoder.pooled, decoder.down1):

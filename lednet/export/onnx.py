@@ -9,14 +9,8 @@ from typing import Any
 import torch
 
 from lednet.errors import UserError
-from lednet.export.common import (
-    ExportedModel,
-    ExportOptions,
-    RunOptions,
-    import_optional,
-    opening,
-    trace,
-)
+from lednet.export import common
+from lednet.export.common import ExportedModel, ExportOptions, RunOptions, import_optional
 from lednet.export.wrappers import EndToEndModel
 
 
@@ -33,26 +27,17 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def write_onnx(module: EndToEndModel, path: Path, options: ExportOptions) -> None:
-    """Write an ONNX file with its weights inside; the metadata are its metadata_props.
-
-    Raises:
-        UserError: a package is missing.
-    """
+    """Write an ONNX file with its weights inside; the metadata are its metadata_props."""
     onnx, _ = import_optional("onnx"), import_optional("onnxscript")
-    program = trace(module, options)
+    program = common.trace(module, options)
     axes: dict[str, Any] = {}
     if options.dynamic:
         axes["dynamic_shapes"] = ({0: "batch", 1: "height", 2: "width"},)
     with _quiet_exporter():
         model = torch.onnx.export(  # type: ignore[union-attr]  # None only without dynamo
-            program,
-            program.example_inputs[0],
-            dynamo=True,
-            input_names=["image"],
-            output_names=[module.output],
-            verbose=False,
-            **axes,
-        ).model_proto
+            program, program.example_inputs[0], dynamo=True, input_names=["image"],
+            output_names=[module.output], verbose=False, **axes,
+        ).model_proto  # fmt: skip
     for part in (*model.graph.node, *model.graph.value_info, *model.graph.input):
         del part.metadata_props[:]  # the exporter's own notes, an eighth of the file
     onnx.checker.check_model(model, full_check=True)
@@ -61,7 +46,7 @@ def write_onnx(module: EndToEndModel, path: Path, options: ExportOptions) -> Non
 
 
 def load_onnx(path: Path, options: RunOptions) -> ExportedModel:
-    """Open an ONNX file of `write_onnx` in ONNX Runtime.
+    """Open an ONNX file in ONNX Runtime.
 
     Raises:
         UserError: no such file, or onnxruntime is missing or is not the one for the device.
@@ -75,7 +60,7 @@ def load_onnx(path: Path, options: RunOptions) -> ExportedModel:
         providers.insert(0, "CUDAExecutionProvider")
         if providers[0] not in ort.get_available_providers():
             raise UserError("onnxruntime has no CUDA here: pip install onnxruntime-gpu instead")
-    with opening(path):
+    with common.opening(path):
         session = ort.InferenceSession(str(path), session_options, providers=providers)
         image = session.get_inputs()[0]
         batch, height, width, _ = ((n, n) if isinstance(n, int) else (1, None) for n in image.shape)

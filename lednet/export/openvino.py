@@ -19,15 +19,12 @@ CPUs."""
 
 
 def write_openvino(module: EndToEndModel, path: Path, options: ExportOptions) -> None:
-    """Write an IR, `path` ending in .xml and the weights beside it in .bin.
+    """Write an IR: `path` ending in .xml, and the weights in a .bin file of the same name.
 
     It is converted from ONNX, so that both formats have one exporter. The metadata are its
     rt_info "lednet". With `options.calibration`, convolutions get 8-bit weights and activations
     by NNCF's post-training quantization. An application that needs float32 outputs also sets
     INFERENCE_PRECISION_HINT to f32: some CPUs compute in bfloat16 otherwise.
-
-    Raises:
-        UserError: a package is missing, or no images to calibrate with.
     """
     openvino = import_optional("openvino")
     with tempfile.TemporaryDirectory() as folder:
@@ -62,11 +59,7 @@ def compile_openvino(model: Any, config: dict[str, Any]) -> Any:
 
 
 def load_openvino(path: Path, options: RunOptions) -> ExportedModel:
-    """Open an IR of `write_openvino` on the CPU.
-
-    Raises:
-        UserError: no such file, or openvino is missing.
-    """
+    """Open an IR on the CPU."""
     openvino = import_optional("openvino")
     config: dict[str, str | int] = {
         "PERFORMANCE_HINT": "LATENCY",

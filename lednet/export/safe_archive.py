@@ -1,8 +1,8 @@
 """Check that a `torch.export` archive cannot run code when it is loaded.
 
 `torch.export.load` has no safe mode as of PyTorch 2.14: it unpickles objects, evaluates
-expressions, imports modules and loads libraries that an archive names. So only the members and
-values that an exported network consists of are allowed.
+expressions, imports modules and loads libraries that an archive names. Therefore only the members
+and values of exported networks are allowed.
 """
 
 import io

@@ -13,9 +13,10 @@ from lednet.export.formats import (
     FORMATS,
     ExportedModel,
     ExportOptions,
-    load,
+    RunOptions,
     missing_packages,
     require_packages,
+    require_supported,
 )
 from lednet.export.wrappers import EndToEndModel
 
@@ -25,8 +26,8 @@ InferenceFn = Callable[[Tensor], Tensor]
 BACKENDS = ("eager", "compiled", "onnxruntime", "openvino")
 _FILE_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
 """Backend -> format of the file that it runs."""
-_FIRST_WITHOUT_TRITON = (7, 0)
-"""Compute capability below which torch.compile cannot generate code (Pascal and older)."""
+_FIRST_WITH_TRITON = (7, 0)
+"""Compute capability from which torch.compile can generate code (not for Pascal and older)."""
 
 
 def is_available(backend: str, device: torch.device) -> bool:
@@ -62,32 +63,22 @@ def build_runner(
         raise UserError(f"no backend {backend}: choose one of auto, {', '.join(BACKENDS)}")
     with autocast(device, precision):
         pass  # raises now, not at the first image
-    if backend in ("eager", "compiled"):
+    if backend not in _FILE_FORMATS:
         return _torch_runner(graph, device, precision, compiled=backend == "compiled")
     format = _FILE_FORMATS[backend]
     require_packages(format)
     row = FORMATS[format]
-    for name, value, supported in (
-        ("device", device.type, row.devices), ("precision", precision, row.precisions)
-    ):  # fmt: skip
-        if value not in supported:
-            raise UserError(
-                f"backend {backend} does not support {value}: give --{name} {supported[0]}"
-            )
+    options = RunOptions(torch.get_num_threads(), device.type, precision)
+    require_supported(row, f"backend {backend}", options)
 
     def build(example: Tensor) -> InferenceFn:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"network{row.suffix}"
             batch, height, width, _ = example.shape
             row.write(graph, path, ExportOptions((batch, height, width)))
-            return exported_runner(open_exported(path, device, precision))
+            return exported_runner(row.load(path, options))
 
     return _RunnerPerSize(build)
-
-
-def open_exported(path: Path, device: torch.device, precision: str = "fp32") -> ExportedModel:
-    """`lednet.export.formats.load` with as many threads as PyTorch uses."""
-    return load(path, threads=torch.get_num_threads(), device=device.type, precision=precision)
 
 
 def exported_runner(exported: ExportedModel) -> InferenceFn:
@@ -95,10 +86,10 @@ def exported_runner(exported: ExportedModel) -> InferenceFn:
 
     A file that takes single images gets the images of a batch one by one.
     """
-    size = 1 if exported.bounds[0] == (1, 1) else None
+    takes_one = exported.bounds[0] == (1, 1)
 
     def run(images: Tensor) -> Tensor:
-        batches = images.cpu().split(size or len(images))
+        batches = images.cpu().split(1 if takes_one else len(images))
         logits = [torch.from_numpy(exported(batch.numpy())) for batch in batches]
         return (torch.cat(logits) if len(logits) > 1 else logits[0]).to(images.device)
 
@@ -110,13 +101,12 @@ def _torch_runner(
 ) -> InferenceFn:
     graph = graph.to(device).to(memory_format=torch.channels_last).eval()
     forward: Callable[..., Tensor] = graph
-    if compiled:
-        if device.type != "cuda":
-            forward = torch.compile(graph)
-        elif torch.cuda.get_device_capability(device) < _FIRST_WITHOUT_TRITON:
+    if compiled and device.type != "cuda":
+        forward = torch.compile(graph)
+    elif compiled:
+        if torch.cuda.get_device_capability(device) < _FIRST_WITH_TRITON:
             return _RunnerPerSize(lambda example: _cuda_graph_runner(graph, example))
-        else:
-            forward = torch.compile(graph, mode="reduce-overhead")  # in a CUDA graph
+        forward = torch.compile(graph, mode="reduce-overhead")  # in a CUDA graph
 
     def run(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(device, precision):

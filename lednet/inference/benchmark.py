@@ -53,11 +53,10 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure a predictor on random images.
 
-    Two times are measured. "forward": one pass of the network alone (over one tile, with
-    tiles), from a resized uint8 image on the device to logits of its size.
-    "image_to_label_map": from uint8 images of `image_size` in main memory to uint8 label maps of
-    that size in main memory, with resizing, normalization, upsampling and argmax; no files are
-    read or written.
+    "forward" is one pass of the network alone (over one tile, with tiles), from a resized uint8
+    image on the device to logits of its size. "image_to_label_map" is from uint8 images of
+    `image_size` in main memory to uint8 label maps there, with resizing, normalization,
+    upsampling and argmax, without files.
 
     Args:
         image_size: (height, width) in pixels.
@@ -109,21 +108,16 @@ def benchmark(
 def benchmark_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows (name, value) of a `benchmark` for display."""
 
-    def size(values: list[int]) -> str:
-        return f"{values[0]}x{values[1]}"
-
     def time(part: dict[str, float]) -> str:
         return f"{part['fps']:.1f} FPS; p50 {part['p50_ms']:.1f} ms, p95 {part['p95_ms']:.1f} ms"
 
-    forward, image = size(card["forward_size"]), size(card["image_size"])
+    forward, image = ("{}x{}".format(*card[f"{name}_size"]) for name in ("forward", "image"))
     extras = [f"scales {card['scales']}"] * (card["scales"] != [1.0])
     extras += ["flip"] * card["flip"] + [f"tiles of {card['tile']}"] * bool(card["tile"])
+    options = f" ({', '.join(extras)})" if extras else ""
     return [
         (f"network alone, {forward}", time(card["forward"])),
-        (
-            f"image to labels, {image}",
-            time(card["image_to_label_map"]) + (f" ({', '.join(extras)})" if extras else ""),
-        ),
+        (f"image to labels, {image}", time(card["image_to_label_map"]) + options),
         ("device", f"{card['device']}, torch {card['torch']}"),
         (
             "conditions",

@@ -25,22 +25,17 @@ def run_pipeline(
 ) -> list[Result]:
     """Read ahead and write in threads while the calling thread predicts.
 
-    Each stage returns its results in the order of `items`. Besides those in work, at most
-    `readers` items wait to be predicted and `writers` items to be written.
-
-    When a stage raises, or on Ctrl-C, no more items are read or predicted. Items that were
-    predicted are written, and then the first exception is raised.
+    Results keep the order of `items`. Besides those in work, at most `readers` items wait to be
+    predicted and `writers` items to be written. When a stage raises, or on Ctrl-C, no more items
+    are read or predicted. Items that were predicted are written, and then the first exception is
+    raised.
 
     Args:
         items: taken one at a time in the calling thread. May be endless.
         read: called in `readers` threads. None ends the stream. A source that must be read in
             sequence needs one reader.
-        predict: called in the calling thread.
-        write: called in `writers` threads.
-        progress: called in the calling thread after each item.
-
-    Returns:
-        The results of `write`.
+        predict, progress: called in the calling thread, the latter after each item.
+        write: called in `writers` threads; returns the results.
     """
     results: list[Result] = []
     reading, writing = ThreadPoolExecutor(readers), ThreadPoolExecutor(writers)

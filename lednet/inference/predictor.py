@@ -15,10 +15,10 @@ from torchvision.transforms import v2
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import LabelScheme, require_classes
 from lednet.errors import UserError
-from lednet.export.formats import ExportedModel, is_exported
+from lednet.export.formats import ExportedModel, is_exported, load
 from lednet.export.wrappers import EndToEndModel
 from lednet.hub import input_size
-from lednet.inference.backends import build_runner, choose_backend, exported_runner, open_exported
+from lednet.inference.backends import build_runner, choose_backend, exported_runner
 from lednet.inference.sparse_argmax import upsample_argmax
 from lednet.model import LEDNet, argmax_at, count_parameters, load_model, resize, upsample_scores
 
@@ -61,8 +61,8 @@ class Predictor:
         net: is not modified. Or an exported file with logits, which has its own normalization.
         size: (height, width) in pixels that the network runs at.
         mean, std: normalization of the [0, 1] image, per channel.
-        backend: one of `lednet.inference.backends.BACKENDS`; "auto", the fastest that is
-            installed; or None, "eager" for a network and its own runtime for a file.
+        backend: one of `lednet.inference.backends.BACKENDS`; "auto" (the fastest that is
+            installed); or None ("eager" for a network, its own runtime for a file).
         precision: a key of `lednet.device.AMP_DTYPES`; for a file, the one it was opened with.
         fold: fuse batch norms into the convolutions (equal outputs, faster).
         scales: sizes relative to `size` whose class probabilities are averaged.
@@ -73,8 +73,7 @@ class Predictor:
 
     Attributes:
         net: the network; for a file, the one it was written from, without weights.
-        backend: the backend or runtime used.
-        precision: of the convolutions.
+        backend, precision: the backend or runtime used, and the precision of the convolutions.
         runner: a `lednet.inference.backends.InferenceFn`.
         parameters: number of parameters of `net`.
         meta: metadata of the weights or the file; empty for a bare network.
@@ -99,7 +98,8 @@ class Predictor:
         tile: tuple[int, int] | None = None,
         overlap: int = 128,
     ):
-        if tile and (flip or tuple(scales) != (1.0,)):
+        self.scales, self.flip = tuple(scales), flip
+        if tile and self.uses_tta:
             raise UserError("--tile does not go together with --scales or --flip: choose one")
         if tile and not 0 <= overlap < min(tile):
             raise UserError(f"an overlap of {overlap} does not suit tiles of {tile}: choose less")
@@ -119,12 +119,11 @@ class Predictor:
             self.backend = choose_backend(self.device) if backend == "auto" else backend or "eager"
             graph = EndToEndModel(net, mean, std, fold=fold).eval()
             self.runner = build_runner(self.backend, graph, self.device, precision)
-        self.precision, self.parameters = precision, count_parameters(self.net)
         height, width = size
-        self.size, self.folded = (height, width), fold
+        self.size, self.tile, self.overlap = (height, width), tile, overlap
+        self.precision, self.folded = precision, fold
+        self.parameters = count_parameters(self.net)
         self.meta: dict[str, Any] = {}
-        self.scales, self.flip = tuple(scales), flip
-        self.tile, self.overlap = tile, overlap
 
     @classmethod
     def from_weights(
@@ -172,28 +171,26 @@ class Predictor:
         return resized.permute(0, 2, 3, 1).contiguous()
 
     def forward_logits(self, prepared: Tensor) -> Tensor:
-        """Logits before the last upsampling.
+        """Logits before the last upsampling, tile by tile if `tile` is set.
 
         prepared: (N, h, w, 3) uint8 -> (N, C, ceil(h/8), ceil(w/8)) float32
         """
-        return self._tiled(prepared, self.tile) if self.tile else self.runner(prepared)
-
-    def _tiled(self, prepared: Tensor, tile: tuple[int, int]) -> Tensor:
-        """`forward_logits` tile by tile. All positions are multiples of the stride."""
-        spans = [
-            tile_spans(-(-length // STRIDE), side // STRIDE, self.overlap // STRIDE)
-            for length, side in zip(prepared.shape[1:3], tile, strict=True)
-        ]
-        size = spans[0][-1].own_stop, spans[1][-1].own_stop
+        if not self.tile:
+            return self.runner(prepared)
+        low = [-(-length // STRIDE) for length in prepared.shape[1:3]]
+        spans = (
+            tile_spans(length, side // STRIDE, self.overlap // STRIDE)
+            for length, side in zip(low, self.tile, strict=True)
+        )
         output = torch.empty(0)
         for y, x in itertools.product(*spans):
             rows, columns = (slice(s.start * STRIDE, s.stop * STRIDE) for s in (y, x))
             logits = self.runner(prepared[:, rows, columns].contiguous())
             if not output.numel():
-                output = logits.new_empty(*logits.shape[:2], *size)
-            inside = [slice(s.own_start - s.start, s.own_stop - s.start) for s in (y, x)]
+                output = logits.new_empty(*logits.shape[:2], *low)
+            used = [slice(s.own_start - s.start, s.own_stop - s.start) for s in (y, x)]
             own = [slice(s.own_start, s.own_stop) for s in (y, x)]
-            output[:, :, own[0], own[1]] = logits[:, :, inside[0], inside[1]]
+            output[:, :, own[0], own[1]] = logits[:, :, used[0], used[1]]
         return output
 
     @torch.inference_mode()
@@ -204,17 +201,14 @@ class Predictor:
         """
         if not self.uses_tta:
             return resize(self.forward_logits(self.prepare(images)), self.size)
-        total, count = torch.zeros((), device=self.device), 0
+        total = torch.zeros((), device=self.device)
         for scale in self.scales:
             prepared = self.prepare(images, scale)
-            for mirrored in (False, True)[: 1 + self.flip]:
-                low = self.runner(prepared.flip(2) if mirrored else prepared)
-                probabilities = resize(low, prepared.shape[1:3]).softmax(dim=1)
-                total = total + upsample_scores(
-                    probabilities.flip(3) if mirrored else probabilities, self.size
-                )
-                count += 1
-        return total / count
+            for axes in ((), (3,))[: 1 + self.flip]:  # to mirror
+                low = self.runner(prepared.flip([axis - 1 for axis in axes]))
+                probabilities = resize(low, prepared.shape[1:3]).softmax(dim=1).flip(axes)
+                total = total + upsample_scores(probabilities, self.size)
+        return total / (len(self.scales) * (1 + self.flip))
 
     @property
     def uses_tta(self) -> bool:
@@ -258,8 +252,12 @@ class Predictor:
 
 def _open_logits(path: Path, options: dict[str, Any]) -> tuple[ExportedModel, dict[str, Any]]:
     """Open an exported file for a predictor; the file and its metadata."""
-    precision = options.get("precision", "fp32")
-    exported = open_exported(path, torch.device(options.get("device", "cpu")), precision)
+    exported = load(
+        path,
+        threads=torch.get_num_threads(),
+        device=torch.device(options.get("device", "cpu")).type,
+        precision=options.get("precision", "fp32"),
+    )
     meta = exported.meta
     if meta["output"] != "logits":
         raise UserError(f"{path} returns labels: export it with --output logits")

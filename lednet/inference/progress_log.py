@@ -76,6 +76,8 @@ class ProgressLog:
         """
         with self._lock:
             try:
+                if not self._opened:
+                    self._open()
                 self._append(entry)
             except OSError as error:
                 raise UserError(
@@ -83,19 +85,19 @@ class ProgressLog:
                     "the command to resume"
                 ) from error
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        lines = [entry]
-        if not self._opened:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # A process that was killed may have left an incomplete last line.
-            self.path.touch()
-            size = len(_complete_lines(self.path))
-            os.truncate(self.path, size)
-            if not size:
-                lines.insert(0, self.settings)
-            self._opened = True
+    def _open(self) -> None:
+        """Remove the incomplete last line that a killed process may have left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        complete = len(_complete_lines(self.path))
+        os.truncate(self.path, complete)
+        if not complete:
+            self._append(self.settings)
+        self._opened = True
+
+    def _append(self, value: dict[str, Any]) -> None:
         with open(self.path, "ab") as file:
-            file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            file.write(json.dumps(value).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

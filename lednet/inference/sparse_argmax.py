@@ -1,6 +1,6 @@
 """Upsampling of logits and argmax in one step, several times faster on a CPU.
 
-The dense way interpolates all C classes to full size and takes the argmax there. But
+The dense computation interpolates all C classes to full size before the argmax. But
 interpolation is linear: within a cell of the low-resolution grid, every pixel is a convex
 combination of the cell's corners. A class that is below a fixed mixture of other classes at each
 corner is below it everywhere in the cell, and so below the best of them. Most cells of a scene
@@ -11,21 +11,16 @@ This takes some hundred short operations. Two threads gain little over one, and 
 operation waits for its slowest thread: use one thread there, or OMP_WAIT_POLICY=passive.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lednet.model import resize
-
-LONGEST_CELL = 64
-"""Maximum side of a cell in pixels; limits the memory if there are few, large cells."""
-
-BAND = 2**20
-"""Low-resolution logits processed at once: 4 MB, a whole image at common sizes."""
 
 CHUNK = 2**19
 """Values interpolated at once: a trade-off between call overhead and cache size."""
@@ -55,6 +50,12 @@ class InterpAxis(NamedTuple):
     reach: Tensor
     weights: Tensor
 
+    def select(self, cells: Tensor) -> Self:
+        """The axis for some of its cells; `cell` is not changed."""
+        return self._replace(**{
+            name: getattr(self, name).index_select(-1, cells) for name in self._fields[1:]
+        })  # fmt: skip
+
 
 def _row_weights(low: int, network: int, wanted: int) -> Tensor:
     """Weight of each low-resolution row in each row of the label map: (wanted, low).
@@ -67,68 +68,27 @@ def _row_weights(low: int, network: int, wanted: int) -> Tensor:
     return x[0, :, :, 0].T
 
 
-def _runs(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs of equal values: the index of each value's run; start and length of each run."""
-    _, run, lengths = values.unique_consecutive(return_inverse=True, return_counts=True)
-    return run, lengths.cumsum(0) - lengths, lengths
-
-
 @lru_cache(maxsize=32)
 def _interp_axis(low: int, network: int, wanted: int, device: torch.device) -> InterpAxis:
     """The `InterpAxis` from `low` rows by way of `network` rows to `wanted` rows."""
     row_weights = _row_weights(low, network, wanted)
     used = (row_weights > 0).view(torch.uint8)  # without a gap, because low <= network
-    first = used.argmax(dim=1)
     span = int(used.sum(dim=1, dtype=torch.uint8).max())  # 3 at most
-
-    run, starts, lengths = _runs(first)
-    pieces = -(-lengths // LONGEST_CELL)
-    piece = (torch.arange(wanted) - starts[run]) * pieces[run] // lengths[run]
-    cell, starts, lengths = _runs(run * wanted + piece)
-    members = starts + torch.arange(int(lengths.max()))[:, None].minimum(lengths - 1)
-
-    nodes = first[starts] + torch.arange(span)[:, None]
+    first, cell, lengths = used.argmax(dim=1).unique_consecutive(
+        return_inverse=True, return_counts=True
+    )
+    rows = torch.arange(int(lengths.max()))[:, None].minimum(lengths - 1)
+    members = lengths.cumsum(0) - lengths + rows
+    nodes = first + torch.arange(span)[:, None]
     beyond, nodes = nodes >= low, nodes.clamp(max=low - 1)
     weights = row_weights[members, nodes[:, None]].masked_fill(beyond[:, None], 0)  # (V, K, cells)
-    reach = torch.ones(len(starts))
+    reach = torch.ones(len(first))
     if span > 2:
         _, second, third = weights
         reach = (third / (second + third)).nan_to_num(0).amax(dim=0)  # 0/0: neither is used
         moved = (third / reach).nan_to_num(0)
         weights[1:] = torch.stack(((second + third - moved).clamp(min=0), moved))
-    parts = (cell, members, nodes, reach, weights)
-    return InterpAxis(*(part.to(device) for part in parts))
-
-
-class RowBand(NamedTuple):
-    """Adjacent rows of cells: the input rows, the output rows and their interpolation."""
-
-    low: slice
-    output: slice
-    rows: InterpAxis
-
-
-@lru_cache(maxsize=32)
-def _bands(
-    low: int, network: int, wanted: int, device: torch.device, height: int
-) -> tuple[RowBand, ...]:
-    """The axis of `_interp_axis` in bands of `height` cells."""
-    whole = _interp_axis(low, network, wanted, device)
-    bands = []
-    for cells in torch.arange(len(whole.reach), device=device).split(height):
-        start, stop = int(cells[0]), int(cells[-1]) + 1
-        members, nodes = whole.members[:, start:stop], whole.nodes[:, start:stop]
-        output = slice(int(members[0, 0]), int(members[-1, -1]) + 1)
-        source = slice(int(nodes[0, 0]), int(nodes[-1, -1]) + 1)
-        rows = InterpAxis(
-            whole.cell[output] - start,
-            members - output.start,
-            nodes - source.start,
-            whole.reach[start:stop],
-            whole.weights[..., start:stop],
-        )
-        bands.append(RowBand(source, output, rows))
-    return tuple(bands)
+    return InterpAxis(*(part.to(device) for part in (cell, members, nodes, reach, weights)))
 
 
 def _first_best(scores: Iterable[Tensor], classes: Iterable[int | Tensor]) -> Tensor:
@@ -164,54 +124,23 @@ def _mix(values: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-def _pick(values: Tensor, index: Tensor) -> Tensor:
-    """`values[..., index]`, several times faster."""
-    return values.index_select(-1, index)
-
-
-class CellBatch(NamedTuple):
-    """Cells of a label map, by their indices y and x, (M,) each, along the axes."""
-
-    rows: InterpAxis
-    columns: InterpAxis
-    y: Tensor
-    x: Tensor
-
-    def at_nodes(self, low: Tensor) -> Tensor:
-        """Low-resolution values at the nodes of each cell: (..., h, w) -> (V, V, ..., M)."""
-        flat, width = low.flatten(-2), low.shape[-1]
-        rows, columns = _pick(self.rows.nodes, self.y) * width, _pick(self.columns.nodes, self.x)
-        return torch.stack([torch.stack([_pick(flat, a + b) for b in columns]) for a in rows])
-
-    def at_corners(self, low: Tensor) -> Tensor:
-        """Values at the corners of each cell: (..., h, w) -> (V, V, ..., M)."""
-        values = self.at_nodes(low)
-        if len(self.rows.nodes) > 2:
-            values[2] = values[1].lerp(values[2], self.rows.reach[self.y])
-        if len(self.columns.nodes) > 2:
-            values[:, 2] = values[:, 1].lerp(values[:, 2], self.columns.reach[self.x])
-        return values
-
-    def take(self, order: Tensor) -> "CellBatch":
-        return self._replace(y=self.y[order], x=self.x[order])
-
-    def places(self) -> Tensor:
-        """Indices into the flat label map of each cell's pixels: (K, K, M)."""
-        rows = _pick(self.rows.members, self.y) * len(self.columns.cell)
-        return rows[:, None] + _pick(self.columns.members, self.x)
+def _at_nodes(low: Tensor, rows: InterpAxis, columns: InterpAxis) -> Tensor:
+    """Low-resolution values at the nodes of M cells: (..., h, w) -> (..., V, V, M)."""
+    index = rows.nodes[:, None] * low.shape[-1] + columns.nodes
+    return low.flatten(-2).index_select(-1, index.flatten()).unflatten(-1, index.shape)
 
 
 def _candidate_classes(corners: Tensor, winners: Tensor) -> Tensor:
     """Classes that may win somewhere in a cell: those not below the mean of the winners.
 
-    corners: (V, V, C, M), logits; winners: (V, V, M) uint8, any classes -> (C, M) bool
+    corners: (C, V, V, M), logits; winners: (V, V, M) uint8, any classes -> (C, M) bool
     """
     outer = winners[[0, 0, -1, -1], [0, -1, 0, -1]].long()[:, None, None, None]
-    a, b, c, d = (corners.gather(2, index.expand(*corners.shape[:2], -1, -1)) for index in outer)
+    a, b, c, d = (corners.gather(0, index.expand(1, *corners.shape[1:])) for index in outer)
     # In pairs, because each sum of two then rounds to at most twice the larger one. If the mean
     # were rounded above the best class, no class would be left.
     mean = ((a + b) + (c + d)) / 4
-    return (corners - mean).amax(dim=(0, 1)) >= 0
+    return (corners - mean).amax(dim=(1, 2)) >= 0
 
 
 def _ranked(candidates: Tensor, most: int) -> Tensor:
@@ -222,60 +151,59 @@ def _ranked(candidates: Tensor, most: int) -> Tensor:
     return ranked.scatter_(0, rank, classes.expand_as(rank))[:most]
 
 
-def _interpolated(
-    cells: CellBatch, corners: Tensor, ranked: Tensor, counts: list[int]
-) -> Iterator[Tensor]:
-    """Scores of the first, second, .. candidate in all pixels of the cells that have it.
-
-    corners: (V, V, C * M); ranked: indices into its last axis, (candidates, M)
-    counts: how many cells have a first, second, .. candidate; those cells come first
-    -> (K, K, count) each
-    """
-    down = _pick(cells.rows.weights, cells.y)[:, :, None]  # (V, K, 1, M)
-    across = _pick(cells.columns.weights, cells.x)[:, None]  # (V, 1, K, M)
-    for chosen, count in zip(ranked, counts, strict=True):
-        values = _pick(corners, chosen[:count])[:, None]  # (V, 1, V, count)
-        values = _mix(values, down[..., :count]).transpose(0, 1)  # (V, K, count)
-        yield _mix(values[:, :, None], across[..., :count])
-
-
-def _fill_mixed(output: Tensor, cells: CellBatch, low: Tensor, best: Tensor) -> None:
-    """Write the pixels of cells that have several candidate classes.
+def _fill_mixed(
+    output: Tensor, low: Tensor, best: Tensor, rows: InterpAxis, columns: InterpAxis
+) -> None:
+    """Write the pixels of those of M cells that have several candidate classes.
 
     output: (H, W) uint8, written to; low: (C, h, w); best: (h, w) uint8, argmax of low
     """
-    corners = cells.at_corners(low)
-    candidates = _candidate_classes(corners, cells.at_nodes(best))
+    corners = _at_nodes(low, rows, columns)
+    if len(rows.nodes) > 2:
+        corners[:, 2] = corners[:, 1].lerp(corners[:, 2], rows.reach)
+    if len(columns.nodes) > 2:
+        corners[:, :, 2] = corners[:, :, 1].lerp(corners[:, :, 2], columns.reach)
+    candidates = _candidate_classes(corners, _at_nodes(best, rows, columns))
     number, order = candidates.sum(dim=0).sort(descending=True)
-    counts = (number > torch.arange(int(number[0]), device=low.device)[:, None]).sum(1).tolist()
-    mixed = counts[1] if len(counts) > 1 else 0
-    if not mixed:
+    ranks = torch.arange(int(number[0]), device=low.device)
+    counts = (number > ranks[:, None]).sum(1).tolist()  # cells with a first, second, .. candidate
+    if len(counts) < 2:
         return
-    counts[0], order = mixed, order[:mixed]
-    ranked = _ranked(_pick(candidates, order), len(counts))
-    cells = cells.take(order)
-    index = ranked * candidates.shape[1] + order
-    scores = _interpolated(cells, corners.flatten(2), index, counts)
-    classes = (c[:n] for c, n in zip(ranked.to(torch.uint8), counts, strict=True))
-    labels = _first_best(scores, classes)
-    output.view(-1).scatter_(0, cells.places().view(-1), labels.view(-1))
+    counts[0] = counts[1]
+    order = order[: counts[0]]
+    rows, columns = rows.select(order), columns.select(order)
+    corners = corners.index_select(-1, order)
+    ranked = _ranked(candidates.index_select(-1, order), len(counts))
+
+    def scores() -> Iterator[Tensor]:
+        """Of each candidate in all pixels of the cells that have it: (K, K, count)."""
+        for classes, n in zip(ranked, counts, strict=True):
+            index = classes[:n].expand(1, *corners.shape[1:3], n)
+            values = corners[..., :n].gather(0, index)[0, :, None]  # (V, 1, V, n)
+            values = _mix(values, rows.weights[:, :, None, :n]).transpose(0, 1)  # (V, K, n)
+            yield _mix(values[:, :, None], columns.weights[:, None, :, :n])
+
+    labels = _first_best(
+        scores(), (c[:n] for c, n in zip(ranked.to(torch.uint8), counts, strict=True))
+    )
+    pixels = rows.members[:, None] * output.shape[1] + columns.members  # (K, K, mixed)
+    output.view(-1).scatter_(0, pixels.view(-1), labels.view(-1))
 
 
-def _label_band(output: Tensor, low: Tensor, rows: InterpAxis, columns: InterpAxis) -> None:
-    """Write some rows of a label map: low (C, h, w) -> output (H, W) uint8."""
-    low = low.contiguous()
+def _fill(output: Tensor, low: Tensor, rows: InterpAxis, columns: InterpAxis) -> None:
+    """Write a label map: low (C, h, w) -> output (H, W) uint8."""
     best = _first_best(low, range(len(low)))
     of_cell = best.index_select(0, rows.nodes[0]).index_select(1, columns.nodes[0])
     torch.index_select(of_cell.index_select(1, columns.cell), 0, rows.cell, out=output)
     differs = torch.zeros_like(of_cell, dtype=torch.bool)
-    for a in rows.nodes:
-        for b in columns.nodes:
-            differs |= best.index_select(0, a).index_select(1, b) != of_cell
+    for a, b in itertools.product(rows.nodes, columns.nodes):
+        differs |= best.index_select(0, a).index_select(1, b) != of_cell
     pixels = len(rows.members) * len(columns.members)
     logits = len(rows.nodes) * len(columns.nodes) * len(low)
-    for part in differs.nonzero().split(max(1, CHUNK // max(pixels, logits))):
-        if len(part):
-            _fill_mixed(output, CellBatch(rows, columns, *part.unbind(1)), low, best)
+    for cells in differs.nonzero().split(max(1, CHUNK // max(pixels, logits))):
+        if len(cells):
+            y, x = cells.unbind(1)
+            _fill_mixed(output, low, best, rows.select(y), columns.select(x))
 
 
 @torch.no_grad()
@@ -300,11 +228,11 @@ def upsample_argmax(low: Tensor, network_size: Sequence[int], size: Sequence[int
             f"logits of {tuple(low.shape[-2:])} are larger than the network's size "
             f"{tuple(network_size)}: give those before the last upsampling"
         )
-    n, c, h, w = low.shape
-    columns = _interp_axis(w, network_size[1], size[1], low.device)
-    bands = _bands(h, network_size[0], size[0], low.device, max(1, BAND // (c * w)))
-    output = torch.empty((n, *size), dtype=torch.uint8, device=low.device)
-    for band in bands:
-        for labels, image in zip(output, low, strict=True):
-            _label_band(labels[band.output], image[:, band.low], band.rows, columns)
+    rows, columns = (
+        _interp_axis(*lengths, low.device)
+        for lengths in zip(low.shape[-2:], network_size, size, strict=True)
+    )
+    output = torch.empty((len(low), *size), dtype=torch.uint8, device=low.device)
+    for labels, image in zip(output, low, strict=True):
+        _fill(labels, image.contiguous(), rows, columns)
     return output

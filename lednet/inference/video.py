@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from fractions import Fraction
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -14,14 +14,16 @@ from lednet.errors import UserError
 from lednet.io import write_atomically
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
-CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,h264,hevc"
-"""FFmpeg demuxers that are allowed. A file is opened by its content, not by its suffix, and a
-playlist named .mp4 would read other files or the network."""
+READ_OPTIONS = {
+    "format_whitelist": "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,h264,hevc",
+    "protocol_whitelist": "file",
+}
+"""FFmpeg's demuxers and protocols that are allowed. A file is opened by its content, not by its
+suffix, and a playlist named .mp4 would read other files or the network."""
 MIN_AV_VERSION = 17
 ENCODER = "libx264"
 ENCODER_OPTIONS = {"preset": "ultrafast", "crf": "18"}
-"""Class colours stay distinct. Takes a fifth of the time of "veryfast"; files are up to twice as
-large."""
+"""Class colours stay distinct, in a fifth of the time of "veryfast" and up to twice the size."""
 CAMERA_FORMAT = "v4l2"
 BT709 = 1
 """Code of BT.709 for colour space, primaries and transfer function in H.264."""
@@ -31,11 +33,7 @@ MAX_MISSING_FRAMES = 3
 
 
 def import_av() -> ModuleType:
-    """The package `av`.
-
-    Raises:
-        UserError: PyAV is not installed or too old.
-    """
+    """The package `av`; a `UserError` if PyAV is not installed or too old."""
     try:
         import av
     except ImportError as error:
@@ -75,8 +73,8 @@ class VideoReader:
     Attributes:
         rate: average frames per second.
         time_base: seconds per unit of a frame's `pts`.
-        expected: number of frames according to the file's header, or None if unknown. It is
-            approximate where the header states only a duration.
+        expected: number of frames according to the file's header, approximate where that states
+            only a duration; None if unknown.
         problem: None, or a sentence about missing frames. Valid after the last frame.
 
     Raises:
@@ -90,15 +88,7 @@ class VideoReader:
         self.source = os.fspath(source)
         self._av = import_av()
         # "file:" keeps a name with a colon from being read as a protocol.
-        url, options = (
-            f"file:{self.source}",
-            {
-                "format_whitelist": CONTAINERS,
-                "protocol_whitelist": "file",
-            },
-        )
-        if format:
-            url, options = self.source, {}
+        url, options = (self.source, {}) if format else (f"file:{self.source}", READ_OPTIONS)
         try:
             self._container = self._av.open(
                 url, format=format, container_options=options, metadata_errors="replace"
@@ -115,15 +105,12 @@ class VideoReader:
         self._stream.thread_type = "AUTO"
         self.rate = self._stream.average_rate or self._stream.guessed_rate or DEFAULT_RATE
         self.time_base = self._stream.time_base or 1 / self.rate
-        start, duration = (
-            Fraction(microseconds or 0, 10**6)
-            for microseconds in (self._container.start_time, self._container.duration)
-        )
+        duration = Fraction(self._container.duration or 0, 10**6)  # from microseconds
         self.expected: int | None = self._stream.frames or round(duration * self.rate) or None
+        start = Fraction(self._container.start_time or 0, 10**6)
         self._stated_end = start + duration if duration else None
+        self._end, self._damaged = Fraction(0), False
         self.problem: str | None = None
-        self._damaged = False
-        self._end = Fraction(0)
 
     def _limit_frames(self, max_pixels: int) -> None:
         codec = self._stream.codec_context
@@ -136,18 +123,14 @@ class VideoReader:
         # For frames that grow later. FFmpeg rounds sides up before it compares.
         codec.options = {"max_pixels": str(4 * max_pixels)}
 
-    def __enter__(self) -> "VideoReader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._container.close()
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        """Decode the frames.
-
-        Raises:
-            VideoError: No frame can be decoded.
-        """
+        """Decode the frames; a `VideoError` if there is none."""
         step = max(1, round(1 / (self.rate * self.time_base)))
         number, pts, first = 0, -step, None
         size: dict[str, int] = {}
@@ -174,27 +157,25 @@ class VideoReader:
             )
 
     def _decode(self) -> Iterator[Any]:
-        """Decode all frames that can be decoded, and note errors and the end of each stream."""
-        for packet in self._demux():
-            if packet is not None and packet.stream.index != self._stream.index:
-                self._note_end(packet)
-                continue
+        """Decode all frames that can be decoded."""
+        for packet in self._packets():
             try:
-                for frame in self._stream.decode(packet):
-                    self._note_end(frame)
-                    yield frame
+                yield from self._stream.decode(packet)
             except self._av.error.FFmpegError:
                 self._damaged = True
 
-    def _note_end(self, part: Any) -> None:
-        """Note the end of a frame or packet. The header states that of the longest stream."""
-        if part.pts is not None and part.time_base:
-            self._end = max(self._end, (part.pts + (part.duration or 0)) * part.time_base)
+    def _packets(self) -> Iterator[Any]:
+        """Yield the video's packets, and None after an error to flush the decoder.
 
-    def _demux(self) -> Iterator[Any]:
-        """Yield the packets of all streams, and None after an error to flush the decoder."""
+        The end of every stream is noted: the header states only that of the longest one.
+        """
         try:
-            yield from self._container.demux()
+            for packet in self._container.demux():
+                start = packet.dts if packet.pts is None else packet.pts
+                if start is not None and packet.time_base:
+                    self._end = max(self._end, (start + (packet.duration or 0)) * packet.time_base)
+                if packet.stream.index == self._stream.index:
+                    yield packet
         except self._av.error.FFmpegError:
             self._damaged = True
             yield None
@@ -208,39 +189,34 @@ class VideoEncoder:
             or column is repeated.
     """
 
+    padded = False
+
     def __init__(self, container: Any, rate: Fraction, time_base: Fraction):
-        self._av = import_av()
         self._container, self._time_base = container, time_base
         self._stream = container.add_stream(ENCODER, rate=rate, options=ENCODER_OPTIONS)
         self._stream.pix_fmt = "yuv420p"
-        codec = self._stream.codec_context
+        self._codec = codec = self._stream.codec_context
         codec.time_base = time_base
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         codec.color_range = 1  # limited: black is 16 and white 235
-        self.padded = False
 
     def append(self, image: np.ndarray, pts: int) -> None:
-        """Encode an image.
-
-        Args:
-            image: (H, W, 3) uint8 RGB, all of one size.
-            pts: presentation timestamp, later than the last one.
-        """
+        """Encode an image (H, W, 3) uint8 RGB; all have one size and increasing timestamps."""
         height, width = image.shape[:2]
-        self.padded = bool(height % 2 or width % 2)
-        if self.padded:
+        if height % 2 or width % 2:
+            self.padded = True
             image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        if not self._stream.codec_context.is_open:
+        if not self._codec.is_open:
             self._stream.height, self._stream.width = image.shape[:2]
-        frame = self._av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+        frame = import_av().VideoFrame.from_ndarray(image, format="rgb24").reformat(
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1
-        )
+        )  # fmt: skip
         frame.pts, frame.time_base = pts, self._time_base
         self._container.mux(self._stream.encode(frame))
 
     def flush(self) -> None:
         """Write the frames that the encoder still holds."""
-        if self._stream.codec_context.is_open:
+        if self._codec.is_open:
             self._container.mux(self._stream.encode(None))
 
 

@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,10 +36,11 @@ class PredictionJob(NamedTuple):
     outputs: dict[str, Path]
 
 
+@dataclass
 class PredictionWriter:
     """Writes the outputs of images, and names the files of all outputs.
 
-    Args:
+    Attributes:
         folder: folder of the results.
         kinds: outputs to write, of `OUTPUTS`.
         visualizer: draws the outputs other than "labels".
@@ -47,71 +49,62 @@ class PredictionWriter:
             index).
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        kinds: Sequence[str],
-        visualizer: Visualizer,
-        photo_suffix: str = ".png",
-        label_values: np.ndarray | None = None,
-    ):
-        self.folder, self.kinds, self.visualizer = folder, kinds, visualizer
-        self.photo_suffix, self.label_values = photo_suffix, label_values
+    folder: Path
+    kinds: Sequence[str]
+    visualizer: Visualizer
+    photo_suffix: str = ".png"
+    label_values: np.ndarray | None = None
 
     def image_files(self, name: str) -> dict[str, Path]:
         """Path of each output of an image."""
-        suffixes = {k: self.photo_suffix if k in PHOTO_OUTPUTS else ".png" for k in self.kinds}
-        return {kind: self.folder / f"{name}_{kind}{end}" for kind, end in suffixes.items()}
+        suffixes = {kind: self.photo_suffix for kind in PHOTO_OUTPUTS}
+        return self._files(name, {kind: suffixes.get(kind, ".png") for kind in self.kinds})
 
     def video_files(self, name: str) -> dict[str, Path]:
         """Path of each output of a video. "labels" is a folder with one label map per frame."""
-        suffixes = {kind: "" if kind == "labels" else ".mp4" for kind in self.kinds}
+        return self._files(name, {kind: "" if kind == "labels" else ".mp4" for kind in self.kinds})
+
+    def _files(self, name: str, suffixes: dict[str, str]) -> dict[str, Path]:
         return {kind: self.folder / f"{name}_{kind}{end}" for kind, end in suffixes.items()}
 
     def write(self, kind: str, path: Path, image: np.ndarray, label: np.ndarray) -> None:
-        """Write one output of an image.
-
-        Args:
-            image: (H, W, 3) uint8 RGB.
-            label: (H, W) uint8 class indices.
-        """
+        """Write one output of an image (H, W, 3) uint8 RGB with class indices (H, W) uint8."""
         if kind == "labels":
             write_label_map(path, label if self.label_values is None else self.label_values[label])
         else:
             write_picture(path, self.visualizer.draw(kind, image, label))
 
 
+@dataclass
 class VideoWriter:
     """Writes the outputs of a video frame by frame. Created by `video_output`.
 
     Attributes:
+        writer: names and draws the outputs.
+        time_base: seconds per unit of the frames' timestamps.
+        folder: folder of the label maps, if they are written.
+        encoders: the encoder of each visualization.
         size: height and width of the frames.
     """
 
-    def __init__(
-        self,
-        output: PredictionWriter,
-        time_base: Fraction,
-        folder: Path | None,
-        encoders: dict[str, VideoEncoder],
-    ):
-        self._output, self._folder, self._encoders = output, folder, encoders
-        self.time_base = time_base
-        self.size = (0, 0)
+    writer: PredictionWriter
+    time_base: Fraction
+    folder: Path | None
+    encoders: dict[str, VideoEncoder]
+    size: tuple[int, ...] = (0, 0)
 
     def add(self, frame: VideoFrame, label: np.ndarray) -> None:
         """Write the outputs of a frame, with its (H, W) uint8 class indices."""
         self.size = label.shape
-        if self._folder:
-            path = self._folder / f"{frame.number:06d}.png"
-            self._output.write("labels", path, frame.image, label)
-        for kind, encoder in self._encoders.items():
-            encoder.append(self._output.visualizer.draw(kind, frame.image, label), frame.pts)
+        if self.folder:
+            self.writer.write("labels", self.folder / f"{frame.number:06d}.png", frame.image, label)
+        for kind, encoder in self.encoders.items():
+            encoder.append(self.writer.visualizer.draw(kind, frame.image, label), frame.pts)
 
     @property
     def padded(self) -> list[str]:
         """Outputs whose images have an odd side, so that a row or column was repeated."""
-        return [kind for kind, encoder in self._encoders.items() if encoder.padded]
+        return [kind for kind, encoder in self.encoders.items() if encoder.padded]
 
 
 @contextmanager
@@ -150,8 +143,7 @@ def class_shares(pixels: Iterable[Sequence[int]], scheme: LabelScheme) -> dict[s
         pixels: results of `count_pixels`, one for each image.
     """
     total = np.sum([np.array(one, np.int64) for one in pixels], axis=0)
-    names = (*scheme.classes, "void")
-    return dict(zip(names, (total / total.sum()).tolist(), strict=True))
+    return dict(zip((*scheme.classes, "void"), (total / total.sum()).tolist(), strict=True))
 
 
 def predict_images(
@@ -165,8 +157,6 @@ def predict_images(
 ) -> list[dict[str, Any]]:
     """Predict images and write their outputs. Threads decode, draw and write meanwhile.
 
-    Images that cannot be read are skipped.
-
     Args:
         progress: called after each image.
         on_written: called with an image's entry when its files are on disk, by the thread that
@@ -174,9 +164,8 @@ def predict_images(
         num_workers: number of threads that decode, and of threads that draw and write.
 
     Returns:
-        An entry for each image, in order, with "name" and "path". It has "error", a sentence, if
-        the image was skipped. Otherwise it has "height", "width", and "pixels" from
-        `count_pixels`.
+        An entry for each image, in order: "name", "path", "height", "width", and "pixels" from
+        `count_pixels`; "error" instead of the last three for an image that cannot be read.
 
     Raises:
         UserError: A file cannot be written.
@@ -199,9 +188,8 @@ def predict_images(
             return entry | {"error": str(image)}
         for kind, path in job.outputs.items():
             output.write(kind, path, image, label)
-        height, width = label.shape
-        pixels = count_pixels(label, predictor.net.num_classes)
-        entry |= {"height": height, "width": width, "pixels": pixels}
+        entry["height"], entry["width"] = label.shape
+        entry["pixels"] = count_pixels(label, predictor.net.num_classes)
         on_written(entry)
         return entry
 
@@ -226,9 +214,6 @@ def predict_video(
         "pixels" from `count_pixels`.
     """
 
-    def read(_: None) -> VideoFrame | None:
-        return next(frames, None)
-
     def predict(frame: VideoFrame) -> tuple[VideoFrame, np.ndarray]:
         return frame, predictor(frame.image)
 
@@ -240,8 +225,9 @@ def predict_video(
         return {"frame": frame.number, "seconds": seconds, "pixels": pixels}
 
     return run_pipeline(
-        itertools.repeat(None), read, predict, write, progress, readers=1, writers=1
-    )
+        itertools.repeat(frames), lambda frames: next(frames, None), predict, write, progress,
+        readers=1, writers=1,
+    )  # fmt: skip
 
 
 def errors_of(entries: Iterable[dict[str, Any]]) -> list[str]:
@@ -252,15 +238,8 @@ def errors_of(entries: Iterable[dict[str, Any]]) -> list[str]:
 def sample_sheet(
     predictor: Predictor, data: SegmentationDataset, path: str | os.PathLike, images: int
 ) -> None:
-    """Draw a contact sheet of images spaced evenly over a data set.
-
-    Args:
-        path: PNG file to write.
-        images: number of images.
-    """
+    """Draw a contact sheet of `images` images spaced evenly over a data set to a PNG file."""
     count = min(images, len(data))
-    rows = []
-    for i in range(count):
-        image, target = data.read(i * len(data) // count)
-        rows.append((image, target, predictor(image)))
+    samples = (data.read(i * len(data) // count) for i in range(count))
+    rows = [(image, target, predictor(image)) for image, target in samples]
     contact_sheet(rows, data.scheme, path)

@@ -55,7 +55,7 @@ class DeviceLoader(Generic[AnySampler]):
         indices = list(self.sampler)
         rows = indices if self._rows is None else [self._rows[index] for index in indices]
         order = torch.tensor(rows, dtype=torch.int64).to(self.images.device)  # one copy per epoch
-        for batch in order.split(self.batch_size):
+        for batch in order.split(self.batch_size) if indices else ():  # split gives one at least
             yield self.images.index_select(0, batch), self.targets.index_select(0, batch)
 
 

@@ -138,7 +138,7 @@ def time_loader(loader: Iterable[Any]) -> list[float]:
 
 def time_steps(trainer: Trainer, loader: TrainBatches | SameBatch) -> list[float]:
     """Milliseconds of each step, with what it waits for its batch."""
-    watch = Stopwatch(trainer.world.device)
+    watch = Stopwatch(trainer.dist_context.device)
     watch.tick()
     trainer.train_one_epoch(
         loader,  # type: ignore[arg-type]  # of a loader, SameBatch has what is needed

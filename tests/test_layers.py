@@ -5,7 +5,7 @@ import ast
 from conftest import ROOT
 
 FLOORS = (
-    {"errors", "io", "device", "distributed", "metrics"},
+    {"errors", "io", "device", "distributed", "metrics", "signals"},
     {"checkpoint"},
     {"hub"},
     {"model"},

@@ -114,7 +114,7 @@ from lednet.inference.writers import (
     video_output,
 )
 from lednet.io import write_json
-from lednet.training.signals import StopRequest
+from lednet.signals import StopRequest
 from lednet.visualization import Visualizer, output_scheme
 
 

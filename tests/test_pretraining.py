@@ -277,7 +277,7 @@ QUICK = ("--recipe", "modern", "--num-epochs", 8, "--warmup-epochs", 1, "--lr", 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Images of three classes, told apart by their colour: 12 of each to train, 4 to validate."""
+    """Images of three classes, which differ in colour: 12 of each to train, 4 to validate."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 4)):
         for channel, name in enumerate(CLASSES[::-1]):
@@ -362,17 +362,6 @@ def test_evaluate_of_other_classes_is_refused(pretrain, pretrained, images, tmp_
     flags = ("--datadir", own, "--evaluate", pretrained / "best.pth")
     result = pretrain(tmp_path / "run", *flags)
     assert result.returncode == 2 and "was trained on other classes" in result.stderr
-
-
-def test_two_processes_pretrain_and_count_each_image_once(run_script, images, tmp_path, pretrain):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    flags = (*pretraining_flags(images, tmp_path / "run"), "--batch-size", 5, "--num-epochs", 1)
-    result = run_script("imagenet/lednet_imagenet.py", *flags, launcher=torchrun)
-    assert result.returncode == 0, result.stderr
-    (record,) = read_records(tmp_path / "run")
-    assert record["val_top1"] * 12 == pytest.approx(round(record["val_top1"] * 12))
-    alone = pretrain(tmp_path / "none", "--evaluate", tmp_path / "run/best.pth")
-    assert f"top-1 {record['val_top1']:.4f}  top-5 1.0000" in alone.stdout, alone.stderr
 
 
 def test_pretraining_defaults_are_the_papers(pretrain, tmp_path):

@@ -177,7 +177,7 @@ class TrainingData:
 def time_steps(trainer: Trainer, loader: Any) -> list[float]:
     """Milliseconds of each step, with the wait for its batch."""
     allow_tf32(trainer.config.precision != "fp32")  # the trainer made last has set it
-    watch = Stopwatch(trainer.world.device)
+    watch = Stopwatch(trainer.dist_context.device)
     watch.tick()
     trainer.train_one_epoch(loader, "steps", KEYS, after_step=watch.tick)
     return watch.times()

@@ -6,8 +6,8 @@
     python imagenet/lednet_imagenet.py --datadir /data/imagenet --evaluate save/imagenet/best.pth
     torchrun --nproc-per-node=4 imagenet/lednet_imagenet.py --datadir /data/imagenet --batch-size 64
 
-The data lie in train/<class>/* and val/<class>/*. The run's folder below save/ ends up with
-encoder.pth, the best epoch's encoder with its normalisation, for
+The data are in train/<class>/* and val/<class>/*. The run's folder in save/ then holds
+encoder.pth, the best epoch's encoder with its normalization, for
 
     python train/main.py --datadir /data/cityscapes --pretrainedEncoder save/imagenet/encoder.pth
 
@@ -20,72 +20,48 @@ Hours to expect on ImageNet: docs/training.md. 2,000 small images take minutes o
 import argparse
 from pathlib import Path
 
-from lednet.cli.common import AUGMENTATIONS, POSITIVE, at_least, make_parser, print_help_early
-from lednet.cli.train_args import (
-    add_loading_flags,
-    add_recipe_flags,
-    add_run_flags,
-    parse_flags,
-    require_schedule,
-)
+from lednet.cli import common, train_args
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--datadir",
-        type=Path,
-        default=ROOT / "datasets/imagenet",
-        help="folder with train/ and val/ (default: datasets/imagenet)",
-    )
-    data.add_argument(
-        "--stored-size",
-        type=POSITIVE,
-        default=256,
-        metavar="S",
-        help="images are resized to SxS pixels, from which the crops are taken",
-    )
-    data.add_argument(
-        "--crop-size", type=POSITIVE, default=224, metavar="S", help="side of the network's input"
-    )
-    data.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="read the decoded images that datasets/prepare_imagenet.py has written to DIR",
-    )
-    add_loading_flags(data)
+    data.add_argument("--datadir", type=Path, default=ROOT / "datasets/imagenet",
+                      help="folder with train/ and val/ (default: datasets/imagenet)")
+    data.add_argument("--stored-size", type=common.POSITIVE, default=256, metavar="S",
+                      help="images are resized to SxS pixels, from which the crops are taken")
+    data.add_argument("--crop-size", type=common.POSITIVE, default=224, metavar="S",
+                      help="side of the network's input")
+    data.add_argument("--cache", type=Path, metavar="DIR",
+                      help="read the decoded images that datasets/prepare_imagenet.py has written "
+                           "to DIR")
+    train_args.add_loading_flags(data)
 
     recipe = parser.add_argument_group("recipe", "the defaults come from --recipe")
-    add_recipe_flags(recipe, "SGD with momentum 0.9")
-    recipe.add_argument(
-        "--augment", choices=AUGMENTATIONS, help="paper: crop and flip; modern: colour too"
-    )
-    recipe.add_argument(
-        "--label-smoothing", type=at_least(0, float), metavar="X", help="0 to below 1"
-    )
-    recipe.add_argument(
-        "--mixup", type=at_least(0, float), metavar="A", help="alpha of Beta(A, A); 0: none"
-    )
+    train_args.add_recipe_flags(recipe, "SGD with momentum 0.9")
+    recipe.add_argument("--augment", choices=common.AUGMENTATIONS,
+                        help="paper: crop and flip; modern: colour too")
+    recipe.add_argument("--label-smoothing", type=common.at_least(0, float), metavar="X",
+                        help="0 to below 1")
+    recipe.add_argument("--mixup", type=common.at_least(0, float), metavar="A",
+                        help="alpha of Beta(A, A); 0: none")
 
     net = parser.add_argument_group("network")
     net.add_argument("--state", type=Path, help="start from the weights of a classifier")
-    net.add_argument(
-        "--evaluate",
-        type=Path,
-        metavar="FILE",
-        help="evaluate these weights on val instead of training",
-    )
-    add_run_flags(parser, "imagenet")
+    net.add_argument("--evaluate", type=Path, metavar="FILE",
+                     help="evaluate these weights on val instead of training")
+    train_args.add_run_flags(parser, "imagenet")
     return parser
+# fmt: on
 
 
 if __name__ == "__main__":
-    print_help_early(build_parser)
+    common.print_help_early(build_parser)
 
+import functools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -96,34 +72,30 @@ from lednet.data.classification_transforms import IMAGENET_MEAN, IMAGENET_STD, I
 from lednet.data.dataset import SkipCorruptDataset
 from lednet.data.imagefolder import ImageFolderDataset
 from lednet.data.loaders import end_loading, make_loaders
-from lednet.distributed import DistributedContext, convert_sync_batch_norm
+from lednet.distributed import DistributedContext
 from lednet.errors import UserError, exit_on_user_error
 from lednet.hub import load_weights
-from lednet.io import plain_values, write_text
 from lednet.model import EncoderClassifier, count_parameters
-from lednet.training.launch import config_from_args, launch, open_logger, open_run
-from lednet.training.loop import StageComponents, TrainingRun, train_stages
+from lednet.training.launch import config_from_args, launch, open_run, prepare_net
+from lednet.training.loop import StageComponents, train_stages
 from lednet.training.run_dir import environment
 from lednet.training.signals import CheckpointTimer
 from lednet.training.stages import Stage
 from lednet.training.tasks import Classification
-from lednet.training.time_budget import TimeBudget
 from lednet.training.trainer import Trainer, seed_everything
 
 ENCODER_FILE = "encoder.pth"
 
 
 def run_path(args: argparse.Namespace) -> Path:
-    """A bare --savedir lies below save/, anything with a slash where it says."""
-    name = args.savedir or "imagenet"
-    return ROOT / "save" / name if Path(name).name == name else Path(name)
+    return train_args.run_folder(ROOT, args.savedir or "imagenet")
 
 
 def parse_options() -> argparse.Namespace:
-    args = parse_flags(build_parser(), run_path, ROOT / "imagenet/recipes")
+    args = train_args.parse_flags(build_parser(), run_path, ROOT / "imagenet/recipes")
     if not 0 <= args.label_smoothing < 1:
         raise UserError(f"--label-smoothing is {args.label_smoothing}: give 0 to below 1")
-    require_schedule(args, args.num_epochs)
+    train_args.require_schedule(args, args.num_epochs)
     return args
 
 
@@ -140,7 +112,9 @@ def open_data(
     return data
 
 
-def evaluate(args: argparse.Namespace, world: DistributedContext) -> None:
+def evaluate(
+    args: argparse.Namespace, dist_context: DistributedContext, timer: CheckpointTimer
+) -> None:
     """Print the scores of --evaluate."""
     val = open_data(args, "val")
     net = EncoderClassifier(len(val.classes))
@@ -148,39 +122,36 @@ def evaluate(args: argparse.Namespace, world: DistributedContext) -> None:
     known = content.get("meta", {}).get("classes")
     if known is not None and tuple(known) != tuple(val.classes):
         raise UserError(
-            f"{args.evaluate} tells other classes apart than {args.datadir} has: score it on the "
-            "data that it was trained on"
+            f"{args.evaluate} was trained on other classes than those of {args.datadir}: evaluate "
+            "it on the data that it was trained on"
         )
     report = load_state(net, content["state_dict"], args.evaluate)
-    if world.is_main:
-        print(report)
     augmentation = ImageAugmentation(args.crop_size, num_classes=len(val.classes))
     task = Classification(augmentation, val.classes)
-    trainer = Trainer(net.to(world.device), task, 1, world, config_from_args(args, ema_decay=None))
-    _, loader = make_loaders(val, val, world, args.batch_size, args.num_workers, args.seed)
+    config = config_from_args(args, ema_decay=None)
+    trainer = Trainer(net.to(dist_context.device), task, 1, dist_context, config)
+    _, loader = make_loaders(val, val, dist_context, args.batch_size, args.num_workers, args.seed)
     try:
         scores = trainer.evaluate(loader, "val")
     finally:
         end_loading(loader)
-    if world.is_main:
+    if dist_context.is_main:
+        print(report)
         print(
             f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}  "
             f"of {len(val)} images at {args.crop_size}x{args.crop_size}"
         )
 
 
-def train(args: argparse.Namespace, world: DistributedContext, timer: CheckpointTimer) -> None:
+def train(
+    args: argparse.Namespace, dist_context: DistributedContext, timer: CheckpointTimer
+) -> None:
     train_data = open_data(args, "train")
-    classes = train_data.classes
+    classes, size = train_data.classes, args.crop_size
     val_data = open_data(args, "val", classes)
-    stage = Stage(
-        "classifier", f"Classifier: {len(classes)} classes", args.num_epochs,
-        encoder_file=ENCODER_FILE,
-    )  # fmt: skip
-    run_dir, checkpoints = open_run(args, run_path(args), world)
+    title = f"Classifier: {len(classes)} classes"
+    stage = Stage("classifier", title, args.num_epochs, encoder_file=ENCODER_FILE)
     seed_everything(args.seed)
-    net = EncoderClassifier(len(classes))
-    size = args.crop_size
     meta = {
         "model": "LEDNet's encoder",
         "dataset": args.datadir.name,
@@ -194,56 +165,37 @@ def train(args: argparse.Namespace, world: DistributedContext, timer: Checkpoint
             **{key: str(value) for key, value in environment(ROOT).items()},
         },
     }
-    run = TrainingRun(net, [stage], run_dir, checkpoints, meta, args.seed, timer)
-    run.keep_every, run.validate_every = args.epochs_save, args.validate_every
-    run.budget = TimeBudget(world, args.max_minutes)
-    run.logger = open_logger(args, run_dir)
+    net = EncoderClassifier(len(classes))
+    run = open_run(args, run_path(args), net, [stage], meta, timer)
+    log = run.run_dir.log
     state = run.resume() if args.resume else ()
     if not args.resume and args.state:
-        run_dir.log(f"--state: {load_weights(net, args.state)}")
-    net.to(world.device)
-    if args.sync_batch_norm:
-        net = run.net = convert_sync_batch_norm(net, world)
-    run_dir.write_options(plain_values(vars(args)), ROOT, world)
-    if world.is_main:
-        write_text(run_dir.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
-    augmentation = ImageAugmentation(size, args.augment, len(classes), mixup=args.mixup)
-    task = Classification(augmentation, classes, args.label_smoothing)
+        log(f"--state: {load_weights(net, args.state)}")
+    prepare_net(args, run, ROOT)
 
     def build_stage(stage: Stage) -> StageComponents:
+        augmentation = ImageAugmentation(size, args.augment, len(classes), mixup=args.mixup)
+        task = Classification(augmentation, classes, args.label_smoothing)
+        config = config_from_args(args, optimizer="sgd")
+        trainer = Trainer(net, task, stage.epochs, dist_context, config, notify=log)
         data = SkipCorruptDataset(train_data) if args.skip_corrupt else train_data
-        optimization = config_from_args(args, optimizer="sgd")
         loaders = make_loaders(
-            data, val_data, world, args.batch_size, args.num_workers, args.seed,
+            data, val_data, dist_context, args.batch_size, args.num_workers, args.seed,
             on_device=args.cache_device,
         )  # fmt: skip
-        trainer = Trainer(net, task, stage.epochs, world, optimization, notify=run_dir.log)
         return StageComponents(trainer, *loaders)
 
-    run_dir.log(
+    log(
         f"{len(classes)} classes, {len(train_data)} training and {len(val_data)} validation "
-        f"images at {size}x{size}; {count_parameters(net):,} parameters, on {world.size} x "
-        f"{world.device}; {run_dir.path}"
+        f"images at {size}x{size}; {count_parameters(net):,} parameters, on {dist_context.size} x "
+        f"{dist_context.device}; {run.run_dir.path}"
     )
     progress = train_stages(run, build_stage, *state)
-    run_dir.log(
-        f"done: best val top-1 {progress.best_score:.3f}; encoder {run_dir.path / ENCODER_FILE}, "
-        f"curves {run_dir.path / 'curves.png'}"
-    )
-
-
-def main() -> None:
-    args = parse_options()
-
-    def run(world: DistributedContext, timer: CheckpointTimer) -> None:
-        if args.evaluate:
-            evaluate(args, world)
-        else:
-            train(args, world, timer)
-
-    launch(args, run)
+    encoder, curves = (run.run_dir.path / name for name in (ENCODER_FILE, "curves.png"))
+    log(f"done: best val top-1 {progress.best_score:.3f}; encoder {encoder}, curves {curves}")
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main()
+        args = parse_options()
+        launch(args, functools.partial(evaluate if args.evaluate else train, args))

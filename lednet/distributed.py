@@ -108,13 +108,13 @@ def init_distributed(device_name: str = "auto") -> DistributedContext:
     return DistributedContext(rank, size, device)
 
 
-def convert_sync_batch_norm(net: Net, world: DistributedContext) -> Net:
+def convert_sync_batch_norm(net: Net, dist_context: DistributedContext) -> Net:
     """Convert batch norm layers to synchronized batch norm.
 
     Raises:
         UserError: the device is not CUDA, for which alone PyTorch implements it.
     """
-    if world.device.type != "cuda":
+    if dist_context.device.type != "cuda":
         raise UserError("--sync-batch-norm needs CUDA GPUs: leave it out")
     return nn.SyncBatchNorm.convert_sync_batchnorm(net)
 

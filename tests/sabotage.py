@@ -1,10 +1,10 @@
 """train/main.py with a fault built in.
 
-    python tests/sabotage.py nan 3 --datadir ...    the third step's loss is no number
-    python tests/sabotage.py bug 3 --datadir ...    it raises what nobody expects
+    python tests/sabotage.py nan 3 --datadir ...    the loss of the third step is NaN
+    python tests/sabotage.py bug 3 --datadir ...    the third step raises an unexpected error
     python tests/sabotage.py full 2 --datadir ...   the disk is full at the second checkpoint
 
-The other arguments go to train/main.py.
+The other arguments are passed to train/main.py.
 """
 
 import errno
@@ -16,15 +16,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-
 import torch
 from torch import Tensor
 
 from lednet.training.losses import WeightedCrossEntropy
 
+ROOT = Path(__file__).resolve().parents[1]
+
 CHECKPOINT_BYTES = 8e6
-"""With the optimizer's state a checkpoint has more, and no other file of a run has."""
+"""Only checkpoints, which have the optimizer's state, are larger."""
 
 
 def change_loss(number: int, change: Callable[[Tensor], Tensor]) -> None:
@@ -36,14 +36,6 @@ def change_loss(number: int, change: Callable[[Tensor], Tensor]) -> None:
         return (change(total) if in_training and next(steps) == number else total), weight
 
     WeightedCrossEntropy.forward = changed
-
-
-def poison_loss(number: int) -> None:
-    change_loss(number, lambda total: total * math.nan)
-
-
-def raise_error(number: int) -> None:
-    change_loss(number, lambda total: total[0])
 
 
 def fill_disk(number: int) -> None:
@@ -60,6 +52,9 @@ def fill_disk(number: int) -> None:
 
 if __name__ == "__main__":
     _, fault, number, *flags = sys.argv
-    {"nan": poison_loss, "bug": raise_error, "full": fill_disk}[fault](int(number))
+    if fault == "full":
+        fill_disk(int(number))
+    else:
+        change_loss(int(number), (lambda x: x * math.nan) if fault == "nan" else (lambda x: x[0]))
     sys.argv = [str(ROOT / "train/main.py"), *flags]
     runpy.run_path(sys.argv[0], run_name="__main__")

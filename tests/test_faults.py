@@ -1,7 +1,7 @@
-"""A run that is killed, stopped, starved and damaged ends as one that was left alone.
+"""A run that is killed, stopped and damaged ends bit-exactly like an undisturbed one.
 
-The faults strike one run in turn: each process goes on where the last one was struck down, and
-the end is compared. `benchmarks/faults.py` tries them one by one, and more of them.
+The faults affect one run in turn: each process resumes where the last one ended. The others of
+`benchmarks/faults.py` are proven in one process by tests/test_training.py.
 """
 
 import sys
@@ -11,14 +11,14 @@ import pytest
 from fault_injection import (
     FAULTS,
     LOST,
-    SABOTAGE,
     TORCHRUN,
     Fault,
     Site,
     complete,
-    cut_image,
     differences,
     kill_process,
+    kill_worker_in_writing,
+    nothing,
     suffer,
 )
 from make_toy_cityscapes import write_toy_cityscapes
@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 EPOCHS = 3
+CHOSEN = [fault for fault in FAULTS if fault.strike not in (nothing, kill_worker_in_writing)]
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +44,24 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(data, tmp_path_factory) -> Site:
-    """Where the run takes place that all faults strike."""
+    """The run that all faults affect."""
     return Site(data, tmp_path_factory.mktemp("faults") / "run", EPOCHS)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_run_ends_as_it_should(fault, site):
+@pytest.mark.parametrize("fault", CHOSEN, ids=lambda fault: fault.name)
+def test_run_with_a_fault_ends_as_documented(fault, site):
     outcome = suffer(site, fault, "--save-steps", 1)
     assert not outcome.problems, outcome.ended.text
 
 
-def test_end_is_as_if_nothing_had_happened(site, data, tmp_path):
+def test_run_after_all_faults_equals_an_undisturbed_one(site, data, tmp_path):
     reference = Site(data, tmp_path / "reference", EPOCHS)
     complete(reference)
     complete(site)
     assert differences(site, reference) == []
 
 
-def test_only_dead_loading_processes_are_called_dead():
+def test_worker_failures_reports_only_dead_processes():
     for dead in (RuntimeError("DataLoader worker (pid 7) is killed"), ConnectionResetError()):
         with pytest.raises(UserError, match="a loading process died"), worker_failures():
             raise dead
@@ -69,19 +70,7 @@ def test_only_dead_loading_processes_are_called_dead():
         raise error
 
 
-def test_what_may_be_skipped_is_skipped_and_counted(data, tmp_path):
-    site = Site(data, tmp_path / "run", 2)
-    flags = ("--decoder", "--save-steps", 1, "--skip-bad-steps", "--skip-corrupt")
-    fault = Fault("", cut_image, 0, script=(SABOTAGE, "nan", 2))
-    outcome = suffer(site, fault, *flags)
-    assert not outcome.problems, outcome.ended.text
-    first, second = site.records()
-    assert first["skipped"] == 1 and "skipped" not in second
-    assert second["damaged"] == 1
-    assert "damaged and replaced by others: " in outcome.ended.text
-
-
-def test_torchrun_starts_killed_processes_again(data, tmp_path):
+def test_torchrun_restarts_a_killed_process(data, tmp_path):
     site = Site(data, tmp_path / "run", 2)
     fault = Fault("", kill_process, 0, LOST, launcher=TORCHRUN)
     outcome = suffer(site, fault, "--decoder", "--save-steps", 1)

@@ -352,7 +352,7 @@ def test_optimizers_to_resume(data):
     def resume() -> None:
         with report_mismatch():
             trainer.load_state_dict(odd)
-            trainer.new_epoch_state().restore(tally, trainer.world)
+            trainer.new_epoch_state().restore(tally, trainer.dist_context)
 
     ends_well(resume, "checkpoint")
 

@@ -1,57 +1,58 @@
-"""Training with more than one part: pretrained encoders, curricula, classification."""
+"""Classification, pretrained encoders, and runs of several stages."""
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from fakes import ALONE, KEYS, StopAt, assert_same_runs, run_main
 from PIL import Image
 from torch import nn
 
 from lednet import UserError
 from lednet.checkpoint import load_checkpoint
 from lednet.data.classification_transforms import IMAGENET_MEAN, IMAGENET_STD, ImageAugmentation
-from lednet.distributed import DistributedContext
 from lednet.model import load_model
-from lednet.training.loop import Progress
-from lednet.training.run_dir import MEASURED_KEYS, read_records
-from lednet.training.signals import Action, CheckpointTimer
+from lednet.training import launch
+from lednet.training.run_dir import read_options, read_records
 from lednet.training.stages import parse_curriculum, parse_sizes, plan_stages
 from lednet.training.tasks import Classification
 from lednet.training.trainer import FinetuneConfig, Trainer, TrainerConfig
 
-CPU = torch.device("cpu")
-KEYS = (1, 0, 1)
 SMALL = ("--batch-size", 2, "--num-workers", 0, "--device", "cpu", "--save-minutes", 0)
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Call it with steps: runs receive SIGTERM in them."""
+
+    def patch(*steps: int) -> None:
+        monkeypatch.setattr(launch, "CheckpointTimer", lambda context, *_: StopAt(context, *steps))
+
+    return patch
 
 
 # Classification as a task
 
 
-class WholePicture(ImageAugmentation):
-    """No crops: what comes out is known."""
+class Uncropped(ImageAugmentation):
+    """Changes nothing."""
 
     def forward(self, images, targets, generator):
-        return images.float() / 255, targets[:, 0]
+        return self.normalize(images, targets)
 
     def normalize(self, images, targets):
         return images.float() / 255, targets[:, 0]
 
 
 def classification(smoothing: float = 0.0, classes: str = "abcdefg") -> Classification:
-    augmentation = WholePicture(8, num_classes=len(classes))
-    return Classification(augmentation, tuple(classes), smoothing)
+    return Classification(Uncropped(8, num_classes=len(classes)), tuple(classes), smoothing)
 
 
-def test_first_and_five_guesses_are_counted():
+def test_classification_counts_top1_and_top5():
     task = classification()
     logits = torch.tensor([[7.0, 6, 5, 4, 3, 2, 1]] * 4)
     counts = task.new_state()
@@ -60,17 +61,14 @@ def test_first_and_five_guesses_are_counted():
     task.update(counts, logits[:1], torch.tensor([[0.6, 0.4, 0, 0, 0, 0, 0]]), exact=False)
     assert task.compute(counts) == {"top1": 2 / 5, "top5": 3 / 5}
     assert task.compute(task.new_state()) == {"top1": None, "top5": None}
-
-
-def test_few_classes_are_all_among_five():
-    task = classification(classes="ab")
-    counts = task.new_state()
-    task.update(counts, torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([1, 1]), exact=True)
-    assert task.compute(counts) == {"top1": 0.5, "top5": 1.0}
+    few = classification(classes="ab")
+    counts = few.new_state()
+    few.update(counts, torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([1, 1]), exact=True)
+    assert few.compute(counts) == {"top1": 0.5, "top5": 1.0}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_is_pytorchs(smoothing):
+def test_classification_loss_is_pytorchs(smoothing):
     torch.manual_seed(0)
     task = classification(smoothing)
     images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
@@ -93,7 +91,7 @@ def test_label_smoothing_of_mixed_labels_keeps_their_sum():
     assert torch.allclose(labels.sum(1), torch.ones(6)) and labels.min() >= 0.05 - 1e-6
 
 
-# A part that has been trained before
+# A pretrained part
 
 
 class TwoParts(nn.Module):
@@ -119,22 +117,15 @@ def batches(count: int) -> Batches:
     return Batches((x, torch.tensor([[0, 8, 8], [1, 8, 8], [2, 8, 8], [3, 8, 8]])) for x in images)
 
 
-def trainer_of(model: TwoParts, lr_factor: float = 1.0, frozen: int = 0, **options) -> Trainer:
-    optimization = TrainerConfig("sgd", weight_decay=0.1, schedule="cosine", **options)
+def make_trainer(model: TwoParts, lr_factor: float = 1.0, frozen: int = 0, **options) -> Trainer:
+    config = TrainerConfig("sgd", weight_decay=0.1, schedule="cosine", **options)
     pretrained = FinetuneConfig(model.encoder, lr_factor, frozen)
-    return Trainer(
-        model,
-        classification(),
-        4,
-        DistributedContext(0, 1, CPU),
-        optimization,
-        pretrained=pretrained,
-    )
+    return Trainer(model, classification(), 4, ALONE, config, pretrained=pretrained)
 
 
-def test_frozen_part_stays_as_it_is_and_then_moves():
+def test_frozen_part_changes_only_in_later_epochs():
     model = TwoParts()
-    trainer = trainer_of(model, frozen=1, lr=0.1)
+    trainer = make_trainer(model, frozen=1, lr=0.1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trainer.start_epoch(1)
     trainer.train_one_epoch(batches(2), "frozen", KEYS)
@@ -148,24 +139,19 @@ def test_frozen_part_stays_as_it_is_and_then_moves():
         assert not torch.equal(now[key], before[key]), key
 
 
-def test_pretrained_part_learns_at_its_own_rate():
-    steps = []
+def test_pretrained_part_has_its_own_learning_rate():
+    """The updates of a step, and the rates within an epoch."""
+    updates = []
     for factor in (1.0, 0.25):
         model = TwoParts()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        trainer = trainer_of(model, factor, lr=0.1)
+        trainer = make_trainer(model, factor, lr=0.1)
         trainer.start_epoch(1)
         trainer.train_one_epoch(batches(1), "one step", KEYS)
-        steps.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
-    whole, slow = steps
-    for name in whole:
+        updates.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    for name in updates[0]:
         times = 0.25 if name.startswith("encoder.") else 1.0
-        assert torch.allclose(slow[name], times * whole[name], atol=1e-7), name
-
-
-def test_learning_rate_moves_within_an_epoch():
-    model = TwoParts()
-    trainer = trainer_of(model, 0.5, lr=0.1)
+        assert torch.allclose(updates[1][name], times * updates[0][name], atol=1e-7), name
     rates = []
     assert trainer.start_epoch(2) == pytest.approx(0.1 * (1 + math.cos(math.pi / 4)) / 2)
     trainer.train_one_epoch(
@@ -173,12 +159,12 @@ def test_learning_rate_moves_within_an_epoch():
         after_step=lambda: rates.append([g["lr"] for g in trainer.optimizer.param_groups]),
     )  # fmt: skip
     factors = [(1 + math.cos(math.pi * done / 4)) / 2 for done in (1, 1.5)]
-    assert rates == [pytest.approx([0.1 * f, 0.05 * f]) for f in factors]
+    assert rates == [pytest.approx([0.1 * f, 0.025 * f]) for f in factors]
 
 
-def test_next_stage_goes_on_from_the_averaged_weights():
+def test_copy_ema_to_model_replaces_the_weights():
     model = TwoParts()
-    trainer = trainer_of(model, lr=0.5, ema_decay=0.9)
+    trainer = make_trainer(model, lr=0.5, ema_decay=0.9)
     trainer.train_one_epoch(batches(3), "title", KEYS)
     average = {key: value.clone() for key, value in trainer.eval_model.state_dict().items()}
     assert not torch.equal(model.head.weight, average["head.weight"])
@@ -186,195 +172,113 @@ def test_next_stage_goes_on_from_the_averaged_weights():
     assert all(torch.equal(value, average[key]) for key, value in model.state_dict().items())
 
 
-# Curricula
+# Stages
 
 
-def test_curriculum_is_read_and_laid_out():
+def test_plan_stages_of_a_curriculum_and_smaller_sizes():
     parts = parse_curriculum("coarse:100, fine:200")
-    assert parts == [("coarse", 100), ("fine", 200)]
-    stages = plan_stages(parts, encoder_epochs=7)
-    assert [(s.name, s.part, s.annotations, s.epochs) for s in stages] == [
-        ("encoder", "encoder", "coarse", 7),
-        ("coarse-1", "decoder", "coarse", 100),
-        ("fine-2", "decoder", "fine", 200),
+    smaller = parse_sizes("120x160:60, 240x320:30")
+    assert parts == [("coarse", 100), ("fine", 200)] and parse_sizes("") == []
+    assert smaller == [((120, 160), 60), ((240, 320), 30)]
+    stages = plan_stages(parts, 7, smaller)
+    assert [(s.name, s.part, s.annotations, s.size, s.epochs, s.best_file) for s in stages] == [
+        ("encoder", "encoder", "coarse", None, 7, "encoder_best.pth"),
+        ("120x160-2", "decoder", "coarse", (120, 160), 60, "120x160-2_best.pth"),
+        ("240x320-3", "decoder", "coarse", (240, 320), 30, "240x320-3_best.pth"),
+        ("coarse-1", "decoder", "coarse", None, 100, "coarse-1_best.pth"),
+        ("fine-2", "decoder", "fine", None, 200, "best.pth"),
     ]
-    assert [s.best_file for s in stages] == ["encoder_best.pth", "coarse-1_best.pth", "best.pth"]
-    again = plan_stages(parse_curriculum("fine:1,both:2,fine:3"))
-    assert len({s.name for s in again}) == len({s.best_file for s in again}) == 3
-    (alone,) = plan_stages([("fine", 300)])
-    assert (alone.name, alone.best_file) == ("decoder", "best.pth")
+    repeated = plan_stages(
+        parse_curriculum("fine:1,both:2,fine:3"), None, parse_sizes("8x8:1,8x8:2")
+    )
+    assert len({s.name for s in repeated}) == len({s.best_file for s in repeated}) == 5
+    (alone,) = plan_stages([("both", 300)])
+    assert (alone.name, alone.best_file, alone.annotations) == ("decoder", "best.pth", "both")
 
 
 @pytest.mark.parametrize(
-    "text", ["", "coarse", "coarse:0", "rough:3", "coarse:1;fine:2", "fine:-1"]
-)
-def test_other_curricula_are_refused(text):
-    with pytest.raises(UserError, match="as in coarse:100,fine:200"):
-        parse_curriculum(text)
-
-
-def test_smaller_sizes_come_between_the_encoder_and_the_full_size():
-    smaller = parse_sizes("120x160:60, 240x320:30")
-    assert smaller == [((120, 160), 60), ((240, 320), 30)] and parse_sizes("") == []
-    stages = plan_stages([("both", 9)], 5, smaller)
-    assert [(s.part, s.size, s.epochs, s.annotations) for s in stages] == [
-        ("encoder", None, 5, "both"),
-        ("decoder", (120, 160), 60, "both"),
-        ("decoder", (240, 320), 30, "both"),
-        ("decoder", None, 9, "both"),
-    ]
-    assert stages[-1].best_file == "best.pth"
-    twice = plan_stages([("fine", 9)], None, parse_sizes("8x8:1,8x8:2"))
-    assert len({s.name for s in twice}) == len({s.best_file for s in twice}) == 3
-
-
-@pytest.mark.parametrize("text", ["120x160", "120:5", "120x160:0", "0x160:5", "8x8:1;9x9:2", ","])
-def test_other_sizes_are_refused(text):
-    with pytest.raises(UserError, match="as in 128x256:50,256x512:50"):
-        parse_sizes(text)
-
-
-@pytest.mark.parametrize("step", [2, 5], ids=["small", "full"])
-def test_progressive_resizing_goes_on_where_it_was_stopped(
-    run_inside, camvid, tmp_path, monkeypatch, step
-):
-    """3 steps an epoch; scores of the small stage are at the labels' full size."""
-    flags = ("--dataset", "camvid", "--datadir", camvid, "--height", 40, "--width", 64, *SMALL,
-             "--decoder", "--progressive", "16x24:1", "--num-epochs", 1)  # fmt: skip
-    whole = run_inside("train/main.py", *flags, "--savedir", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    assert "Full network at 16x24: 1 epochs of 5 training and 3 validation" in whole.stdout
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        stopped = run_inside("train/main.py", *flags, "--savedir", tmp_path / "run")
-        assert stopped.returncode == 143
-    again = run_inside("train/main.py", "--savedir", tmp_path / "run", "--resume")
-    assert again.returncode == 0, again.stderr
-    same_end(tmp_path / "run", tmp_path / "whole", ("16x24-1_best.pth", "best.pth"))
-    _, meta = load_model(tmp_path / "run")
-    assert meta["size"] == [40, 64]
-
-
-def test_epochs_between_are_not_scored(run_inside, camvid, tmp_path):
-    flags = ("--dataset", "camvid", "--datadir", camvid, "--height", 16, "--width", 24, *SMALL,
-             "--decoder", "--num-epochs", 5, "--validate-every", 2)  # fmt: skip
-    result = run_inside("train/main.py", *flags, "--savedir", tmp_path / "run")
-    assert result.returncode == 0, result.stderr
-    scored = [record["val_miou"] is not None for record in read_records(tmp_path / "run")]
-    assert scored == [False, True, False, True, True]
-    losses = [record["val_loss"] is not None for record in read_records(tmp_path / "run")]
-    assert losses == scored
-
-
-def stop_at(monkeypatch, step: int) -> None:
-    """Let a SIGTERM come in a certain step of a run."""
-
-    def poll(timer: CheckpointTimer, number: int) -> Action:
-        timer.signal = int(signal.SIGTERM)
-        return Action.STOP if number == step else Action.CONTINUE
-
-    monkeypatch.setattr(CheckpointTimer, "poll", poll)
-
-
-def run_process(*command) -> str:
-    """What a script prints, with as many threads as the tests have."""
-    result = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def same_end(one, other, names) -> None:
-    """Both runs have the same log but for speed, and the same weights."""
-    logs = [
-        [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        for run in (one, other)
-    ]
-    for log in logs:
-        for record in log:
-            for key in MEASURED_KEYS:
-                record.pop(key, None)  # a CPU has no gpu_memory_mb
-    assert logs[0] == logs[1]
-    for name in names:
-        a, b = (load_checkpoint(run / name)["state_dict"] for run in (one, other))
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
-
-
-@pytest.mark.parametrize("step", [4, 10, 14], ids=["encoder", "coarse", "fine"])
-def test_curriculum_goes_on_where_it_was_stopped(
-    run_inside, toy_cityscapes, whole_curriculum, tmp_path, monkeypatch, step
-):
-    """8 coarse and 6 fine images, two a step: 4 steps an epoch, and then 3."""
-    flags = (*whole_curriculum["flags"], "--savedir", tmp_path / "run")
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        assert run_inside("train/main.py", *flags).returncode == 143
-    result = run_inside("train/main.py", *flags, "--resume")
-    assert result.returncode == 0, result.stderr
-    same_end(
-        tmp_path / "run",
-        whole_curriculum["folder"],
-        ("encoder_best.pth", "coarse-1_best.pth", "best.pth"),
-    )
+    ("parse", "text"),
+    [
+        *((parse_curriculum, x) for x in ("", "coarse", "coarse:0", "rough:3", "coarse:1;fine:2",
+                                          "fine:-1")),
+        *((parse_sizes, x) for x in ("120x160", "120:5", "120x160:0", "0x160:5", "8x8:1;9x9:2",
+                                     ",")),
+    ],
+)  # fmt: skip
+def test_malformed_stages_are_refused(parse, text):
+    with pytest.raises(UserError, match=r"as in (coarse:100,fine:200|128x256:50,256x512:50)"):
+        parse(text)
 
 
 @pytest.fixture(scope="module")
-def whole_curriculum(toy_cityscapes, tmp_path_factory):
-    """A curriculum that nothing disturbed, and its flags."""
+def curriculum(toy_cityscapes, tmp_path_factory):
+    """An uninterrupted run of four stages: its flags, folder and output."""
     folder = tmp_path_factory.mktemp("curriculum") / "whole"
     flags = (
         "--datadir", toy_cityscapes, "--height", 32, "--width", 64, *SMALL,
-        "--curriculum", "coarse:2,fine:2", "--encoder-epochs", 1, "--class-uniform", 0.5,
-        "--ema-decay", 0.5,
+        "--encoder-epochs", 1, "--progressive", "16x32:1", "--curriculum", "coarse:1,fine:1",
+        "--class-uniform", 0.5, "--ema-decay", 0.5,
     )  # fmt: skip
-    text = run_process(ROOT / "train/main.py", *flags, "--savedir", folder)
-    return {"flags": flags, "folder": folder, "text": text}
+    return flags, folder, run_main("train/main.py", *flags, "--savedir", folder)
 
 
-def test_curriculum_trains_each_part_on_its_own_data(whole_curriculum):
-    folder, text = whole_curriculum["folder"], whole_curriculum["text"]
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    stages = [(record["stage"], record["epoch"]) for record in map(json.loads, lines)]
-    assert stages == [
-        ("encoder", 1),
-        ("coarse-1", 1),
-        ("coarse-1", 2),
-        ("fine-2", 1),
-        ("fine-2", 2),
-    ]
-    assert "Full network, 1: coarse: 2 epochs of 8 training and 3 validation images" in text
-    assert "Full network, 2: fine: 2 epochs of 6 training and 3 validation images" in text
+def test_curriculum_trains_each_stage_on_its_data(curriculum):
+    _, folder, output = curriculum
+    stages = [(record["stage"], record["epoch"]) for record in read_records(folder)]
+    assert stages == [("encoder", 1), ("16x32-2", 1), ("coarse-1", 1), ("fine-2", 1)]
+    for line in (
+        "Full network at 16x32: 1 epochs of 8 training and 3 validation images",
+        "Full network, 1: coarse: 1 epochs of 8 training and 3 validation images",
+        "Full network, 2: fine: 1 epochs of 6 training and 3 validation images",
+    ):
+        assert line in output
+    assert load_model(folder)[1]["size"] == [32, 64]
+
+
+def test_curriculum_stopped_in_each_kind_of_stage_resumes_bit_exactly(
+    run_inside, curriculum, tmp_path, stop_at
+):
+    """8 coarse images and 6 fine ones, two a step: 4 steps in each stage, and 3 in the last."""
+    flags, folder, _ = curriculum
+    savedir = ("--savedir", tmp_path / "run")
+    stop_at(2, 6, 14)
+    assert run_inside("train/main.py", *flags, *savedir).returncode == 143
+    for _ in range(2):
+        assert run_inside("train/main.py", *savedir, "--resume").returncode == 143
+    result = run_inside("train/main.py", *savedir, "--resume")
+    assert result.returncode == 0, result.stderr
+    names = ("encoder_best.pth", "16x32-2_best.pth", "coarse-1_best.pth", "best.pth")
+    assert_same_runs(tmp_path / "run", folder, *names)
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
         (("--curriculum", "coarse:1", "--annotations", "both"), "leave --annotations out"),
         (("--class-uniform", 0), "--class-uniform is 0.0: give more than 0"),
         (("--freeze-encoder", -1), "--freeze-encoder: '-1' is not a whole number of at least 0"),
-        (("--dataset", "camvid", "--curriculum", "coarse:1,fine:1"), "coarse"),
+        (("--curriculum", "coarse:1,fine:1"), "coarse"),
     ],
 )
-def test_what_does_not_go_together_is_refused(run_inside, camvid, tmp_path, flags, sentence):
-    result = run_inside(
-        "train/main.py", "--datadir", camvid, "--savedir", tmp_path / "run", *SMALL, *flags
-    )
-    assert result.returncode == 2 and sentence in result.stderr
+def test_main_with_invalid_flags_is_refused(run_inside, camvid, tmp_path, flags, message):
+    run = ("--dataset", "camvid", "--datadir", camvid, "--savedir", tmp_path / "run", *SMALL)
+    result = run_inside("train/main.py", *run, *flags)
+    assert result.returncode == 2 and message in result.stderr
     assert not (tmp_path / "run").exists()
 
 
-# The script
+# The script that pretrains
 
 
 CLASSES = ("blue", "green", "red")
+QUICK = ("--recipe", "modern", "--num-epochs", 8, "--warmup-epochs", 1, "--lr", 0.05,
+         "--mixup", 0.05, "--ema-decay", 0.5)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Pictures that their colour tells apart, 12 of each to train on and 4 to validate."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def images(tmp_path_factory):
+    """Images of three classes, which differ in colour: 12 of each to train, 4 to validate."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 4)):
         for channel, name in enumerate(CLASSES[::-1]):
             (root / split / name).mkdir(parents=True)
@@ -385,29 +289,25 @@ def pictures(tmp_path_factory):
     return root
 
 
+def pretraining_flags(images, folder) -> tuple:
+    return ("--datadir", images, "--savedir", folder, "--stored-size", 40, "--crop-size", 32,
+            "--batch-size", 4, "--num-workers", 0, "--device", "cpu",
+            "--save-minutes", 0)  # fmt: skip
+
+
 @pytest.fixture
-def pretrain(run_inside, pictures):
+def pretrain(run_inside, images):
     def run(folder, *flags):
-        size = ("--stored-size", 40, "--crop-size", 32, "--batch-size", 4, "--num-workers", 0)
-        common = ("--datadir", pictures, "--savedir", folder, "--device", "cpu", *size)
-        return run_inside("imagenet/lednet_imagenet.py", *common, "--save-minutes", 0, *flags)
+        return run_inside("imagenet/lednet_imagenet.py", *pretraining_flags(images, folder), *flags)
 
     return run
 
 
-QUICK = ("--recipe", "modern", "--num-epochs", 8, "--warmup-epochs", 1, "--lr", 0.05,
-         "--mixup", 0.05, "--ema-decay", 0.5)  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def pretrained(pictures, tmp_path_factory):
-    """The folder of a run that nothing disturbed."""
+def pretrained(images, tmp_path_factory):
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
-    run_process(
-        ROOT / "imagenet/lednet_imagenet.py", "--datadir", pictures, "--savedir", folder,
-        "--device", "cpu", "--stored-size", 40, "--crop-size", 32, "--batch-size", 4,
-        "--num-workers", 0, "--save-minutes", 0, *QUICK,
-    )  # fmt: skip
+    run_main("imagenet/lednet_imagenet.py", *pretraining_flags(images, folder), *QUICK)
     return folder
 
 
@@ -418,32 +318,36 @@ def test_pretraining_learns_colours_and_writes_the_encoder(pretrained):
     assert meta["classes"] == list(CLASSES) and meta["size"] == [32, 32]
     assert meta["mean"] == pytest.approx(IMAGENET_MEAN)
     assert meta["std"] == pytest.approx(IMAGENET_STD)
-    assert (
-        meta["provenance"]["images"] == 36 and "lednet_imagenet.py" in meta["provenance"]["command"]
-    )
+    assert meta["provenance"]["images"] == 36
+    assert "lednet_imagenet.py" in meta["provenance"]["command"]
     best = load_checkpoint(pretrained / "best.pth")["state_dict"]
     assert {"classifier.weight", "classifier.bias"} <= best.keys()
     assert all(torch.equal(best[key], value) for key, value in content["state_dict"].items())
-    records = [json.loads(x) for x in (pretrained / "log.jsonl").read_text().splitlines()]
+    records = read_records(pretrained)
     assert max(record["val_top1"] for record in records) > 0.9
     assert all(record["val_top5"] == 1 for record in records)  # of three classes
     assert (pretrained / "curves.png").exists()
 
 
-@pytest.mark.parametrize("step", [3, 18, 40])
-def test_pretraining_goes_on_where_it_was_stopped(
-    pretrain, pretrained, tmp_path, monkeypatch, step
+def test_pretraining_from_a_cache_stopped_and_resumed_ends_bit_exactly_the_same(
+    pretrain, pretrained, run_inside, images, tmp_path, stop_at
 ):
-    """36 images, four a step: 9 steps an epoch, so that step 18 is the last of one."""
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        assert pretrain(tmp_path / "run", *QUICK).returncode == 143
+    """36 images, four a step: 9 steps an epoch, so that step 18 is the last of an epoch."""
+    cache = ("--cache", tmp_path / "cache")
+    refused = pretrain(tmp_path / "run", *QUICK, *cache)
+    assert refused.returncode == 2 and "datasets/prepare_imagenet.py" in refused.stderr
+    flags = ("--datadir", images, *cache, "--stored-size", 40, "--workers", 0)
+    built = run_inside("datasets/prepare_imagenet.py", *flags)
+    assert built.returncode == 0, built.stderr
+    stop_at(3, 18)
+    assert pretrain(tmp_path / "run", *QUICK, *cache).returncode == 143
+    assert pretrain(tmp_path / "run", "--resume").returncode == 143
     result = pretrain(tmp_path / "run", "--resume")
     assert result.returncode == 0, result.stderr
-    same_end(tmp_path / "run", pretrained, ("best.pth", "encoder.pth"))
+    assert_same_runs(tmp_path / "run", pretrained, "best.pth", "encoder.pth")
 
 
-def test_evaluate_gives_the_logged_score(pretrain, pretrained, tmp_path):
+def test_evaluate_prints_the_logged_score(pretrain, pretrained, tmp_path):
     meta = load_checkpoint(pretrained / "best.pth")["meta"]
     result = pretrain(tmp_path / "none", "--evaluate", pretrained / "best.pth")
     assert result.returncode == 0, result.stderr
@@ -451,68 +355,31 @@ def test_evaluate_gives_the_logged_score(pretrain, pretrained, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_cached_pictures_train_to_the_same_weights(
-    pretrain, pretrained, run_inside, pictures, tmp_path
-):
-    cache = ("--datadir", pictures, "--cache", tmp_path / "cache", "--stored-size", 40)
-    refused = pretrain(tmp_path / "run", *QUICK, "--cache", tmp_path / "cache")
-    assert refused.returncode == 2 and "datasets/prepare_imagenet.py" in refused.stderr
-    built = run_inside("datasets/prepare_imagenet.py", *cache, "--workers", 0)
-    assert built.returncode == 0, built.stderr
-    result = pretrain(tmp_path / "run", *QUICK, "--cache", tmp_path / "cache")
-    assert result.returncode == 0, result.stderr
-    same_end(tmp_path / "run", pretrained, ("best.pth",))
-
-
-def test_two_processes_train_and_count_each_picture_once(run_script, pictures, tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    result = run_script(
-        "imagenet/lednet_imagenet.py", "--datadir", pictures, "--savedir", tmp_path / "run",
-        "--device", "cpu", "--stored-size", 40, "--crop-size", 32, "--batch-size", 5,
-        "--num-workers", 0, "--num-epochs", 1, launcher=torchrun,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    record = json.loads((tmp_path / "run" / "log.jsonl").read_text())
-    assert record["val_top1"] * 12 == pytest.approx(round(record["val_top1"] * 12))
-    assert record["val_top5"] == 1
-    alone = run_script(
-        "imagenet/lednet_imagenet.py", "--datadir", pictures, "--device", "cpu",
-        "--stored-size", 40, "--crop-size", 32, "--num-workers", 0,
-        "--evaluate", tmp_path / "run" / "best.pth",
-    )  # fmt: skip
-    assert f"top-1 {record['val_top1']:.4f}" in alone.stdout, alone.stderr
-
-
-def test_no_average_is_kept_where_the_recipe_has_one(pretrain, tmp_path):
-    result = pretrain(tmp_path / "run", *QUICK, "--num-epochs", 2, "--ema-decay", 0)
-    assert result.returncode == 0, result.stderr
-    checkpoint = sorted((tmp_path / "run").glob("checkpoint_*.pth"))[-1]
-    assert "average" not in load_checkpoint(checkpoint)["trainer"]
-
-
-def test_other_classes_are_refused(pretrain, pretrained, pictures, tmp_path):
-    own = shutil.copytree(pictures, tmp_path / "own")
+def test_evaluate_of_other_classes_is_refused(pretrain, pretrained, images, tmp_path):
+    own = shutil.copytree(images, tmp_path / "own")
     for split in ("train", "val"):
         (own / split / "red").rename(own / split / "crimson")
     flags = ("--datadir", own, "--evaluate", pretrained / "best.pth")
     result = pretrain(tmp_path / "run", *flags)
-    assert result.returncode == 2 and "tells other classes apart" in result.stderr
+    assert result.returncode == 2 and "was trained on other classes" in result.stderr
 
 
-def test_paper_recipe_is_the_default(pretrain, tmp_path):
+def test_pretraining_defaults_are_the_papers(pretrain, tmp_path):
     result = pretrain(tmp_path / "run", "--num-epochs", 1)
     assert result.returncode == 0, result.stderr
     options = json.loads((tmp_path / "run" / "options.json").read_text())["options"]
-    wanted = {"lr": 0.1, "weight_decay": 1e-4, "schedule": "exponential", "augment": "paper",
-              "label_smoothing": 0, "mixup": 0, "ema_decay": 0, "warmup_epochs": 0}  # fmt: skip
-    assert {key: options[key] for key in wanted} == wanted
-    checkpoint = next((tmp_path / "run").glob("checkpoint_*.pth"))
-    group = load_checkpoint(checkpoint)["trainer"]["optimizer"]["param_groups"][0]
+    expected = {"lr": 0.1, "weight_decay": 1e-4, "schedule": "exponential", "augment": "paper",
+                "label_smoothing": 0, "mixup": 0, "ema_decay": 0, "warmup_epochs": 0}  # fmt: skip
+    assert {key: options[key] for key in expected} == expected
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint_*.pth")
+    state = load_checkpoint(checkpoint)["trainer"]
+    group = state["optimizer"]["param_groups"][0]
     assert group["momentum"] == 0.9 and group["weight_decay"] == 1e-4 and group["lr"] == 0.1
+    assert "average" not in state  # --ema-decay 0
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
         (("--recipe", "modern", "--num-epochs", 5), "--warmup-epochs 5 leaves nothing"),
         (("--label-smoothing", 1), "--label-smoothing is 1.0: give 0 to below 1"),
@@ -520,14 +387,14 @@ def test_paper_recipe_is_the_default(pretrain, tmp_path):
         (("--evaluate", "nowhere.pth"), "no weights at nowhere.pth"),
     ],
 )
-def test_pretraining_refuses(pretrain, tmp_path, flags, sentence):
+def test_pretraining_with_invalid_flags_is_refused(pretrain, tmp_path, flags, message):
     result = pretrain(tmp_path / "run", *flags)
-    assert result.returncode == 2 and sentence in result.stderr
+    assert result.returncode == 2 and message in result.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_truncated_picture_is_named_or_skipped(pretrain, pictures, tmp_path, run_inside):
-    own = shutil.copytree(pictures, tmp_path / "own")
+def test_truncated_image_is_reported_or_skipped(pretrain, images, tmp_path):
+    own = shutil.copytree(images, tmp_path / "own")
     path = own / "train/red/3.png"
     path.write_bytes(path.read_bytes()[:200])
     flags = ("--datadir", own, "--num-epochs", 1)
@@ -541,53 +408,27 @@ def test_truncated_picture_is_named_or_skipped(pretrain, pictures, tmp_path, run
 # Fine-tuning
 
 
-def test_pretrained_encoder_brings_its_normalisation(run_inside, pretrained, camvid, tmp_path):
-    result = run_inside(
-        "train/main.py", "--dataset", "camvid", "--datadir", camvid, *SMALL, "--height", 24,
-        "--width", 32, "--num-epochs", 2, "--savedir", tmp_path / "run", "--freeze-encoder", 2,
-        "--pretrainedEncoder", pretrained / "encoder.pth",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "--pretrainedEncoder: " in result.stdout and " 0 missing" in result.stdout
-    content = load_checkpoint(tmp_path / "run" / "best.pth")
-    assert content["meta"]["mean"] == pytest.approx(IMAGENET_MEAN)
-    assert content["meta"]["stage"] == "decoder"  # no stage 1
-    encoder = load_checkpoint(pretrained / "encoder.pth")["state_dict"]
-    assert all(torch.equal(content["state_dict"][key], value) for key, value in encoder.items())
-    score = run_inside(
-        "test/eval_iou.py", "--weights", tmp_path / "run", "--dataset", "camvid",
-        "--datadir", camvid, "--height", 24, "--width", 32, "--json", tmp_path / "scores.json",
-        "--device", "cpu",
-    )  # fmt: skip
-    assert score.returncode == 0, score.stderr
-
-
-def test_resumed_run_keeps_the_encoders_normalisation(
-    run_inside, pretrained, camvid, tmp_path, monkeypatch
+def test_pretrained_encoder_and_its_normalization_are_kept_after_resuming(
+    run_inside, pretrained, camvid, tmp_path, stop_at
 ):
-    encoder = tmp_path / "encoder.pth"
-    encoder.write_bytes((pretrained / "encoder.pth").read_bytes())
+    """The encoder is frozen, so that its weights show; its file is needed only at the start."""
+    encoder = shutil.copy(pretrained / "encoder.pth", tmp_path)
     flags = (
         "--dataset", "camvid", "--datadir", camvid, *SMALL, "--height", 24, "--width", 32,
-        "--num-epochs", 2, "--savedir", tmp_path / "run", "--pretrainedEncoder", encoder,
+        "--num-epochs", 2, "--savedir", tmp_path / "run", "--freeze-encoder", 2,
+        "--pretrainedEncoder", encoder,
     )  # fmt: skip
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert run_inside("train/main.py", *flags).returncode == 143
-    encoder.unlink()  # it is not needed any more
+    stop_at(2)
+    result = run_inside("train/main.py", *flags)
+    assert result.returncode == 143
+    assert "--pretrainedEncoder: " in result.stdout and " 0 missing" in result.stdout
+    (tmp_path / "encoder.pth").unlink()
     result = run_inside("train/main.py", "--savedir", tmp_path / "run", "--resume")
     assert result.returncode == 0, result.stderr
-    content = load_checkpoint(tmp_path / "run" / "best.pth")
+    content = load_checkpoint(tmp_path / "run/best.pth")
+    assert content["meta"]["mean"] == pytest.approx(IMAGENET_MEAN)
     assert content["meta"]["std"] == pytest.approx(IMAGENET_STD)
-
-
-def test_progress_of_another_plan_is_refused(run_inside, whole_curriculum):
-    result = run_inside(
-        "train/main.py", "--savedir", whole_curriculum["folder"], "--resume",
-        "--curriculum", "fine:2",
-    )  # fmt: skip
-    assert result.returncode == 2 and "is in stage fine-2, which these options" in result.stderr
-
-
-def test_progress_names_no_score_before_the_first():
-    assert Progress("encoder").best_score < 0
+    assert content["meta"]["stage"] == "decoder"  # no stage 1
+    state = load_checkpoint(pretrained / "encoder.pth")["state_dict"]
+    assert all(torch.equal(content["state_dict"][key], value) for key, value in state.items())
+    assert read_options(tmp_path / "run")["freeze_encoder"] == 2

@@ -1,20 +1,36 @@
-import copy
+"""Losses, schedules, samplers, the trainer, and runs that are stopped and resumed."""
+
+import lzma
 import math
 import os
+import shutil
 import signal
-import types
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
+from fakes import (
+    ALONE,
+    CPU,
+    KEYS,
+    FakeLoader,
+    StopAt,
+    Unaugmented,
+    assert_same_runs,
+    assert_same_tensors,
+    noise_batches,
+    record_by_calling,
+    small_trainer,
+    tiny_run,
+)
 from torch import nn
 
-from lednet import LEDNet, UserError
+from lednet import UserError, signals
+from lednet.checkpoint import load_checkpoint
 from lednet.data.dataset import SkipCorruptDataset
-from lednet.data.pairs import Sample
 from lednet.data.registry import open_dataset
 from lednet.data.samplers import (
     ClassUniformSampler,
@@ -24,7 +40,7 @@ from lednet.data.samplers import (
 from lednet.data.transforms import Augmentation
 from lednet.device import choose_device
 from lednet.distributed import DistributedContext
-from lednet.training import signals
+from lednet.signals import StopRequest
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.losses import (
     RELEASED_WEIGHTS,
@@ -34,20 +50,14 @@ from lednet.training.losses import (
     resize_target,
 )
 from lednet.training.lr_schedule import lr_factor
-from lednet.training.signals import Action, CheckpointTimer, StopRequest, TrainingStopped
-from lednet.training.tasks import Segmentation
-from lednet.training.trainer import (
-    FinetuneConfig,
-    NonFiniteLoss,
-    Trainer,
-    TrainerConfig,
-    step_generator,
-)
+from lednet.training.run_dir import read_options, read_records
+from lednet.training.signals import Action, CheckpointTimer, TrainingStopped
+from lednet.training.trainer import NonFiniteLoss, step_generator
 
-CPU = torch.device("cpu")
+# Losses and schedules
 
 
-def test_both_released_weight_lists_follow_from_one_list_of_shares():
+def test_class_weights_of_one_distribution_give_both_released_lists():
     shares = np.exp(1 / np.array(RELEASED_WEIGHTS["decoder"])) - WEIGHT_OFFSETS["decoder"]
     assert 0.8 < shares.sum() < 1.0  # the rest is void
     for stage, offset in WEIGHT_OFFSETS.items():
@@ -55,14 +65,7 @@ def test_both_released_weight_lists_follow_from_one_list_of_shares():
         np.testing.assert_allclose(derived, RELEASED_WEIGHTS[stage], rtol=0.01)
 
 
-def test_rare_classes_weigh_more():
-    weights = class_weights([0.0, 0.1, 0.9], 1.10)
-    assert weights.tolist() == pytest.approx(
-        [1 / math.log(1.1), 1 / math.log(1.2), 1 / math.log(2)]
-    )
-
-
-def test_loss_is_pytorchs_weighted_mean_without_void():
+def test_loss_with_void_is_pytorchs_weighted_mean():
     torch.manual_seed(0)
     logits, target = torch.randn(2, 4, 5, 6), torch.randint(0, 3, (2, 5, 6))
     target[0, :2] = 255
@@ -71,95 +74,81 @@ def test_loss_is_pytorchs_weighted_mean_without_void():
     assert (total / weight).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_targets_shrink_to_the_centre_of_each_cell():
+def test_resize_target_takes_the_centre_of_each_cell():
     target = torch.arange(16 * 24).view(1, 16, 24) % 251
-    small = resize_target(target, (2, 3))
-    assert torch.equal(small, target[:, 4::8, 4::8])
+    assert torch.equal(resize_target(target, (2, 3)), target[:, 4::8, 4::8])
     assert resize_target(torch.full((1, 97, 131), 255), (13, 17)).unique().tolist() == [255]
 
 
-def test_poly_schedule_has_one_value_an_epoch():
-    assert lr_factor("poly", 0, 300) == lr_factor("poly", 0.99, 300) == 1.0
-    assert lr_factor("poly", 150.5, 300) == pytest.approx(0.5**0.9)
-    assert lr_factor("poly", 299, 300) == pytest.approx((1 / 300) ** 0.9)
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "warmup", "expected"),
+    [
+        ("poly", 300, 0, {0: 1, 0.99: 1, 150.5: 0.5**0.9, 299: (1 / 300) ** 0.9}),
+        ("exponential", 150, 0, {0: 1, 14: 1, 15: 0.95, 16: 0.95**2, 149: 0.95**135}),
+        ("cosine", 10, 0, {0: 1, 2.5: (1 + math.sqrt(0.5)) / 2, 5: 0.5}),
+        ("cosine", 12, 2, {0: 0.01, 0.5: 0.2575, 1: 0.505, 2: 1, 7: 0.5}),
+    ],
+)
+def test_lr_factor_follows_the_schedule(schedule, epochs, warmup, expected):
+    found = [lr_factor(schedule, done, epochs, warmup) for done in expected]
+    assert found == pytest.approx([*expected.values()])
 
 
-def test_exponential_schedule_is_the_releases_for_imagenet():
-    epochs = [lr_factor("exponential", epoch - 1, 150) for epoch in (1, 15, 16, 17, 150)]
-    assert epochs == pytest.approx([1, 1, 0.95, 0.95**2, 0.95**135])
+# Samplers
 
 
-def test_cosine_schedule_moves_with_every_step_behind_its_warm_up():
-    assert lr_factor("cosine", 0, 10) == 1 and lr_factor("cosine", 5, 10) == pytest.approx(0.5)
-    assert lr_factor("cosine", 2.5, 10) == pytest.approx((1 + math.sqrt(0.5)) / 2)
-    warm = [lr_factor("cosine", done, 12, warmup=2) for done in (0, 0.5, 1, 2, 7)]
-    assert warm == pytest.approx([0.01, 0.2575, 0.505, 1, 0.5])
+def contexts(size: int) -> list[DistributedContext]:
+    return [DistributedContext(rank, size, CPU) for rank in range(size)]
 
 
 @pytest.mark.parametrize(("length", "size"), [(10, 1), (10, 3), (2, 3)])
-def test_samplers_deal_out_every_image(length, size):
-    worlds = [DistributedContext(rank, size, CPU) for rank in range(size)]
-    once = [list(DistributedEvalSampler(length, world)) for world in worlds]
+def test_samplers_distribute_every_image(length, size):
+    once = [list(DistributedEvalSampler(length, context)) for context in contexts(size)]
     assert sorted(chain(*once)) == list(range(length))
-    shuffled = [list(ResumableDistributedSampler(length, world, seed=1)) for world in worlds]
+    shuffled = [list(ResumableDistributedSampler(length, c, seed=1)) for c in contexts(size)]
     assert len({len(part) for part in shuffled}) == 1
-    dealt = list(chain(*shuffled))
-    assert set(dealt) == set(range(length)) and len(dealt) < length + size
-
-
-def test_order_depends_on_seed_and_epoch_alone():
-    def order(seed: int, epoch: int) -> list[int]:
-        sampler = ResumableDistributedSampler(50, DistributedContext(0, 1, CPU), seed)
-        sampler.epoch = epoch
-        return list(sampler)
-
-    assert order(1, 1) == order(1, 1)
-    assert len({tuple(order(*key)) for key in ((1, 1), (1, 2), (2, 1))}) == 3
-
-
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2), (1, 4), (4, 1)])
-def test_another_number_of_processes_goes_on_with_what_is_left(before, after):
-    """As a run does that was stopped two batches of 3 into its epoch."""
-    images = 2 * 3 * before
-    worlds = [DistributedContext(rank, before, CPU) for rank in range(before)]
-    done = {
-        i for w in worlds for i in ResumableDistributedSampler(29, w, seed=1).indices()[: 2 * 3]
-    }
-    left = set()
-    for rank in range(after):
-        sampler = ResumableDistributedSampler(29, DistributedContext(rank, after, CPU), seed=1)
-        sampler.start = images // after
-        left |= set(sampler)
-    assert done | left == set(range(29)) and len(done & left) < 2 * after
+    joint = list(chain(*shuffled))
+    assert set(joint) == set(range(length)) and len(joint) < length + size
 
 
 @pytest.mark.parametrize(
-    ("length", "world", "seed", "epoch", "expected"),
+    ("length", "context", "seed", "epoch", "expected"),
     [
         (12, DistributedContext(0, 1, CPU), 3, 0, [11, 2, 8, 1, 10, 0, 6, 4, 9, 3, 5, 7]),
         (12, DistributedContext(0, 1, CPU), 3, 7, [8, 10, 7, 2, 1, 5, 11, 9, 3, 4, 6, 0]),
         (7, DistributedContext(1, 3, CPU), 5, 4, [1, 3, 2]),
     ],
 )
-def test_order_is_the_one_that_earlier_checkpoints_were_saved_in(
-    length, world, seed, epoch, expected
-):
-    sampler = ResumableDistributedSampler(length, world, seed)
+def test_sampler_order_is_that_of_earlier_checkpoints(length, context, seed, epoch, expected):
+    sampler = ResumableDistributedSampler(length, context, seed)
     sampler.epoch = epoch
     assert sampler.indices() == expected
 
 
-def class_uniform(counts: np.ndarray, fraction: float, epoch=1, world=None) -> ClassUniformSampler:
-    sampler = ClassUniformSampler(counts, fraction, world or DistributedContext(0, 1, CPU), seed=1)
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2), (1, 4), (4, 1)])
+def test_sampler_resumed_with_other_processes_yields_the_remaining_images(before, after):
+    """The run was stopped after two batches of 3."""
+    samplers = [ResumableDistributedSampler(29, context, seed=1) for context in contexts(before)]
+    done = set(chain(*(sampler.indices()[: 2 * 3] for sampler in samplers)))
+    remaining = set()
+    for context in contexts(after):
+        sampler = ResumableDistributedSampler(29, context, seed=1)
+        sampler.start = 2 * 3 * before // after
+        remaining |= set(sampler)
+    assert done | remaining == set(range(29)) and len(done & remaining) < 2 * after
+
+
+def class_uniform(counts: np.ndarray, fraction: float, epoch=1, context=ALONE, seed=1):
+    sampler = ClassUniformSampler(counts, fraction, context, seed)
     sampler.epoch = epoch
     return sampler
 
 
-def test_each_class_is_drawn_as_often_as_another_and_each_of_its_images():
+def test_class_uniform_sampler_draws_classes_and_their_images_equally_often():
     """Class 0 is in every image, class 1 in the first ten, class 3 in the first half."""
     counts = np.zeros((1000, 5), dtype=np.int64)
     counts[:, 0], counts[:500, 3], counts[:, 4] = 1_000_000, 30, 7  # void last; class 2 nowhere
-    counts[:10, 1] = 10 ** np.arange(10)  # be it one pixel or many
+    counts[:10, 1] = 10 ** np.arange(10)  # the number of pixels has no effect
     epochs = 60
     times = np.zeros(1000)
     for epoch in range(epochs):
@@ -176,120 +165,68 @@ def test_each_class_is_drawn_as_often_as_another_and_each_of_its_images():
 
 
 @pytest.mark.parametrize(("fraction", "drawn"), [(0.02, 1), (0.25, 9), (0.5, 18), (1.0, 37)])
-def test_as_many_places_as_asked_for_are_drawn_by_class_and_the_others_are_left(fraction, drawn):
+def test_class_uniform_sampler_replaces_the_given_fraction(fraction, drawn):
     counts = np.zeros((37, 3), dtype=np.int64)
     counts[:, 2] = 100
     counts[5, 1] = 1  # so each draw is image 5
     numbers, places = set(), set()
     for epoch in range(200):
-        plain = ResumableDistributedSampler(37, DistributedContext(0, 1, CPU), seed=1)
+        plain = ResumableDistributedSampler(37, ALONE, seed=1)
         plain.epoch = epoch
         pairs = list(zip(plain.indices(), class_uniform(counts, fraction, epoch), strict=True))
         changed = {place for place, (before, after) in enumerate(pairs) if before != after}
-        assert all(after == 5 for before, after in pairs if before != after)
+        assert all(pairs[place][1] == 5 for place in changed)
         numbers.add(len(changed))
         places |= changed
-    # One less where image 5 is drawn for the place that it had.
+    # One less where image 5 is drawn for its own place.
     assert numbers == ({36} if fraction == 1 else {drawn - 1, drawn})
     assert places == set(range(37))
 
 
-def test_classes_that_never_occur_are_not_drawn_and_void_is_no_class():
+def test_class_uniform_sampler_ignores_absent_classes_and_void():
     counts = np.zeros((20, 6), dtype=np.int64)
     counts[:, 5] = 9
-    assert class_uniform(counts, 1).indices() == class_uniform(counts, 0.5).indices()
     assert sorted(class_uniform(counts, 1)) == list(range(20))
     counts[3, 1] = counts[[4, 5, 19], 4] = 2
     counts[7] = 0  # a label that could not be read
     drawn = [index for epoch in range(50) for index in class_uniform(counts, 1, epoch)]
-    assert set(drawn) == {3, 4, 5, 19}
-    assert drawn.count(3) == pytest.approx(500, rel=0.15)
+    assert set(drawn) == {3, 4, 5, 19} and drawn.count(3) == pytest.approx(500, rel=0.15)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 1)])
-def test_class_uniform_order_is_one_for_all_processes_and_goes_on_inside_an_epoch(before, after):
+@pytest.mark.parametrize("size", [2, 3])
+def test_class_uniform_order_does_not_depend_on_the_number_of_processes(size):
     counts = np.random.default_rng(0).integers(0, 3, (29, 5))
-
-    def parts(size: int, epoch: int = 1) -> list[ClassUniformSampler]:
-        return [
-            class_uniform(counts, 0.6, epoch, DistributedContext(rank, size, CPU))
-            for rank in range(size)
-        ]
-
-    def joint(samplers: list[ClassUniformSampler]) -> list[int]:
-        """What they have before them, in the order of the steps."""
-        return list(chain(*zip(*samplers, strict=True)))  # strict: equally many
-
-    (whole,) = [sampler.indices() for sampler in parts(1)]
-    assert joint(parts(before))[:29] == joint(parts(after))[:29] == whole
-    assert joint(parts(before))[29:] == whole[: -29 % before]
-    left = parts(after)
-    for sampler in left:
+    whole = class_uniform(counts, 0.6).indices()
+    samplers = [class_uniform(counts, 0.6, context=context) for context in contexts(size)]
+    joint = list(chain(*zip(*samplers, strict=True)))
+    assert joint[:29] == whole and joint[29:] == whole[: -29 % size]
+    for sampler in samplers:
         sampler.start = 6
         assert list(sampler) == sampler.indices()[6:] and len(sampler) == sampler.num_samples - 6
-    assert joint(left)[: 29 - 6 * after] == whole[6 * after :]
-    assert joint(parts(before)) == joint(parts(before)) != joint(parts(before, epoch=2))
-    assert (
-        whole != ClassUniformSampler(counts, 0.6, DistributedContext(0, 1, CPU), seed=2).indices()
-    )
+    assert whole != class_uniform(counts, 0.6, seed=2).indices()
+    assert whole != class_uniform(counts, 0.6, epoch=2).indices()
 
 
-def test_absent_gpu_is_refused():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match="--device cpu"):
-        choose_device("cuda")
+def test_skip_corrupt_dataset_replaces_and_counts_unreadable_pairs(own_camvid):
+    data = SkipCorruptDataset(open_dataset("camvid", own_camvid, "train"))
+    valid = [data[i] for i in range(len(data))]
+    assert not data.damaged.any()
+    (own_camvid / "train/train_001.png").write_bytes(b"torn")
+    (own_camvid / "trainannot/train_002.png").unlink()
+    for index, other in ((0, 0), (1, 3), (2, 3), (3, 3)):
+        assert all(map(torch.equal, data[index], valid[other]))
+    assert data.damaged.nonzero().flatten().tolist() == [1, 2]
+    for path in (own_camvid / "train").iterdir():
+        path.write_bytes(b"torn")
+    with pytest.raises(UserError, match="is damaged"):
+        data[0]
 
 
-KEYS = (1, 0, 1)
+# The trainer
 
 
-def small_trainer(
-    augmentation: Augmentation | None = None,
-    model: nn.Module | None = None,
-    pretrained: FinetuneConfig | None = None,
-    **options,
-) -> Trainer:
-    torch.manual_seed(0)
-    model = LEDNet(4).encoder_stage() if model is None else model
-    criterion = WeightedCrossEntropy([1.0, 5.0, 2.0], 4)
-    task = Segmentation(criterion, augmentation or Augmentation(), "abc")
-    optimization = TrainerConfig(**options)
-    return Trainer(
-        model, task, 10, DistributedContext(0, 1, CPU), optimization, pretrained=pretrained
-    )
-
-
-def batches(count: int, size: int = 2) -> list:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (
-            torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator),
-            torch.randint(0, 3, (size, 32, 32), dtype=torch.uint8, generator=generator),
-        )
-        for _ in range(count)
-    ]
-
-
-class Loader(list):
-    """Batches with what else a trainer asks a loader for."""
-
-    batch_size = 2
-
-    @property
-    def sampler(self):
-        return ResumableDistributedSampler(
-            sum(len(images) for images, _ in self), DistributedContext(0, 1, CPU), seed=1
-        )
-
-    @property
-    def dataset(self):
-        count = sum(len(images) for images, _ in self)
-        return types.SimpleNamespace(pairs=[Sample(Path(f"{i}.png"), None) for i in range(count)])
-
-
-class Poisoned(WeightedCrossEntropy):
-    """No number for a loss in one step."""
+class NaNAt(WeightedCrossEntropy):
+    """The loss is NaN in one step, counted from 0."""
 
     def __init__(self, step: int):
         super().__init__([1.0] * 3, 4)
@@ -301,66 +238,39 @@ class Poisoned(WeightedCrossEntropy):
         return (loss * math.nan if self.step == -1 else loss), weight
 
 
-def test_not_finite_loss_names_step_and_images():
-    trainer, loader = small_trainer(), Loader(batches(3))
-    trainer.task.loss = Poisoned(1)
+class InfiniteGradients(WeightedCrossEntropy):
+    def forward(self, logits, target):
+        logits.register_hook(lambda gradient: gradient * math.inf)
+        return super().forward(logits, target)
+
+
+def test_train_one_epoch_with_nan_loss_names_step_and_images():
+    trainer, loader = small_trainer(), noise_batches(3)
+    trainer.task.loss = NaNAt(1)
     names = ", ".join(f"{i}.png" for i in loader.sampler.indices()[2:4])
-    with pytest.raises(
-        NonFiniteLoss, match=f"the loss is nan in step 2 of encoder 1/1, of {names}$"
-    ):
+    message = f"the loss is nan in step 2 of encoder 1/1, of {names}$"
+    with pytest.raises(NonFiniteLoss, match=message):
         trainer.train_one_epoch(loader, "encoder 1/1", KEYS)
 
 
-def test_bad_steps_leave_no_trace():
-    """Neither in the weights nor in the running statistics, which the step has touched."""
+@pytest.mark.parametrize("loss", [NaNAt(0), InfiniteGradients([1.0] * 3, 4)], ids=lambda x: type(x))
+def test_skipped_step_changes_neither_weights_nor_running_statistics(loss):
     trainer = small_trainer(skip_bad_steps=True)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    trainer.task.loss = Poisoned(0)
-    result = trainer.train_one_epoch(Loader(batches(1)), "title", KEYS)
+    trainer.task.loss = loss
+    result = trainer.train_one_epoch(noise_batches(1), "title", KEYS)
     assert result["skipped"] == 1 and result["loss"] == 0
-    after = trainer.model.state_dict()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    trainer.task.loss = Poisoned(1)
-    result = trainer.train_one_epoch(Loader(batches(3)), "title", KEYS)
-    assert result["skipped"] == 1 and math.isfinite(result["loss"])
-    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    assert_same_tensors(before, trainer.model.state_dict())
 
 
-def test_bad_gradients_of_a_good_loss_are_a_bad_step():
-    class Steep(WeightedCrossEntropy):
-        def forward(self, logits, target):
-            logits.register_hook(lambda gradient: gradient * math.inf)
-            return super().forward(logits, target)
-
+def test_steps_after_a_skipped_one_are_taken():
     trainer = small_trainer(skip_bad_steps=True)
-    trainer.task.loss = Steep([1.0] * 3, 4)
-    result = trainer.train_one_epoch(Loader(batches(1)), "title", KEYS)
-    assert result["skipped"] == 1
+    trainer.task.loss = NaNAt(1)
+    before = trainer.model[0].weight.clone()
+    result = trainer.train_one_epoch(noise_batches(3), "title", KEYS)
+    assert result["skipped"] == 1 and math.isfinite(result["loss"])
+    assert not torch.equal(trainer.model[0].weight, before)
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
-
-
-def uneven(loader: list) -> list:
-    """Batches whose weights differ much: one nearly all void."""
-    loader[0][1][:, 2:] = 255
-    return loader
-
-
-def test_accumulated_batches_are_one_large_batch():
-    def weights(loader: Loader, accumulate: int) -> torch.Tensor:
-        class Still(Augmentation):
-            def forward(self, images, labels, generator):
-                return self.normalize(images, labels)
-
-        torch.manual_seed(0)
-        trainer = small_trainer(Still(), nn.Conv2d(3, 4, 3), accumulate=accumulate)
-        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 1.0)
-        trainer.train_one_epoch(loader, "title", KEYS)
-        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-    small = uneven(batches(3))
-    joint = [tuple(map(torch.cat, zip(*part, strict=True))) for part in (small[:2], small[2:])]
-    found, expected = weights(Loader(small), 2), weights(Loader(joint), 1)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_are_clipped():
@@ -372,92 +282,84 @@ def test_gradients_are_clipped():
             norms.append(nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()]))
 
         trainer.optimizer.register_step_pre_hook(note)
-        trainer.train_one_epoch(Loader(batches(1)), "title", KEYS)
-    assert norms[0] > 0.01
-    assert norms[1].item() == pytest.approx(1e-3, rel=1e-3)
+        trainer.train_one_epoch(noise_batches(1), "title", KEYS)
+    assert norms[0] > 0.01 and norms[1].item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_average_follows_the_weights():
+def test_ema_follows_the_weights():
     trainer = small_trainer(ema_decay=0.28, lr=0.01)
-    expected = None
+    expected = {}
     for decay in (0, 2 / 11, 3 / 12, 0.28, 0.28):  # rising to it as (1 + n) / (10 + n)
-        trainer.train_one_epoch(Loader(batches(1)), "title", KEYS)
+        trainer.train_one_epoch(noise_batches(1), "title", KEYS)
         now = {k: v.clone() for k, v in trainer.model.state_dict().items() if v.is_floating_point()}
-        expected = {key: decay * (expected or now)[key] + (1 - decay) * now[key] for key in now}
+        expected = {k: decay * expected.get(k, v) + (1 - decay) * v for k, v in now.items()}
     found = trainer.eval_model.state_dict()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(found["encoder.0.conv.weight"], now["encoder.0.conv.weight"])
-    other = small_trainer(ema_decay=0.75)
-    other.load_state_dict(trainer.state_dict())
-    name = "encoder.0.conv.bias"
-    assert torch.equal(other.eval_model.state_dict()[name], found[name])
+    assert not torch.allclose(found["0.weight"], now["0.weight"])
     with pytest.raises(UserError, match="started without --ema-decay"):
-        other.load_state_dict(small_trainer().state_dict())
+        trainer.load_state_dict(small_trainer().state_dict())
 
 
-def test_channels_last_answers_alike():
+def test_channels_last_gives_the_same_loss():
     trainers = [small_trainer(channels_last=layout) for layout in (False, True)]
-    for dropout in (m for t in trainers for m in t.model.modules() if isinstance(m, nn.Dropout2d)):
-        dropout.p = 0.0  # it draws in the order of the memory
+    for trainer in trainers:
+        trainer.model[3].p = 0.0  # dropout draws in the order of the memory
     weights = [next(t.model.parameters()) for t in trainers]
     assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
-    losses = [t.train_one_epoch(Loader(batches(1)), "title", KEYS)["loss"] for t in trainers]
+    losses = [t.train_one_epoch(noise_batches(1), "title", KEYS)["loss"] for t in trainers]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-class Numbers(torch.utils.data.Dataset):
-    pairs = tuple(Sample(Path(f"{i}.png"), None) for i in range(7))
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, index):
-        images, labels = batches(1, size=7)[0]
-        return images[index], labels[index]
+def test_training_lowers_the_loss_and_evaluates():
+    trainer = small_trainer(lr=1e-2)
+    loader = FakeLoader([*noise_batches(2), *noise_batches(1, size=1)])
+    losses = [trainer.train_one_epoch(loader, "title", KEYS)["loss"] for _ in range(9)]
+    assert losses[-1] < 0.8 * losses[0]
+    result = trainer.evaluate(loader, "val")
+    assert 0 <= result["miou"] <= 1 and len(result["class_iou"]) == 3
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("stop", [1, 2, 4])
-def test_epoch_that_was_interrupted_ends_as_if_it_had_not_been(stop, accumulate):
-    """With dropout, augmentation, average, a partial batch, and the epoch's figures."""
-    if stop % accumulate and stop < 4:
-        pytest.skip("between two updates nothing is saved")
-    world = DistributedContext(0, 1, CPU)
-    options = {"ema_decay": 0.9, "accumulate": accumulate}
+def test_bf16_training_keeps_fp32_weights_and_fp16_on_a_cpu_is_refused():
+    trainer = small_trainer(precision="bf16")
+    assert math.isfinite(trainer.train_one_epoch(noise_batches(1), "bf16", KEYS)["loss"])
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        small_trainer(precision="fp16").train_one_epoch(noise_batches(1), "fp16", KEYS)
 
-    def loader(start: int) -> torch.utils.data.DataLoader:
-        sampler = ResumableDistributedSampler(7, world, seed=1)
-        sampler.start = start
-        return torch.utils.data.DataLoader(Numbers(), 2, sampler=sampler)
 
-    whole = small_trainer(**options)
-    expected = whole.train_one_epoch(loader(0), "whole", KEYS)
+def test_choose_device_without_gpu_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="--device cpu"):
+        choose_device("cuda")
 
-    saved = {}
-    first = small_trainer(**options)
-    tally = first.new_epoch_state()
 
-    def save():
-        if tally.step == stop:
-            parts = (first.model.state_dict(), first.state_dict(), tally.state(world))
-            saved["state"] = copy.deepcopy(parts)
+class SeedRecorder(Augmentation):
+    def forward(self, images, labels, generator):
+        self.seeds = [*getattr(self, "seeds", []), generator.initial_seed()]
+        return super().forward(images, labels, generator)
 
-    first.train_one_epoch(loader(0), "first part", KEYS, tally, save)
-    second = small_trainer(**options)
-    model, state, counted = saved["state"]
-    second.model.load_state_dict(model)
-    second.load_state_dict(state)
-    tally = second.new_epoch_state()
-    tally.restore(counted, world)
-    assert tally.images == min(2 * stop, 7)
-    found = second.train_one_epoch(loader(tally.images), "second part", KEYS, tally)
 
-    for key in ("loss", "miou"):
-        assert found[key] == expected[key]
-    for ours, theirs in ((second.model, whole.model), (second.ema, whole.ema)):
-        a, b = ours.state_dict(), theirs.state_dict()
-        assert all(torch.equal(a[key], b[key]) for key in a)
+def test_each_step_has_its_own_seed():
+    def seeds(*keys: int) -> list[int]:
+        augmentation = SeedRecorder()
+        trainer, loader = small_trainer(augmentation), noise_batches(3)
+        trainer.train_one_epoch(loader, "title", keys)
+        trainer.evaluate(loader, "val")  # draws nothing
+        return augmentation.seeds
+
+    first = seeds(1, 0, 1)
+    assert first == [step_generator(1, 0, 1, step, 0).initial_seed() for step in range(3)]
+    others = [seeds(2, 0, 1), seeds(1, 1, 1), seeds(1, 0, 2)]
+    others.append([step_generator(1, 0, 1, step, 1).initial_seed() for step in range(3)])
+    assert len({*first, *chain(*others)}) == 15
+
+
+def test_evaluate_does_not_depend_on_the_augmentation():
+    presets = [Augmentation(preset) for preset in ("paper", "modern")]
+    results = [small_trainer(preset).evaluate(noise_batches(2), "val") for preset in presets]
+    assert results[0] == results[1]
 
 
 # When to save, when to stop, and what is kept
@@ -466,24 +368,24 @@ def test_epoch_that_was_interrupted_ends_as_if_it_had_not_been(stop, accumulate)
 def test_checkpoint_timer_saves_by_steps_and_by_minutes(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
-    world, request = DistributedContext(0, 1, CPU), StopRequest()
+    request = StopRequest()
     pattern = [Action.CONTINUE, Action.CONTINUE, Action.SAVE] * 2
-    timer = CheckpointTimer(world, request, every_steps=3)
+    timer = CheckpointTimer(ALONE, request, every_steps=3)
     assert [timer.poll(step) for step in range(1, 7)] == pattern
-    timer = CheckpointTimer(world, request, every_minutes=2)
+    timer = CheckpointTimer(ALONE, request, every_minutes=2)
     actions = []
     for clock[0] in (60, 61, 121, 130, 131, 242):
         actions.append(timer.poll(1))
     assert actions == pattern
-    assert CheckpointTimer(world, request).poll(5) == Action.CONTINUE
+    assert CheckpointTimer(ALONE, request).poll(5) == Action.CONTINUE
     assert timer.stop_signal() == timer.signal == 0
     request.number = signal.SIGTERM
     assert timer.poll(1) == Action.STOP and timer.signal == signal.SIGTERM
     assert timer.stop_signal() == signal.SIGTERM
 
 
-def test_signal_is_noted_and_a_later_one_ends(monkeypatch):
-    """But not one at the same time: schedulers and torchrun send the same signal twice."""
+def test_stop_request_ends_at_a_later_signal(monkeypatch):
+    """But not at one soon after the first: schedulers and torchrun send a signal twice."""
     clock, raised = [0.0], []
     monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(signals.signal, "raise_signal", raised.append)
@@ -497,106 +399,199 @@ def test_signal_is_noted_and_a_later_one_ends(monkeypatch):
         assert raised == [signal.SIGINT]
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == before
-    assert (
-        TrainingStopped(signal.SIGTERM).exit_status == 143
-        and TrainingStopped(signal.SIGINT).exit_status == 130
-    )
+    statuses = [TrainingStopped(number).exit_status for number in (signal.SIGTERM, signal.SIGINT)]
+    assert statuses == [143, 130]
 
 
-def test_the_last_checkpoints_are_kept(tmp_path):
+def test_checkpoints_keeps_the_newest(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for number in (3, 20, 100):
         checkpoints.save(number, nn.Linear(1, 1), {"number": number})
-    assert [path.name for path in checkpoints.paths()] == [
-        "checkpoint_000000100.pth", "checkpoint_000000020.pth"
-    ]  # fmt: skip
-    _, content, complaints = checkpoints.load_latest()
-    assert content["meta"]["number"] == 100 and not complaints
+    names = [path.name for path in checkpoints.paths()]
+    assert names == ["checkpoint_000000100.pth", "checkpoint_000000020.pth"]
+    _, content, warnings = checkpoints.load_latest()
+    assert content["meta"]["number"] == 100 and not warnings
 
 
-@pytest.mark.parametrize("harm", ["cut", "one byte", "empty"])
-def test_damaged_checkpoint_falls_back_and_says_so(harm, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "one byte", "empty"])
+def test_load_latest_with_damaged_checkpoint_takes_the_one_before(damage, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     torch.manual_seed(0)
     for number in (1, 2):
         checkpoints.save(number, nn.Linear(50, 50), {"number": number})
     newest = checkpoints.paths()[0]
     content = bytearray(newest.read_bytes())
-    if harm == "one byte":  # within the weights: it opens, and has other numbers
+    if damage == "one byte":  # within the weights: PyTorch opens the file
         place = content.index(torch.load(newest)["state_dict"]["weight"].numpy().tobytes())
         content[place + 100] ^= 1
-        assert torch.load(newest)["state_dict"]["weight"].shape == (50, 50)
-    newest.write_bytes({"cut": content[:-100], "one byte": content, "empty": b""}[harm])
-    path, found, complaints = checkpoints.load_latest()
+    newest.write_bytes({"cut": content[:-100], "one byte": content, "empty": b""}[damage])
+    path, found, warnings = checkpoints.load_latest()
     assert found["meta"]["number"] == 1 and path.name == "checkpoint_000000001.pth"
-    assert len(complaints) == 1 and f"{newest} is damaged" in complaints[0]
+    assert len(warnings) == 1 and f"{newest} is damaged" in warnings[0]
     assert newest.with_suffix(".damaged").exists() and not newest.exists()
     path.write_bytes(b"")
     with pytest.raises(UserError, match="start a new run"):
         checkpoints.load_latest()
 
 
-def test_unreadable_pair_is_replaced_and_counted(own_camvid):
-    data = SkipCorruptDataset(open_dataset("camvid", own_camvid, "train"))
-    sound = [data[i] for i in range(len(data))]
-    assert not data.damaged.any()
-    (own_camvid / "train/train_001.png").write_bytes(b"torn")
-    (own_camvid / "trainannot/train_002.png").unlink()
-    for index, other in ((0, 0), (1, 3), (2, 3), (3, 3)):
-        assert all(map(torch.equal, data[index], sound[other]))
-    assert data.damaged.nonzero().flatten().tolist() == [1, 2]
-    for path in (own_camvid / "train").iterdir():
-        path.write_bytes(b"torn")
-    with pytest.raises(UserError, match="is damaged"):
-        data[0]
+# Runs
 
 
-def test_training_lowers_the_loss_and_counts_every_image():
-    trainer = small_trainer(lr=1e-3)
-    loader = Loader([*batches(2), (*[x[:1] for x in batches(1)[0]],)])
-    first = trainer.train_one_epoch(loader, "first", KEYS)
-    for _ in range(8):
-        last = trainer.train_one_epoch(loader, "later", KEYS)
-    assert last["loss"] < 0.8 * first["loss"]
-    result = trainer.evaluate(loader, "val")
-    assert 0 <= result["miou"] <= 1 and len(result["class_iou"]) == 3
+@pytest.fixture
+def scores(monkeypatch):
+    """Validation scores of the epochs, instead of measured ones."""
+    values: list[float | None] = []
+    result = {"loss": 1.0, "class_iou": {}}
+    monkeypatch.setattr(
+        "lednet.training.trainer.Trainer.evaluate",
+        lambda *_, **__: result | {"miou": values.pop(0)},
+    )
+    monkeypatch.setattr("lednet.training.loop.plot_curves", lambda *_: None)
+    return values
 
 
-def test_bf16_trains():
-    trainer = small_trainer(precision="bf16")
-    assert math.isfinite(trainer.train_one_epoch(Loader(batches(1)), "bf16", KEYS)["loss"])
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+def epoch_of(path) -> int:
+    return load_checkpoint(path)["meta"]["epoch"]
 
 
-def test_fp16_on_a_cpu_is_refused():
-    with pytest.raises(UserError, match="fp16 needs a GPU"):
-        small_trainer(precision="fp16").train_one_epoch(Loader(batches(1)), "fp16", KEYS)
+def test_best_weights_are_those_of_the_best_epoch(scores, tmp_path):
+    scores += [0.2, 0.9, 0.5, None, 0.9, 0.1]
+    net, progress = tiny_run(tmp_path, epochs=(6,), run_options={"keep_every": 2})
+    assert epoch_of(tmp_path / "s0_best.pth") == 2 and progress.best_score == 0.9
+    kept = tmp_path / "s0_epoch002.pth"
+    assert_same_tensors(
+        *(load_checkpoint(p)["state_dict"] for p in (tmp_path / "s0_best.pth", kept))
+    )
+    assert not torch.equal(load_checkpoint(kept)["state_dict"]["0.weight"], net[0].weight)
+    assert len([*tmp_path.glob("s0_epoch*.pth")]) == 3 and len([*tmp_path.glob("check*")]) == 2
 
 
-class Watched(Augmentation):
-    """Notes the seed of every change."""
-
-    def forward(self, images, labels, generator):
-        self.seeds = [*getattr(self, "seeds", []), generator.initial_seed()]
-        return super().forward(images, labels, generator)
-
-
-def test_each_step_draws_from_its_own_place_in_the_run():
-    def seeds(seed: int, stage: int, epoch: int) -> list[int]:
-        augmentation = Watched()
-        trainer, loader = small_trainer(augmentation), Loader(batches(3))
-        trainer.train_one_epoch(loader, "title", (seed, stage, epoch))
-        trainer.evaluate(loader, "val")  # draws nothing
-        return augmentation.seeds
-
-    first = seeds(1, 0, 1)
-    assert first == [step_generator(1, 0, 1, step, 0).initial_seed() for step in range(3)]
-    others = [seeds(2, 0, 1), seeds(1, 1, 1), seeds(1, 0, 2)]
-    others.append([step_generator(1, 0, 1, step, 1).initial_seed() for step in range(3)])
-    assert len({*first, *(seed for run in others for seed in run)}) == 15
+def test_resumed_run_remembers_the_best_score(scores, tmp_path):
+    scores += [0.2, 0.9, 0.5, 0.95]
+    with pytest.raises(TrainingStopped):
+        tiny_run(tmp_path, StopAt(ALONE, 9), epochs=(4,))
+    tiny_run(tmp_path, StopAt(ALONE, 16), epochs=(3,), resume=True)
+    assert epoch_of(tmp_path / "s0_best.pth") == 2
+    tiny_run(tmp_path, epochs=(4,), resume=True)
+    assert epoch_of(tmp_path / "s0_best.pth") == 4
 
 
-def test_scores_do_not_depend_on_the_augmentation():
-    loader = Loader(batches(2))
-    results = [small_trainer(Augmentation(p)).evaluate(loader, "val") for p in ("paper", "modern")]
-    assert results[0] == results[1]
+def test_each_stage_has_its_own_best_score(scores, tmp_path):
+    scores += [0.8, 0.3]
+    tiny_run(tmp_path, epochs=(1, 1))
+    assert (tmp_path / "s1_best.pth").exists()
+
+
+def test_validate_every_validates_also_the_last_epoch_of_a_stage(scores, tmp_path):
+    scores += [0.1] * 4
+    tiny_run(tmp_path, epochs=(3, 2), run_options={"validate_every": 2})
+    validated = [record["val_miou"] is not None for record in read_records(tmp_path)]
+    assert validated == [False, True, True, False, True]
+
+
+RUNS = {
+    "adam": {"augmentation": "modern"},
+    "ema, accumulated": {"ema_decay": 0.5, "accumulate": 2},
+    "sgd, from device memory": {"optimizer": "sgd", "loading": {"on_device": True}},
+    "captured": {"ema_decay": 0.5, "capture": True},
+    "class-uniform": {
+        "loading": {"class_counts": np.tile([5, 0, 9, 1], (7, 1)), "class_uniform": 0.5}
+    },
+    "skip bad steps": {"skip_bad_steps": True, "clip_norm": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_stopped_anywhere_and_resumed_ends_bit_exactly_the_same(name, tmp_path, monkeypatch):
+    """In the first and second epoch of a stage, at the end of an epoch, and in the second stage."""
+    monkeypatch.setattr("lednet.training.loop.plot_curves", lambda *_: None)
+    options = {key: value for key, value in RUNS[name].items() if key != "augmentation"}
+
+    def change(trainer) -> None:
+        if RUNS[name].get("augmentation"):
+            trainer.task.augment = Augmentation("modern")
+        if capture:
+            trainer.record = record_by_calling
+            trainer._make_capturable(trainer.optimizer)
+
+    capture = options.pop("capture", False)
+    tiny_run(tmp_path / "whole", change=change, **options)
+    last = load_checkpoint(Checkpoints(tmp_path / "whole").paths()[0])["progress"]["steps"]
+    assert last == 16 // options.get("accumulate", 1)  # 7 images, 2 a step: every image is used
+    resume = False
+    for step in (1, last // 4, last * 3 // 8, last // 2, last - 2):
+        with pytest.raises(TrainingStopped):
+            tiny_run(tmp_path / "parts", StopAt(ALONE, step), resume, change, **options)
+        resume = True
+    tiny_run(tmp_path / "parts", resume=True, change=change, **options)
+    newest = Checkpoints(tmp_path / "whole").paths()[0].name
+    names = ("s0_best.pth", "s1_best.pth", newest)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts", *names)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (NaNAt(2), {}, "the loss is nan in step 3 of s0 1/2, of "),
+        (None, {"lr": 1e39}, "the weights are not finite after 1 steps"),
+    ],
+    ids=["loss", "weights"],
+)
+def test_non_finite_run_stops_with_a_sentence_and_a_valid_checkpoint(
+    loss, options, message, tmp_path
+):
+    def change(trainer) -> None:
+        trainer.task.loss = loss or trainer.task.loss
+
+    timer = StopAt(ALONE, every_steps=1)
+    with pytest.raises(UserError, match=f"{message}.*: continue with --resume and a lower --lr"):
+        tiny_run(tmp_path, timer, change=change, **options)
+    found = Checkpoints(tmp_path).paths()
+    assert len(found) == (2 if loss else 0)
+    for path in found:
+        assert all(v.isfinite().all() for v in load_checkpoint(path)["state_dict"].values())
+
+
+def test_skipped_steps_are_logged(tmp_path, scores):
+    scores += [0.1] * 2
+    loss = NaNAt(2)
+    change = lambda trainer: setattr(trainer.task, "loss", loss)  # noqa: E731
+    tiny_run(tmp_path, change=change, epochs=(2,), skip_bad_steps=True)
+    first, second = read_records(tmp_path)
+    assert first["skipped"] == 1 and "skipped" not in second
+
+
+def test_resume_with_other_stages_is_refused(tmp_path, scores):
+    scores += [0.1] * 2
+    tiny_run(tmp_path, epochs=(1, 1))
+    with pytest.raises(UserError, match="is in stage s1, which these options leave out"):
+        tiny_run(tmp_path, epochs=(1,), resume=True)
+
+
+def test_run_of_version_0_1_is_resumed(own_camvid, tmp_path, run_inside):
+    """Its options have their earlier names, and its weights one value each, to be small."""
+    folder = shutil.copytree(ROOT / "tests/run_v01", tmp_path / "run")
+    (packed,) = folder.glob("checkpoint_*.pth.xz")
+    packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
+    assert {"val_stride", "val_prefix", "skip_corrupt"} <= read_options(folder).keys()
+    result = run_inside(
+        "train/main.py", "--savedir", folder, "--datadir", own_camvid, "--resume",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "resuming decoder after epoch 1, 1 batches into the next" in result.stdout
+    assert [record["epoch"] for record in read_records(folder)] == [1, 2]
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    def weights(loader: FakeLoader, accumulate: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        trainer = small_trainer(Unaugmented(), nn.Conv2d(3, 4, 3), accumulate=accumulate)
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 1.0)
+        trainer.train_one_epoch(loader, "title", KEYS)
+        return nn.utils.parameters_to_vector(trainer.model.parameters()).detach()
+
+    small = noise_batches(3)
+    small[0][1][:, 2:] = 255  # nearly all void: the weights of the batches differ much
+    joint = [tuple(map(torch.cat, zip(*part, strict=True))) for part in (small[:2], small[2:])]
+    found, expected = weights(small, 2), weights(FakeLoader(joint), 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

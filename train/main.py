@@ -9,138 +9,77 @@
     torchrun --nproc-per-node=4 --max-restarts=3 train/main.py --savedir long --resume auto
 
 The default is the paper's recipe (train/recipes/paper.yaml): Adam 5e-4, weight decay 1e-4,
-poly decay 0.9, 300 epochs, class-weighted cross-entropy, 512x1024. The three ways to train,
-with the hours and the disk space that they take: docs/training.md. Scores to expect: README.md.
-Everything a run writes lies in its folder below save/.
+poly decay 0.9, 300 epochs, class-weighted cross-entropy, 512x1024. docs/training.md describes the
+three ways to train, with their hours and disk space; README.md has the scores to expect. A run
+writes to its folder in save/.
 """
 
 import argparse
 from pathlib import Path
 
-from lednet.cli.common import (
-    AUGMENTATIONS,
-    COUNT,
-    POSITIVE,
-    VARIANTS,
-    add_dataset_flags,
-    add_input_size_flags,
-    at_least,
-    make_parser,
-    print_help_early,
-)
-from lednet.cli.train_args import (
-    add_loading_flags,
-    add_recipe_flags,
-    add_run_flags,
-    parse_flags,
-    require_schedule,
-)
+from lednet.cli import common, train_args
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     data = parser.add_argument_group("data")
-    add_dataset_flags(data)
-    data.add_argument(
-        "--with-val",
-        action="store_true",
-        help="train on the validation images too, for a final model; their score is then no "
-        "estimate of anything",
-    )
-    add_input_size_flags(data, "that of the data set, 512x1024 for Cityscapes")
-    data.add_argument("--augment", choices=AUGMENTATIONS, help="paper: flip and shift; modern: "
-                      "scale, crop, flip and colour")  # fmt: skip
-    data.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="read the decoded data set that datasets/prepare_cityscapes.py has written to DIR",
-    )
-    data.add_argument(
-        "--class-uniform",
-        type=float,
-        metavar="SHARE",
-        help="draw this share of the images (0 to 1) by class, each class as often as another",
-    )
-    add_loading_flags(data)
+    common.add_dataset_flags(data)
+    data.add_argument("--with-val", action="store_true",
+                      help="train on the validation images too, for a final model; their score is "
+                           "then no estimate of anything")
+    common.add_input_size_flags(data, "that of the data set, 512x1024 for Cityscapes")
+    data.add_argument("--augment", choices=common.AUGMENTATIONS,
+                      help="paper: flip and shift; modern: scale, crop, flip and colour")
+    data.add_argument("--cache", type=Path, metavar="DIR",
+                      help="read the decoded data set that datasets/prepare_cityscapes.py has "
+                           "written to DIR")
+    data.add_argument("--class-uniform", type=float, metavar="SHARE",
+                      help="draw this share of the images (0 to 1) by class, each class as often "
+                           "as another")
+    train_args.add_loading_flags(data)
 
     net = parser.add_argument_group("network")
-    net.add_argument(
-        "--variant",
-        choices=VARIANTS,
-        default="d20",
-        help="d20: lighter, 0.93 M parameters; d128: heavier, 2.29 M",
-    )
-    net.add_argument(
-        "--pyramid-channels", type=POSITIVE, metavar="D", help="another width of d128's pyramid"
-    )
-    net.add_argument(
-        "--state",
-        type=Path,
-        help="start from the weights of a full network: a file, a run folder or a released name",
-    )
-    net.add_argument(
-        "--pretrainedEncoder",
-        type=Path,
-        dest="pretrained_encoder",
-        help="weights to take the encoder and its normalization from; skips stage 1",
-    )
+    net.add_argument("--variant", choices=common.VARIANTS, default="d20",
+                     help="d20: lighter, 0.93 M parameters; d128: heavier, 2.29 M")
+    net.add_argument("--pyramid-channels", type=common.POSITIVE, metavar="D",
+                     help="another width of d128's pyramid")
+    net.add_argument("--state", type=Path,
+                     help="start from the weights of a full network: a file, a run folder or a "
+                          "released name")
+    net.add_argument("--pretrainedEncoder", type=Path, dest="pretrained_encoder",
+                     help="weights to take the encoder and its normalization from; skips stage 1")
     net.add_argument("--decoder", action="store_true", help="start with stage 2")
-    net.add_argument(
-        "--encoder-lr-factor",
-        type=at_least(0, float),
-        default=1.0,
-        metavar="X",
-        help="factor of the encoder's learning rate in stage 2",
-    )
-    net.add_argument(
-        "--freeze-encoder",
-        type=COUNT,
-        default=0,
-        metavar="N",
-        help="freeze the encoder in the first N epochs of stage 2",
-    )
+    net.add_argument("--encoder-lr-factor", type=common.at_least(0, float), default=1.0,
+                     metavar="X", help="factor of the encoder's learning rate in stage 2")
+    net.add_argument("--freeze-encoder", type=common.COUNT, default=0, metavar="N",
+                     help="freeze the encoder in the first N epochs of stage 2")
 
     recipe = parser.add_argument_group("recipe", "the defaults come from --recipe")
-    add_recipe_flags(recipe, "Adam")
-    recipe.add_argument(
-        "--encoder-epochs",
-        type=POSITIVE,
-        metavar="N",
-        help="epochs of stage 1 (default: as many as of the stage after it)",
-    )
-    recipe.add_argument(
-        "--curriculum",
-        metavar="A:N,B:M",
-        help="Cityscapes: stage 2 on annotations A for N epochs, then on B for M, each with its "
-        "own class weights and schedule, as in coarse:100,fine:200",
-    )
-    recipe.add_argument(
-        "--progressive",
-        metavar="HxW:N,...",
-        help="train stage 2 at smaller sizes first, N epochs each, with a schedule for each size",
-    )
-    recipe.add_argument(
-        "--class-weights",
-        choices=("auto", "released", "computed", "none"),
-        help="weights of the loss; computed: 1/ln(c+share) of the training labels; auto: the "
-        "released list for Cityscapes fine, otherwise computed",
-    )
-    recipe.add_argument(
-        "--iouTrain",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        dest="iou_train",
-        help="compute the mIoU of the training batches too",
-    )
-    add_run_flags(parser, "<dataset>-<variant>")
+    train_args.add_recipe_flags(recipe, "Adam")
+    recipe.add_argument("--encoder-epochs", type=common.POSITIVE, metavar="N",
+                        help="epochs of stage 1 (default: as many as of the stage after it)")
+    recipe.add_argument("--curriculum", metavar="A:N,B:M",
+                        help="Cityscapes: stage 2 on annotations A for N epochs, then on B for M, "
+                             "each with its own class weights and schedule, as in "
+                             "coarse:100,fine:200")
+    recipe.add_argument("--progressive", metavar="HxW:N,...",
+                        help="train stage 2 at smaller sizes first, N epochs each, with a schedule "
+                             "for each size")
+    recipe.add_argument("--class-weights", choices=("auto", "released", "computed", "none"),
+                        help="weights of the loss; computed: 1/ln(c+share) of the training labels; "
+                             "auto: the released list for Cityscapes fine, otherwise computed")
+    recipe.add_argument("--iouTrain", action=argparse.BooleanOptionalAction, default=True,
+                        dest="iou_train", help="compute the mIoU of the training batches too")
+    train_args.add_run_flags(parser, "<dataset>-<variant>")
     return parser
+# fmt: on
 
 
 if __name__ == "__main__":
-    print_help_early(build_parser)
+    common.print_help_early(build_parser)
 
 import functools
 import math
@@ -154,37 +93,25 @@ from lednet.data.dataset import SegmentationDataset, SkipCorruptDataset, pixel_s
 from lednet.data.loaders import make_loaders
 from lednet.data.registry import cache_split, open_training_data
 from lednet.data.transforms import Augmentation
-from lednet.distributed import DistributedContext, convert_sync_batch_norm
+from lednet.distributed import DistributedContext
 from lednet.errors import UserError, exit_on_user_error
 from lednet.hub import resolve_weights
-from lednet.io import plain_values, write_text
 from lednet.model import LEDNet, count_parameters
-from lednet.training.launch import config_from_args, launch, open_logger, open_run
+from lednet.training import losses
+from lednet.training.launch import config_from_args, launch, open_run, prepare_net
 from lednet.training.loop import StageComponents, TrainingRun, train_stages
-from lednet.training.losses import (
-    RELEASED_WEIGHTS,
-    WEIGHT_OFFSETS,
-    WeightedCrossEntropy,
-    class_weights,
-)
 from lednet.training.signals import CheckpointTimer
 from lednet.training.stages import Stage, parse_curriculum, parse_sizes, plan_stages
 from lednet.training.tasks import Segmentation
-from lednet.training.time_budget import TimeBudget
 from lednet.training.trainer import FinetuneConfig, Trainer, seed_everything
-
-NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-"""The paper trains on raw [0, 1] images."""
 
 
 def run_path(args: argparse.Namespace) -> Path:
-    """A bare --savedir lies below save/, anything with a slash where it says."""
-    name = args.savedir or f"{args.dataset}-{args.variant}"
-    return ROOT / "save" / name if Path(name).name == name else Path(name)
+    return train_args.run_folder(ROOT, args.savedir or f"{args.dataset}-{args.variant}")
 
 
 def parse_options() -> argparse.Namespace:
-    args = parse_flags(build_parser(), run_path, ROOT / "train/recipes")
+    args = train_args.parse_flags(build_parser(), run_path, ROOT / "train/recipes")
     if args.pyramid_channels and args.variant != "d128":
         raise UserError("--pyramid-channels goes with --variant d128: give both or neither")
     if args.val_stride == 1:
@@ -193,7 +120,7 @@ def parse_options() -> argparse.Namespace:
         raise UserError(f"--class-uniform is {args.class_uniform}: give more than 0, at most 1")
     if args.curriculum and args.annotations != "fine":
         raise UserError("--curriculum names the annotations of each part: leave --annotations out")
-    require_schedule(args, min(stage.epochs for stage in stages_of(args)))
+    train_args.require_schedule(args, min(stage.epochs for stage in stages_of(args)))
     return args
 
 
@@ -208,29 +135,22 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
 
 
 def stage_costs(stages: list[Stage], args: argparse.Namespace) -> list[float]:
-    """What each stage costs, in epochs at full size: how --max-minutes is divided."""
+    """Cost of each stage in epochs at full size, by which --max-minutes is divided."""
     full = args.height * args.width
     return [stage.epochs * (math.prod(stage.size) / full if stage.size else 1) for stage in stages]
 
 
 class Data:
-    """What a stage trains and validates on, at working size; fills in --height and --width."""
+    """Training and validation data of a stage, at working size; fills in --height and --width."""
 
     def __init__(self, args: argparse.Namespace, annotations: str):
         train: SegmentationDataset | CachedDataset
         val: SegmentationDataset | CachedDataset
         train, val = open_training_data(
-            args.dataset,
-            args.datadir or ROOT / "datasets" / args.dataset,
-            args.height,
-            args.width,
-            annotations=annotations,
-            labels=args.labels,
-            class_file=args.classes,
-            val_stride=args.val_stride,
-            val_prefix=args.val_prefix,
-            with_val=args.with_val,
-        )
+            args.dataset, args.datadir or ROOT / "datasets" / args.dataset, args.height, args.width,
+            annotations=annotations, labels=args.labels, class_file=args.classes,
+            val_stride=args.val_stride, val_prefix=args.val_prefix, with_val=args.with_val,
+        )  # fmt: skip
         _, args.height, args.width = train.encoded_shape
         self.scheme, self.workers = train.scheme, max(1, args.num_workers)
         if args.cache:
@@ -257,16 +177,16 @@ def weights_for(args: argparse.Namespace, stage: Stage, data: Data) -> list[floa
     if choice == "released":
         if args.dataset != "cityscapes":
             raise UserError("--class-weights released is for Cityscapes: choose computed")
-        return list(RELEASED_WEIGHTS[stage.part])
+        return list(losses.RELEASED_WEIGHTS[stage.part])
     if choice == "none":
         return [1.0] * num_classes
     shares = pixel_shares(data.class_counts)[:num_classes]
-    return class_weights(shares, WEIGHT_OFFSETS[stage.part]).tolist()
+    return losses.class_weights(shares, losses.WEIGHT_OFFSETS[stage.part]).tolist()
 
 
-def start_weights(args: argparse.Namespace, run: TrainingRun) -> None:
-    """Load what the flags ask for into a new run's network, and take over its normalisation and
-    what released weights tell of their training."""
+def load_initial_weights(args: argparse.Namespace, run: TrainingRun) -> None:
+    """Load the weights of --state and --pretrainedEncoder into a new run's network, with their
+    normalization and, for the model card, the description of their training."""
     for flag, path, part in (
         ("--state", args.state, ""),
         ("--pretrainedEncoder", args.pretrained_encoder, "encoder."),
@@ -281,44 +201,38 @@ def start_weights(args: argparse.Namespace, run: TrainingRun) -> None:
             run.run_dir.log(f"{flag}: {report}")
 
 
-def train(args: argparse.Namespace, world: DistributedContext, timer: CheckpointTimer) -> None:
-    """Build data and network, then train the stages that are left."""
+def train(
+    args: argparse.Namespace, dist_context: DistributedContext, timer: CheckpointTimer
+) -> None:
+    """Build data and network, then train the remaining stages."""
     stages = stages_of(args)
     open_data = functools.lru_cache(maxsize=1)(functools.partial(Data, args))
     scheme = open_data(stages[0].annotations).scheme
-    run_dir, checkpoints = open_run(args, run_path(args), world)
     seed_everything(args.seed)
     net = LEDNet(scheme.num_outputs, args.variant, args.pyramid_channels)
-    mean, std = NO_NORMALIZATION
     meta = {
         "model": f"LEDNet {args.variant}",
         "dataset": scheme.name,
         "classes": list(scheme.classes),
         "colors": [list(color) for color in scheme.colors],
-        "mean": list(mean),
-        "std": list(std),
+        "mean": [0.0, 0.0, 0.0],  # the paper trains on raw [0, 1] images
+        "std": [1.0, 1.0, 1.0],
         "size": [args.height, args.width],
     }
-    run = TrainingRun(net, stages, run_dir, checkpoints, meta, args.seed, timer)
-    run.keep_every, run.validate_every = args.epochs_save, args.validate_every
-    run.budget = TimeBudget(world, args.max_minutes, stage_costs(stages, args))
-    run.logger = open_logger(args, run_dir, scheme)
+    run = open_run(
+        args, run_path(args), net, stages, meta, timer, stage_costs(stages, args), scheme
+    )
+    log = run.run_dir.log
     state = run.resume() if args.resume else ()
     if not args.resume:
-        start_weights(args, run)
-    net.to(world.device)
-    if args.sync_batch_norm:
-        net = run.net = convert_sync_batch_norm(net, world)
-    run_dir.write_options(plain_values(vars(args)), ROOT, world)
-    if world.is_main:
-        write_text(run_dir.path / "model.txt", f"{net}\n\n{count_parameters(net):,} parameters\n")
+        load_initial_weights(args, run)
+    prepare_net(args, run, ROOT)
 
     def build_stage(stage: Stage) -> StageComponents:
         data = open_data(stage.annotations)
-        weights = weights_for(args, stage, data)
         height, width = stage.size or (args.height, args.width)
         epochs = f"{stage.epochs} epochs" if args.max_minutes is None else "epochs"
-        run_dir.log(
+        log(
             f"{stage.title}: {epochs} of {len(data.train)} training and "
             f"{len(data.val)} validation images of {scheme.name} at {height}x{width}"
         )
@@ -329,42 +243,33 @@ def train(args: argparse.Namespace, world: DistributedContext, timer: Checkpoint
             pretrained = FinetuneConfig(net.encoder, args.encoder_lr_factor, args.freeze_encoder)
         # The head of stage 1 has no part in stage 2.
         net.encoder_head.requires_grad_(stage.part == "encoder")
-        criterion = WeightedCrossEntropy(weights, scheme.num_outputs)
-        augmentation = Augmentation(args.augment, run.meta["mean"], run.meta["std"], stage.size)
-        task = Segmentation(criterion, augmentation, scheme.classes)
+        task = Segmentation(
+            losses.WeightedCrossEntropy(weights_for(args, stage, data), scheme.num_outputs),
+            Augmentation(args.augment, run.meta["mean"], run.meta["std"], stage.size),
+            scheme.classes,
+        )
         trainer = Trainer(
-            model, task, stage.epochs, world, config_from_args(args), args.iou_train, pretrained,
-            run_dir.log,
+            model, task, stage.epochs, dist_context, config_from_args(args), args.iou_train,
+            pretrained, log,
         )  # fmt: skip
         loaders = make_loaders(
-            data.train,
-            data.val,
-            world,
-            args.batch_size,
-            args.num_workers,
-            args.seed,
+            data.train, data.val, dist_context, args.batch_size, args.num_workers, args.seed,
             class_counts=data.class_counts if args.class_uniform else None,
             class_uniform=args.class_uniform or 0.0,
             on_device=args.cache_device,
-        )
+        )  # fmt: skip
         return StageComponents(trainer, *loaders)
 
-    run_dir.log(
-        f"LEDNet {args.variant}, {count_parameters(net):,} parameters, on {world.size} x "
-        f"{world.device}; {run_dir.path}"
+    log(
+        f"LEDNet {args.variant}, {count_parameters(net):,} parameters, on {dist_context.size} x "
+        f"{dist_context.device}; {run.run_dir.path}"
     )
     progress = train_stages(run, build_stage, *state)
-    run_dir.log(
-        f"done: best val mIoU {progress.best_score:.3f}; weights "
-        f"{run_dir.path / stages[-1].best_file}, curves {run_dir.path / 'curves.png'}"
-    )
-
-
-def main() -> None:
-    args = parse_options()
-    launch(args, lambda world, timer: train(args, world, timer))
+    best, curves = (run.run_dir.path / name for name in (stages[-1].best_file, "curves.png"))
+    log(f"done: best val mIoU {progress.best_score:.3f}; weights {best}, curves {curves}")
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main()
+        args = parse_options()
+        launch(args, functools.partial(train, args))

@@ -1,11 +1,11 @@
-"""Print how often each class occurs in the training labels, and the weights that follow.
+"""Print the share of each class in the training labels, and the class weights.
 
     python utils/class_weights.py --datadir /data/cityscapes
     python utils/class_weights.py --dataset camvid --datadir /data/camvid --offsets 1.02 1.1
     python utils/class_weights.py --dataset folders --datadir mine --format json > weights.json
 
-A class's weight is 1 / ln(c + share), its share being one of all pixels, void included: what
-train/main.py --class-weights computed takes, c being 1.2 in stage 1 and 1.1 after it. Only
+The weight of a class is 1 / ln(c + share), with its share of all pixels, void included. It is the
+weight of train/main.py --class-weights computed, with c = 1.2 in stage 1 and 1.1 after it. Only
 labels are read.
 """
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     # fmt: off
-    add_dataset_flags(parser, hold_out="the hold-out that the training is to use")
+    add_dataset_flags(parser, hold_out="the same value as in training")
     parser.add_argument("--offsets", type=float, nargs="+", metavar="C", default=[1.1, 1.2],
                         help="c of the formula; smaller values give more weight to rare classes. "
                              "1.1 and 1.2 are those of the paper's full network and encoder stage")
@@ -65,18 +65,13 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = build_parser().parse_args()
     if min(args.offsets) <= 1:
-        raise UserError(f"--offsets {min(args.offsets):g}: give more than 1, so that no class gets "
-                        "an infinite weight")  # fmt: skip
+        raise UserError(f"--offsets {min(args.offsets):g} gives a class an infinite weight: give "
+                        "more than 1")  # fmt: skip
     root = args.datadir or ROOT / "datasets" / args.dataset
     train, _ = open_training_data(
-        args.dataset,
-        root,
-        annotations=args.annotations,
-        labels=args.labels,
-        class_file=args.classes,
-        val_stride=args.val_stride,
-        val_prefix=args.val_prefix,
-    )
+        args.dataset, root, annotations=args.annotations, labels=args.labels,
+        class_file=args.classes, val_stride=args.val_stride, val_prefix=args.val_prefix,
+    )  # fmt: skip
     shares = pixel_shares(train.class_counts(max(1, args.num_workers))).tolist()
     classes = train.scheme.classes
     result = {

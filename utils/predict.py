@@ -94,7 +94,7 @@ from lednet.inference.predictor import Predictor
 from lednet.inference.progress_log import ProgressLog
 from lednet.inference.video import VIDEO_SUFFIXES, VideoError, VideoReader, import_av, open_camera
 from lednet.io import write_json
-from lednet.training.signals import StopRequest
+from lednet.signals import StopRequest
 from lednet.visualization import Visualizer, output_scheme
 
 

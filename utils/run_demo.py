@@ -1,10 +1,10 @@
-"""Draw toy streets, train both stages on them, score the result: the whole way, in minutes.
+"""Generate toy streets, train both stages on them, and evaluate the network.
 
     python utils/run_demo.py
 
-What `make demo` runs. Each phase is a command that a user could type; it is printed.
-About five minutes on two CPU cores; the mIoU on the toy's val split should be at least
-0.60. A finished demo is shown again, not trained again: `make clean-demo` removes it.
+`make demo` runs this script. It prints the command of each phase, and takes about five minutes on
+two CPU cores; the mIoU on the toy's val split should be at least 0.60. A finished demo is not
+trained again: `make clean-demo` removes it.
 """
 
 import argparse
@@ -25,13 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 DATA = ROOT / "datasets" / "toy_cityscapes"
 RUN = ROOT / "save" / "demo"
-SPEED_SIZE = (512, 1024)
-"""(height, width) of the published speed."""
+SPEED_SIZE, IMAGE_SIZE = (512, 1024), (1024, 2048)
+"""(height, width) of the network's input, and of the images, in the measurement of the speed."""
 
-IMAGE_SIZE = (1024, 2048)
-"""(height, width) of a Cityscapes image, from which label maps are timed."""
-
-# Small pictures, few epochs and a larger step than the paper's: a demo, not the recipe.
+# Small images, few epochs and a larger learning rate than the paper's.
 TRAINING = ("--height", "128", "--width", "256", "--encoder-epochs", "3", "--num-epochs", "8",
             "--batch-size", "4", "--lr", "2e-3", "--num-workers", "2",
             "--class-weights", "computed")  # fmt: skip
@@ -49,7 +46,7 @@ def run_phase(name: str, script: str, *arguments: str) -> float:
 
 
 def run_all() -> dict:
-    """Every phase in order; returns the summary."""
+    """Run every phase in order; returns the summary."""
     data, run = str(DATA.relative_to(ROOT)), str(RUN.relative_to(ROOT))
     seconds = {"toy data": run_phase("toy data", "datasets/make_toy_cityscapes.py", "--out", data)}
     resume = ["--resume"] if holds_run(RUN) else []
@@ -85,7 +82,7 @@ def run_all() -> dict:
 
 
 def show(summary: dict) -> None:
-    """One screen: the result, where it lies, what to run next."""
+    """Print the result, its files, and the next commands."""
     speed, run = summary["speed"], RUN.relative_to(ROOT)
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())
     print(f"""
@@ -118,7 +115,7 @@ def main() -> None:
     ).parse_args()
     path = RUN / "summary.json"
     if path.is_file():
-        print("This demo has run before; `make clean-demo` makes way for a new one.")
+        print("This demo has run before; `make clean-demo` removes it.")
     else:
         write_json(path, run_all())
     show(read_json(path))

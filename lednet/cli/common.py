@@ -90,43 +90,32 @@ POSITIVE = at_least(1)
 COUNT = at_least(0)
 
 
+# fmt: off
 def add_dataset_flags(
     flags: Flags,
     annotations: tuple[str, ...] = ANNOTATIONS,
     hold_out: str = "hold out every N-th training image for validation",
 ) -> None:
-    """Flags that say which data set is read, and which part of it is held out.
+    """Flags that select a data set and its held-out part.
 
     Args:
         annotations: choices of --annotations.
         hold_out: help text of --val-stride.
     """
     flags.add_argument("--dataset", choices=DATASETS, default="cityscapes", help="data set")
-    flags.add_argument(
-        "--datadir", type=Path, help="folder of the data set (default: datasets/<dataset>)"
-    )
-    flags.add_argument(
-        "--annotations",
-        choices=annotations,
-        default="fine",
-        help="Cityscapes: fine, coarse (train_extra and train, coarsely annotated) or both; "
-        "Pascal VOC: fine or aug (trainaug)",
-    )
-    flags.add_argument(
-        "--labels",
-        choices=LABEL_ENCODINGS,
-        default="auto",
-        help="encoding of Cityscapes label files; auto: by their names",
-    )
-    flags.add_argument(
-        "--classes", type=Path, help="class file of own data (default: classes.yaml in --datadir)"
-    )
+    flags.add_argument("--datadir", type=Path,
+                       help="folder of the data set (default: datasets/<dataset>)")
+    flags.add_argument("--annotations", choices=annotations, default="fine",
+                       help="Cityscapes: fine, coarse (train_extra and train, coarsely annotated) "
+                            "or both; Pascal VOC: fine or aug (trainaug)")
+    flags.add_argument("--labels", choices=LABEL_ENCODINGS, default="auto",
+                       help="encoding of Cityscapes label files; auto: by their names")
+    flags.add_argument("--classes", type=Path,
+                       help="class file of own data (default: classes.yaml in --datadir)")
     flags.add_argument("--val-stride", type=COUNT, default=0, metavar="N", help=hold_out)
-    flags.add_argument(
-        "--val-prefix",
-        metavar="PREFIX",
-        help="or hold out the images whose names begin with PREFIX: a recording, a city",
-    )
+    flags.add_argument("--val-prefix", metavar="PREFIX",
+                       help="or hold out the images whose names begin with PREFIX: a recording, a "
+                            "city")
     add_alias(flags, "--val-every", "--val-stride")
     add_alias(flags, "--val-names", "--val-prefix")
 
@@ -134,12 +123,8 @@ def add_dataset_flags(
 def add_input_size_flags(flags: Flags, default: str = "as trained") -> None:
     """--height and --width of the network's input."""
     for name in ("height", "width"):
-        flags.add_argument(
-            f"--{name}",
-            type=POSITIVE,
-            metavar="PIXELS",
-            help=f"{name} of the network's input (default: {default})",
-        )
+        flags.add_argument(f"--{name}", type=POSITIVE, metavar="PIXELS",
+                           help=f"{name} of the network's input (default: {default})")
 
 
 def add_num_workers_flag(flags: Flags, default: int, what: str = "data loading processes") -> None:
@@ -151,47 +136,26 @@ def add_backend_flags(flags: Flags, fold: bool = False) -> None:
     """--device, --precision, --backend and, with `fold`, --fold."""
     flags.add_argument("--device", choices=DEVICES, default="auto", help="device to run on")
     flags.add_argument("--precision", choices=PRECISIONS, default="fp32", help="number format")
-    flags.add_argument(
-        "--backend",
-        choices=("auto", *BACKENDS),
-        help="inference engine; auto: the fastest that is installed (default: eager, or that of an "
-        "exported file)",
-    )
+    flags.add_argument("--backend", choices=("auto", *BACKENDS),
+                       help="inference engine; auto: the fastest that is installed (default: "
+                            "eager, or that of an exported file)")
     if fold:
-        flags.add_argument(
-            "--fold",
-            action=argparse.BooleanOptionalAction,
-            default=True,
-            help="fold batch norm into the convolutions, which changes no output",
-        )
+        flags.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True,
+                           help="fold batch norm into the convolutions, which changes no output")
 
 
 def add_test_time_flags(flags: Flags) -> None:
     """--scales and --flip, whose predictions are averaged."""
-    flags.add_argument(
-        "--scales",
-        type=at_least(0, float),
-        nargs="+",
-        default=[1.0],
-        metavar="S",
-        help="average the predictions at these sizes, relative to the network's input",
-    )
-    flags.add_argument(
-        "--flip", action="store_true", help="average with the predictions of the mirrored image"
-    )
+    flags.add_argument("--scales", type=at_least(0, float), nargs="+", default=[1.0], metavar="S",
+                       help="average the predictions at these sizes, relative to the network's "
+                            "input")
+    flags.add_argument("--flip", action="store_true",
+                       help="average with the predictions of the mirrored image")
 
 
 def add_overlay_flags(flags: Flags) -> None:
-    flags.add_argument(
-        "--alpha",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="opacity of the class colours in overlays, 0 to 1",
-    )
-    flags.add_argument(
-        "--legend",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="draw a legend below each output",
-    )
+    flags.add_argument("--alpha", type=float, default=0.5, metavar="SHARE",
+                       help="opacity of the class colours in overlays, 0 to 1")
+    flags.add_argument("--legend", action=argparse.BooleanOptionalAction, default=True,
+                       help="draw a legend below each output")
+# fmt: on

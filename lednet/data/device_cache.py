@@ -52,7 +52,8 @@ class DeviceLoader(Generic[AnySampler]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         rows = torch.tensor([self._rows[index] for index in self.sampler], dtype=torch.int64)
-        for batch in rows.to(self.images.device).split(self.batch_size):  # one copy per epoch
+        rows = rows.to(self.images.device)  # one copy per epoch
+        for batch in rows.split(self.batch_size) if len(rows) else ():  # split gives at least one
             yield self.images.index_select(0, batch), self.targets.index_select(0, batch)
 
 

@@ -30,9 +30,7 @@ class Checkpoints:
 
         Args:
             number: steps of the run so far, by which the files are ordered.
-            net: the network.
-            meta: see `save_checkpoint`.
-            state: further entries.
+            net, meta, state: see `save_checkpoint`.
         """
         path = self.folder / f"checkpoint_{number:09d}.pth"
         save_checkpoint(path, net, meta, **state)
@@ -52,13 +50,13 @@ class Checkpoints:
         Raises:
             UserError: none is valid.
         """
-        complaints: list[str] = []
+        warnings: list[str] = []
         for path in self.paths():
             try:
-                return path, load_checkpoint(path), complaints
+                return path, load_checkpoint(path), warnings
             except UserError as error:
-                complaints.append(str(error))
+                warnings.append(str(error))
                 if main and path.exists():
                     path.rename(path.with_suffix(".damaged"))
-        found = complaints[0] if complaints else f"no checkpoint in {self.folder}"
-        raise UserError(f"{found}; nothing to resume: start a new run in another --savedir")
+        reason = warnings[0] if warnings else f"no checkpoint in {self.folder}"
+        raise UserError(f"{reason}; nothing to resume: start a new run in another --savedir")

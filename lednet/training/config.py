@@ -1,4 +1,4 @@
-"""Recipes: options of a training script in a small file, with what they are for and lead to.
+"""Recipes: options of a training script in a small file, with their purpose and results.
 
     about:
       data: Cityscapes, fine annotations
@@ -9,7 +9,7 @@
       num_epochs: 300
       lr: 0.0005
 
-An option is called as its flag, with underscores. What a recipe does not set is the paper's.
+Options have the names of their flags, with underscores. The paper's values are the defaults.
 """
 
 import argparse
@@ -21,32 +21,31 @@ from lednet.errors import UserError
 from lednet.io import read_yaml
 
 ABOUT = ("data", "command", "hours", "score")
-"""What every recipe says of itself."""
+"""Entries that `about` must have."""
 
 
 def recipe_path(name: str, folder: Path) -> Path:
-    """File of the recipe called `name` in `folder`; or `name` is a file itself.
+    """The file of the recipe `name`: a path that ends in .yaml, or a name in `folder`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file.
     """
     path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"no recipe {path}: check the path")
+    is_file = path.suffix in (".yaml", ".yml")
+    path = path if is_file else folder / f"{name}.yaml"
+    if path.is_file():
         return path
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise UserError(f"no recipe {name!r}: there are {known}; or give a .yaml file")
-    return path
+    if is_file:
+        raise UserError(f"no recipe {path}: check the path")
+    known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+    raise UserError(f"no recipe {name!r}: there are {known}; or give a .yaml file")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The mappings `about` and `options` of a recipe.
 
     Raises:
-        UserError: it is not YAML, or lacks something.
+        UserError: it is not YAML, or an entry is missing.
     """
     content = read_yaml(path)
     content = content if isinstance(content, dict) else {}
@@ -59,19 +58,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def set_recipe(parser: argparse.ArgumentParser, path: Path) -> None:
-    """Make a recipe's options the defaults of `parser`, as if they had been typed.
-
-    Raises:
-        UserError: an option is unknown, or its value none that the flag takes.
-    """
+    """Make a recipe's options the defaults of `parser`; see `set_options`."""
     set_options(parser, read_recipe(path)["options"], path)
 
 
 def set_options(parser: argparse.ArgumentParser, options: dict[str, Any], source: Path) -> None:
-    """Make `options` the defaults of `parser`, as if they had been typed.
+    """Make `options` the defaults of `parser`, checked as if they had been typed.
 
     Raises:
-        UserError: an option is unknown, or its value none that the flag takes; names `source`.
+        UserError: an option is unknown, or the flag does not take its value; names `source`.
     """
     actions = {action.dest: action for action in reversed(parser._actions)}  # the first of a name
     for name, value in options.items():
@@ -79,14 +74,14 @@ def set_options(parser: argparse.ArgumentParser, options: dict[str, Any], source
         if action is None:
             raise UserError(f"{source}: there is no option {reprlib.repr(name)}; --help lists them")
         try:
-            parser.set_defaults(**{name: _typed(action, value)})
-        except (TypeError, ValueError, OverflowError) as error:
+            parser.set_defaults(**{name: _convert(action, value)})
+        except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError) as error:
             raise UserError(
                 f"{source}: {name} cannot be {reprlib.repr(value)}; see --help"
             ) from error
 
 
-def _typed(action: argparse.Action, value: Any) -> Any:
+def _convert(action: argparse.Action, value: Any) -> Any:
     if value is None:
         return None
     if action.nargs == 0:  # a switch

@@ -31,11 +31,11 @@ class CapturedStep:
 
     Args:
         step: forward pass, backward pass and update for (images, target), without waiting for
-            the device. It returns tensors.
+            the device; returns tensors.
         images, target: a batch, for the shapes.
         state: returns the tensors that `step` changes. Those that only the first step makes
-            (momentum, for instance) begin at zero.
-        memory_format: of the images that `step` gets.
+            (momentum, for instance) start at zero.
+        memory_format: memory format of the images that `step` gets.
         record: see `Recorder`.
     """
 
@@ -49,31 +49,28 @@ class CapturedStep:
         record: Recorder = record_cuda_graph,
     ):
         device = images.device
-        self.images = torch.empty_like(images, memory_format=memory_format)
-        self.target = torch.empty_like(target)
-        self._load(images, target)
+        self.images = torch.empty_like(images, memory_format=memory_format).copy_(images)
+        self.target = target.clone()
         saved = {id(tensor): tensor.detach().clone() for tensor in state()}
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            try:
-                _warm_up(lambda: step(self.images, self.target), device)
-                self._restore(state(), saved)
-                self._replay, self.outputs = record(lambda: step(self.images, self.target))
-            finally:
-                # Also after a failure, and where `record` has run the step.
-                self._restore(state(), saved)
 
-    @staticmethod
-    def _restore(state: Iterable[Tensor], saved: dict[int, Tensor]) -> None:
-        with torch.no_grad():
-            for tensor in state:
+        def call() -> Outputs:
+            return step(self.images, self.target)
+
+        @torch.no_grad()
+        def restore() -> None:
+            for tensor in state():
                 if id(tensor) in saved:
                     tensor.copy_(saved[id(tensor)])
                 else:
                     tensor.zero_()
 
-    def _load(self, images: Tensor, target: Tensor) -> None:
-        self.images.copy_(images)
-        self.target.copy_(target)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                _warm_up(call, device)
+                restore()
+                self._replay, self.outputs = record(call)
+            finally:
+                restore()  # also after a failure, and where `record` has run the step
 
     def fits(self, images: Tensor, target: Tensor) -> bool:
         """Whether a batch has the shapes that were recorded."""
@@ -81,13 +78,14 @@ class CapturedStep:
 
     def __call__(self, images: Tensor, target: Tensor) -> Outputs:
         """Take a step. The outputs are overwritten by the next one."""
-        self._load(images, target)
+        self.images.copy_(images)
+        self.target.copy_(target)
         self._replay()
         return self.outputs
 
 
 def _warm_up(call: Callable[[], Outputs], device: torch.device) -> None:
-    """Run `call` a few times, on CUDA in a stream of its own, as recording requires."""
+    """Run `call` a few times, on CUDA in a side stream, as recording requires."""
     if device.type != "cuda":
         for _ in range(WARM_UP_STEPS):
             call()

@@ -1,29 +1,37 @@
-"""The start and the end of a training process: device, run folder, loggers, signals."""
+"""Setup and shutdown of a training process: device, run folder, loggers, signals."""
 
 import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lednet.data.labels import LabelScheme
 from lednet.data.loaders import worker_failures
 from lednet.device import allow_tf32, autocast
 from lednet.distributed import (
     DistributedContext,
+    convert_sync_batch_norm,
     destroy_distributed,
     init_distributed,
     report_lost_process,
 )
 from lednet.errors import UserError
+from lednet.io import plain_values, write_text
+from lednet.model import count_parameters
+from lednet.signals import StopRequest
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.loggers import LoggerBackend, MetricLogger
+from lednet.training.loop import TrainingRun
 from lednet.training.run_dir import RunDir
-from lednet.training.signals import CheckpointTimer, StopRequest, TrainingStopped
+from lednet.training.signals import CheckpointTimer, TrainingStopped
+from lednet.training.stages import Stage
+from lednet.training.time_budget import TimeBudget
 from lednet.training.trainer import TrainerConfig
 
 
@@ -35,43 +43,73 @@ def config_from_args(args: argparse.Namespace, **options: Any) -> TrainerConfig:
 
 
 def open_run(
-    args: argparse.Namespace, path: Path, world: DistributedContext
-) -> tuple[RunDir, Checkpoints]:
-    return (
-        RunDir(path, bool(args.resume), world.is_main),
-        Checkpoints(path, args.keep_checkpoints),
-    )
+    args: argparse.Namespace,
+    path: Path,
+    net: nn.Module,
+    stages: list[Stage],
+    meta: dict[str, Any],
+    timer: CheckpointTimer,
+    costs: Sequence[float] = (1.0,),
+    scheme: LabelScheme | None = None,
+) -> TrainingRun:
+    """The run in the folder `path`, with the options of `args`.
+
+    Args:
+        meta: see `TrainingRun`.
+        costs: see `TimeBudget`.
+        scheme: see `MetricLogger`.
+
+    Raises:
+        UserError: see `RunDir` and `open_logger`.
+    """
+    run_dir = RunDir(path, bool(args.resume), timer.dist_context.is_main)
+    checkpoints = Checkpoints(path, args.keep_checkpoints)
+    run = TrainingRun(net, stages, run_dir, checkpoints, meta, args.seed, timer)
+    run.keep_every, run.validate_every = args.epochs_save, args.validate_every
+    run.budget = TimeBudget(timer.dist_context, args.max_minutes, costs)
+    run.logger = open_logger(args, run_dir, scheme)
+    return run
+
+
+def prepare_net(args: argparse.Namespace, run: TrainingRun, repository: Path) -> None:
+    """Move the network of `run` to its device, and describe the run in its folder."""
+    context = run.timer.dist_context
+    run.net.to(context.device)
+    if args.sync_batch_norm:
+        run.net = convert_sync_batch_norm(run.net, context)
+    run.run_dir.write_options(plain_values(vars(args)), repository, context)
+    if context.is_main:
+        summary = f"{run.net}\n\n{count_parameters(run.net):,} parameters\n"
+        write_text(run.run_dir.path / "model.txt", summary)
 
 
 def open_logger(
     args: argparse.Namespace, run_dir: RunDir, scheme: LabelScheme | None = None
 ) -> MetricLogger | None:
-    """What --visualize and --tensorboard ask for, in the main process.
+    """The loggers of --visualize and --tensorboard, in the main process.
 
     Args:
         scheme: see `MetricLogger`.
 
     Raises:
-        UserError: what one of them needs is not installed.
+        UserError: a package is not installed.
     """
-    displays: list[LoggerBackend] = []
-    if run_dir.main and args.visualize:
-        try:
+    backends: list[LoggerBackend] = []
+    hint = ""
+    try:
+        if run_dir.main and args.visualize:
+            hint = "--visualize needs visdom: docs/install.md says how"
             from lednet.training.visdom_logger import VisdomBackend
-        except ImportError as error:
-            raise UserError(
-                "--visualize needs visdom: docs/install.md says how, or leave the flag out"
-            ) from error
-        displays.append(VisdomBackend(run_dir.path.name, port=args.port))
-    if run_dir.main and args.tensorboard:
-        try:
+
+            backends.append(VisdomBackend(run_dir.path.name, port=args.port))
+        if run_dir.main and args.tensorboard:
+            hint = "--tensorboard needs TensorBoard: pip install tensorboard"
             from lednet.training.tensorboard_logger import TensorBoardBackend
-        except ImportError as error:
-            raise UserError(
-                "--tensorboard needs TensorBoard: pip install tensorboard, or leave the flag out"
-            ) from error
-        displays.append(TensorBoardBackend(run_dir.path / "tensorboard"))
-    return MetricLogger(displays, scheme) if displays else None
+
+            backends.append(TensorBoardBackend(run_dir.path / "tensorboard"))
+    except ImportError as error:
+        raise UserError(f"{hint}, or leave the flag out") from error
+    return MetricLogger(backends, scheme) if backends else None
 
 
 def set_backends(device: torch.device, precision: str, deterministic: bool = False) -> None:
@@ -90,25 +128,25 @@ def set_backends(device: torch.device, precision: str, deterministic: bool = Fal
 def launch(
     args: argparse.Namespace, train: Callable[[DistributedContext, CheckpointTimer], None]
 ) -> None:
-    """Take this process's place, and train so that signals find a moment to stop at.
+    """Join the other processes, and train.
 
     Exits with 143 or 130 after SIGTERM or SIGINT.
 
     Raises:
-        UserError: the device or its precision is not there, another process of the run, or
-            one that loads, has gone; and whatever `train` raises.
+        UserError: the device or its precision is not available, another process of the run or a
+            data loading process has ended; and what `train` raises.
     """
     with report_lost_process():
-        world = init_distributed(args.device)
+        dist_context = init_distributed(args.device)
     try:
-        with autocast(world.device, args.precision):
+        with autocast(dist_context.device, args.precision):
             pass  # refuses a precision that the device lacks, before anything is written
-        set_backends(world.device, args.precision, args.deterministic)
-        timer = CheckpointTimer(world, StopRequest(), args.save_steps, args.save_minutes)
+        set_backends(dist_context.device, args.precision, args.deterministic)
+        timer = CheckpointTimer(dist_context, StopRequest(), args.save_steps, args.save_minutes)
         with report_lost_process(), worker_failures():
-            train(world, timer)
+            train(dist_context, timer)
     except TrainingStopped as stopped:
-        if world.is_main:
+        if dist_context.is_main:
             print(f"{stopped}; continue with --resume", file=sys.stderr)
         sys.exit(stopped.exit_status)
     finally:

@@ -82,10 +82,9 @@ class MetricLogger:
     def log(
         self, records: Sequence[dict[str, Any]], task: Task, model: nn.Module, loader: Batches
     ) -> None:
-        """Log the last epoch of `records`.
+        """Log the last epoch of `records`, the lines of `log.jsonl`.
 
         Args:
-            records: lines of `log.jsonl`.
             task: the task that is trained.
             model: returns logits. It is evaluated on the first images of `loader`.
             loader: validation data, uint8.
@@ -107,10 +106,8 @@ class MetricLogger:
             except Exception as error:  # network, server and disk raise errors of many types
                 self.backends.remove(backend)
                 reason = getattr(error, "strerror", None) or type(error).__name__
-                print(
-                    f"warning: {backend.failure} ({reason}); training continues without it",
-                    file=sys.stderr,
-                )
+                message = f"{backend.failure} ({reason}); training continues without it"
+                print(f"warning: {message}", file=sys.stderr)
 
 
 @torch.inference_mode()
@@ -145,24 +142,24 @@ def make_charts(records: Sequence[dict[str, Any]], task: Task) -> Charts:
 
     Values that are None, or that an earlier version did not log, are left out.
     """
-    score = task.score
+    keys = {
+        ("loss", "train"): "train_loss",
+        ("loss", "val"): "val_loss",
+        (task.score_name, "train"): f"train_{task.score}",
+        (task.score_name, "val"): f"val_{task.score}",
+        ("top-5", "val"): "val_top5",
+        ("learning rate", "start of epoch"): "lr",
+        ("throughput", "images per second"): "images_per_second",
+        ("memory in MB", "process"): "process_memory_mb",
+        ("memory in MB", "GPU"): "gpu_memory_mb",
+    }
     charts: Charts = {}
     for record in records:
-        values = {
-            "loss": {"train": record["train_loss"], "val": record["val_loss"]},
-            task.score_name: {"train": record[f"train_{score}"], "val": record[f"val_{score}"]},
-            "top-5": {"val": record.get("val_top5")},
-            "per-class IoU": record.get("val_class_iou", {}),
-            "learning rate": {"start of epoch": record["lr"]},
-            "throughput": {"images per second": record.get("images_per_second")},
-            "memory in MB": {
-                "process": record.get("process_memory_mb"),
-                "GPU": record.get("gpu_memory_mb"),
-            },
-        }
-        for title, curves in values.items():
-            for name, value in curves.items():
-                if value is not None:
-                    curve = charts.setdefault(title, {}).setdefault(name, [])
-                    curve.append((record["epoch"], value))
+        values = {curve: record.get(key) for curve, key in keys.items()}
+        ious = record.get("val_class_iou", {})
+        values |= {("per-class IoU", name): iou for name, iou in ious.items()}
+        for (title, name), value in values.items():
+            if value is not None:
+                points = charts.setdefault(title, {}).setdefault(name, [])
+                points.append((record["epoch"], value))
     return charts

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from types import UnionType
@@ -39,7 +39,7 @@ class Progress:
         steps: optimizer steps of all stages.
         best_score: best validation score of that stage; -1 before the first.
         records: lines of `log.jsonl` so far, of all stages.
-        tally: state of an interrupted epoch, from `EpochState.state`; None between epochs.
+        epoch_state: state of an interrupted epoch, see `EpochState.state`; None between epochs.
         seconds: training time of the whole run.
         stage_start: value of `seconds` at the start of the stage.
     """
@@ -49,30 +49,25 @@ class Progress:
     steps: int = 0
     best_score: float = -1.0
     records: list[dict[str, Any]] = field(default_factory=list)
-    tally: dict[str, Any] | None = None
+    epoch_state: dict[str, Any] | None = None
     seconds: float = 0.0
     stage_start: float = 0.0
 
     def state(self) -> dict[str, Any]:
         """Contents of a checkpoint's "progress". Stage and epoch are in its "meta"."""
-        return {key: getattr(self, key) for key in (*PROGRESS_TYPES, *TIME_KEYS)}
+        values = (getattr(self, entry.name) for entry in fields(self)[2:])
+        return dict(zip(PROGRESS_TYPES, values, strict=True))
 
 
 META_TYPES: dict[str, type | UnionType] = {
-    "stage": str,
-    "epoch": int,
-    "mean": list | tuple,
-    "std": list | tuple,
-}
+    "stage": str, "epoch": int, "mean": list | tuple, "std": list | tuple,
+}  # fmt: skip
 PROGRESS_TYPES: dict[str, type | UnionType] = {
-    "steps": int,
-    "best_score": int | float,
-    "records": list,
-    "tally": dict | None,
-}
-"""Entries of a checkpoint's "meta" and "progress" that resuming needs, and their types."""
-TIME_KEYS = ("seconds", "stage_start")
-"""Further entries of "progress", which checkpoints of version 0.1 do not have."""
+    "steps": int, "best_score": int | float, "records": list, "tally": dict | None,
+    "seconds": int | float, "stage_start": int | float,
+}  # fmt: skip
+"""Entries of a checkpoint's "meta" and "progress" and their types; those of `PROGRESS_TYPES` in the
+order of `Progress`, whose `epoch_state` is "tally" in files."""
 
 
 @dataclass
@@ -81,6 +76,7 @@ class TrainingRun:
 
     Attributes:
         net: the whole network; each stage trains a part of it.
+        stages: all stages of the run.
         run_dir: the run folder; only the main process writes to it.
         checkpoints: checkpoints in that folder.
         meta: description of data and classes, stored with the weights.
@@ -114,12 +110,14 @@ class TrainingRun:
             UserError: there is no checkpoint, it holds weights only, or its stage is not one of
                 `stages`.
         """
-        path, content, complaints = self.checkpoints.load_latest(self.run_dir.main)
-        for complaint in complaints:
-            self.run_dir.log(f"{complaint}; resuming from {path.name}")
+        path, content, warnings = self.checkpoints.load_latest(self.run_dir.main)
+        for warning in warnings:
+            self.run_dir.log(f"{warning}; resuming from {path.name}")
         if not {"meta", "trainer", "progress"} <= content.keys():
             raise UserError(f"{path} holds weights only: start a new run with --state {path}")
         meta, state = content["meta"], content["progress"]
+        if isinstance(state, dict):  # checkpoints of version 0.1 have no times
+            state = {"seconds": 0.0, "stage_start": 0.0, **state}
         if not _is_progress(meta, state):
             raise UserError(
                 f"{path} was written by another version: resume with that version, or start a new "
@@ -132,10 +130,10 @@ class TrainingRun:
             )
         load_state(self.net, content["state_dict"], path)
         self.meta |= {key: meta[key] for key in ("mean", "std")}
-        kept = {key: state[key] for key in (*PROGRESS_TYPES, *TIME_KEYS) if key in state}
-        progress = Progress(meta["stage"], meta["epoch"], **kept)
+        entries = (state[key] for key in PROGRESS_TYPES)
+        progress = Progress(meta["stage"], meta["epoch"], *entries)
         self.run_dir.write_records(progress.records)
-        step = progress.tally["step"] if progress.tally else 0
+        step = progress.epoch_state["step"] if progress.epoch_state else 0
         within = f", {step} batches into the next" if step else ""
         self.run_dir.log(
             f"resuming {progress.stage} after epoch {progress.epoch}{within} ({path.name})"
@@ -145,21 +143,16 @@ class TrainingRun:
 
 def _is_progress(meta: Any, state: Any) -> bool:
     """Whether a checkpoint's "meta" and "progress" have the form that `StageRunner` writes."""
-    for entries, types in ((meta, META_TYPES), (state, PROGRESS_TYPES)):
-        if not isinstance(entries, dict) or not types.keys() <= entries.keys():
-            return False
-        if not all(isinstance(entries[key], kind) for key, kind in types.items()):
-            return False
     try:
         json.dumps(state["records"], allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
+        return (
+            all(isinstance(meta[key], kind) for key, kind in META_TYPES.items())
+            and all(isinstance(state[key], kind) for key, kind in PROGRESS_TYPES.items())
+            and all(isinstance(record, dict) for record in state["records"])
+            and (state["tally"] is None or isinstance(state["tally"]["step"], int))
+        )
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
         return False
-    tally = state["tally"]
-    return (
-        (tally is None or isinstance(tally.get("step"), int))
-        and all(isinstance(state.get(key, 0.0), int | float) for key in TIME_KEYS)
-        and all(isinstance(record, dict) for record in state["records"])
-    )
 
 
 class StageComponents(NamedTuple):
@@ -191,18 +184,13 @@ def train_stages(
     """
     names = [stage.name for stage in run.stages]
     progress = progress or Progress(names[0])
-    budget = run.budget or TimeBudget(run.timer.world)
+    budget = run.budget or TimeBudget(run.timer.dist_context)
     budget.add(progress.seconds)
     with run.timer.request.watching():
         for stage in run.stages[names.index(progress.stage) :]:
             if stage.name != progress.stage:
-                progress = Progress(
-                    stage.name,
-                    steps=progress.steps,
-                    records=progress.records,
-                    stage_start=budget.elapsed,
-                )
-                trainer_state = None
+                progress = Progress(stage.name, 0, progress.steps, records=progress.records)
+                progress.stage_start, trainer_state = budget.elapsed, None
             components = build_stage(stage)
             if trainer_state is not None:
                 with report_mismatch():
@@ -227,18 +215,13 @@ class StageRunner:
     """Trains a stage and updates `progress` after each step."""
 
     def __init__(
-        self,
-        run: TrainingRun,
-        stage: Stage,
-        components: StageComponents,
-        progress: Progress,
+        self, run: TrainingRun, stage: Stage, components: StageComponents, progress: Progress,
         budget: TimeBudget,
-    ):
-        self.run, self.stage, self.progress = run, stage, progress
+    ):  # fmt: skip
+        self.run, self.stage, self.progress, self.budget = run, stage, progress, budget
         self.trainer, self.train_loader, self.val_loader = components
+        self.dist_context, self.task = self.trainer.dist_context, self.trainer.task
         self.number = [stage.name for stage in run.stages].index(stage.name)
-        self.main = self.trainer.world.is_main
-        self.budget = budget
         self.clock = self.trainer.clock = budget.stage(self.number, progress.stage_start)
         self.time_over = False
 
@@ -258,17 +241,12 @@ class StageRunner:
             end_loading(self.train_loader)
             end_loading(self.val_loader)
         self.trainer.copy_ema_to_model()
-        if self.main:
-            task = self.trainer.task
+        if self.dist_context.is_main:
             folder, meta = self.run.run_dir.path, self.run.meta
-            plot_curves(
-                self.progress.records,
-                folder / "curves.png",
-                f"{folder.name}: {meta['model']}, {meta['dataset']}",
-                {stage.name: stage.title for stage in self.run.stages},
-                task.score,
-                task.score_name,
-            )
+            title = f"{folder.name}: {meta['model']}, {meta['dataset']}"
+            stages = {stage.name: stage.title for stage in self.run.stages}
+            scores = self.task.score, self.task.score_name
+            plot_curves(self.progress.records, folder / "curves.png", title, stages, *scores)
 
     def _finished(self) -> bool:
         """Whether all epochs of the stage are done or, with a time limit, its time is over."""
@@ -277,8 +255,8 @@ class StageRunner:
         if self.time_over:
             return True
         records = [r for r in self.progress.records if r["stage"] == self.stage.name]
-        validated = bool(records) and records[-1][f"val_{self.trainer.task.score}"] is not None
-        return validated and self.progress.tally is None and self.clock.share() >= 1
+        validated = bool(records) and records[-1][f"val_{self.task.score}"] is not None
+        return validated and self.progress.epoch_state is None and self.clock.share() >= 1
 
     def _run_epoch(self, epoch: int) -> None:
         title = f"{self.stage.name} {epoch}"
@@ -290,7 +268,7 @@ class StageRunner:
         start = time.perf_counter()
         validated = self._validate(epoch, title, state)
         end = time.perf_counter()
-        score = self.trainer.task.score
+        score = self.task.score
         record = {
             "stage": self.stage.name,
             "epoch": epoch,
@@ -299,7 +277,7 @@ class StageRunner:
             **{f"val_{key}": value for key, value in validated.items()},
             "images_per_second": trained["images_per_second"],
             "seconds": end - begin,
-            **_peak_memory(self.trainer.world.device),
+            **_peak_memory(self.dist_context.device),
             **{key: trained[key] for key in ("skipped",) if key in trained},
             **self._count_corrupt(),
         }
@@ -308,18 +286,16 @@ class StageRunner:
     def _train_epoch(
         self, epoch: int, title: str, state: EpochState
     ) -> tuple[float, dict[str, Any]]:
-        """Train an epoch, or the rest of an interrupted one; updates `state`.
-
-        Returns:
-            Its first learning rate, and the results of `Trainer.train_one_epoch`.
-        """
+        """Train an epoch, or the rest of an interrupted one; updates `state`. Returns the first
+        learning rate, and the results of `Trainer.train_one_epoch`."""
         trainer, progress, loader = self.trainer, self.progress, self.train_loader
-        if progress.tally is not None:
+        if progress.epoch_state is not None:
             with report_mismatch():
-                state.restore(progress.tally, trainer.world)
-            progress.tally = None
+                state.restore(progress.epoch_state, self.dist_context)
+            progress.epoch_state = None
         loader.sampler.epoch = epoch
-        loader.sampler.start = min(state.images // trainer.world.size, loader.sampler.num_samples)
+        per_process = state.images // self.dist_context.size
+        loader.sampler.start = min(per_process, loader.sampler.num_samples)
         lr = trainer.start_epoch(epoch)
         begin, images_before = time.perf_counter(), state.images
 
@@ -335,20 +311,20 @@ class StageRunner:
 
     def _validate(self, epoch: int, title: str, state: EpochState) -> dict[str, Any]:
         """Results of `Trainer.evaluate`; None for each if this epoch is not validated."""
-        trainer, clock, timer = self.trainer, self.clock, self.run.timer
-        # Not asked again after the validation, which may have taken less time than expected.
+        clock, timer = self.clock, self.run.timer
+        # Decided before the validation, which may take less time than expected.
         self.time_over = clock is not None and clock.share() >= 1
         last = epoch == self.stage.epochs if clock is None else self.time_over
         if epoch % self.run.validate_every and not last:
-            return {"loss": None, trainer.task.score: None}
+            return {"loss": None, self.task.score: None}
 
         def after_batch() -> None:
             # Processes may have different numbers of batches; several ones stop at the end.
-            if trainer.world.size == 1 and timer.stop_signal():
+            if self.dist_context.size == 1 and timer.stop_signal():
                 self._handle_action(state, Action.STOP)
 
         start = time.perf_counter()
-        results = trainer.evaluate(self.val_loader, f"{title} val", after_batch)
+        results = self.trainer.evaluate(self.val_loader, f"{title} val", after_batch)
         if clock is not None:
             clock.validated(time.perf_counter() - start)
         return results
@@ -363,14 +339,14 @@ class StageRunner:
         improved = score is not None and score > progress.best_score
         if score is not None and improved:
             progress.best_score = score
-        if self.main:
+        if self.dist_context.is_main:
             self._require_finite()
             self._save_weights(improved)
-            self._save(None)
-            run.run_dir.log(self._line(record, improved, validation_seconds))
+            self._save_checkpoint(None)
+            run.run_dir.log(self._format_record(record, improved, validation_seconds))
             if run.logger is not None:
-                task, model = self.trainer.task, self.trainer.eval_model
-                run.logger.log(progress.records, task, model, self.val_loader)
+                model = self.trainer.eval_model
+                run.logger.log(progress.records, self.task, model, self.val_loader)
         if number := run.timer.stop_signal():
             raise TrainingStopped(number)
 
@@ -378,36 +354,32 @@ class StageRunner:
         """Save a checkpoint within an epoch, and stop, as `action` says."""
         if action == Action.CONTINUE:
             return
-        saved = state.state(self.trainer.world)  # a reduction: every process calls it
-        if self.main:
+        saved = state.state(self.dist_context)  # a reduction: every process calls it
+        if self.dist_context.is_main:
             self._require_finite()
-            path = self._save(saved)
+            path = self._save_checkpoint(saved)
             if action == Action.STOP:
                 self.run.run_dir.log(f"saved {path}; continue with --resume")
         if action == Action.STOP:
             raise TrainingStopped(self.run.timer.signal)
 
     def _require_finite(self) -> None:
-        """Check the weights before they are saved.
-
-        Raises:
-            NonFiniteLoss: a step with a finite loss has made them infinite.
-        """
+        """Check the weights before they are saved: a step with a finite loss may overflow them."""
         if not all(value.isfinite().all() for value in self.run.net.state_dict().values()):
             raise NonFiniteLoss(f"the weights are not finite after {self.progress.steps} steps")
 
     def _count_corrupt(self) -> dict[str, int]:
         """Number of corrupt images that have been replaced so far, if --skip-corrupt is given."""
-        data, world = self.train_loader.dataset, self.trainer.world
+        data = self.train_loader.dataset
         if not isinstance(data, SkipCorruptDataset):
             return {}
         # Each process has read its own share of the images.
-        found = world.all_reduce_sum(data.damaged.to(world.device, torch.int32))
+        flags = data.damaged.to(self.dist_context.device, torch.int32)
+        found = self.dist_context.all_reduce_sum(flags)
         names = [data.pairs[i].image.name for i in found.nonzero().flatten().tolist()]
-        if not names:
-            return {}
-        self.run.run_dir.log(f"damaged and replaced by others: {', '.join(names)}")
-        return {"damaged": len(names)}
+        if names:
+            self.run.run_dir.log(f"damaged and replaced by others: {', '.join(names)}")
+        return {"damaged": len(names)} if names else {}
 
     def _save_weights(self, improved: bool) -> None:
         """Write the best weights of the stage, and those of every n-th epoch."""
@@ -421,49 +393,40 @@ class StageRunner:
         if self.run.keep_every and epoch % self.run.keep_every == 0:
             save_checkpoint(folder / f"{stage.name}_epoch{epoch:03d}.pth", model, meta)
 
-    def _save(self, tally: dict[str, Any] | None) -> Path:
-        """Write a checkpoint and the log up to it.
-
-        Args:
-            tally: state of an interrupted epoch; None between epochs.
-        """
-        self.progress.tally, self.progress.seconds = tally, self.budget.elapsed
+    def _save_checkpoint(self, epoch_state: dict[str, Any] | None) -> Path:
+        """Write a checkpoint, with the state of an interrupted epoch, and the log up to it."""
+        self.progress.epoch_state, self.progress.seconds = epoch_state, self.budget.elapsed
         path = self.run.checkpoints.save(
-            self.progress.steps,
-            self.run.net,
-            self._meta(),
-            trainer=self.trainer.state_dict(),
-            progress=self.progress.state(),
-        )
-        self.progress.tally = None
+            self.progress.steps, self.run.net, self._meta(),
+            trainer=self.trainer.state_dict(), progress=self.progress.state(),
+        )  # fmt: skip
+        self.progress.epoch_state = None
         self.run.run_dir.write_records(self.progress.records)
         return path
 
     def _meta(self) -> dict[str, Any]:
-        records, score = self.progress.records, self.trainer.task.score
-        return {
-            **self.run.meta,
-            "stage": self.stage.name,
-            "epoch": self.progress.epoch,
-            score: records[-1][f"val_{score}"] if records else None,
-        }
+        records, score = self.progress.records, self.task.score
+        last = records[-1][f"val_{score}"] if records else None
+        stage, epoch = self.stage.name, self.progress.epoch
+        return {**self.run.meta, "stage": stage, "epoch": epoch, score: last}
 
-    def _line(self, record: dict[str, Any], improved: bool, validation_seconds: float) -> str:
+    def _format_record(
+        self, record: dict[str, Any], improved: bool, validation_seconds: float
+    ) -> str:
         """One line about a finished epoch, for the log."""
-        score, epoch, epochs = self.trainer.task.score, record["epoch"], self.stage.epochs
-        remaining, rate, of_epochs = "", record["images_per_second"], f"/{epochs}"
+        score, epoch, epochs = self.task.score, record["epoch"], self.stage.epochs
+        rate, of_epochs, seconds = record["images_per_second"], f"/{epochs}", None
         if self.clock is not None:
             seconds, of_epochs = max(0.0, self.clock.end - self.budget.elapsed), ""
-            remaining = f"  {timedelta(seconds=math.ceil(seconds))} left"
         elif epoch < epochs and rate:  # 0 if the epoch was resumed after its last step
             seconds = len(self.train_loader.dataset) / rate + validation_seconds
-            remaining = f"  {timedelta(seconds=math.ceil(seconds * (epochs - epoch)))} left"
+            seconds *= epochs - epoch
         return (
             f"{record['stage']} {epoch:3d}{of_epochs}  lr {record['lr']:.2e}  "
             f"loss {_format(record['train_loss'])} val {_format(record['val_loss'])}  "
-            f"{self.trainer.task.score_name} {_format(record[f'train_{score}'])} "
-            f"val {_format(record[f'val_{score}'])}  "
-            f"{rate:.1f} images/s{remaining}"
+            f"{self.task.score_name} {_format(record[f'train_{score}'])} "
+            f"val {_format(record[f'val_{score}'])}  {rate:.1f} images/s"
+            + ("" if seconds is None else f"  {timedelta(seconds=math.ceil(seconds))} left")
             + (f"  {record['skipped']} steps skipped" if "skipped" in record else "")
             + ("  best" if improved else "")
         )

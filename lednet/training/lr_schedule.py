@@ -7,7 +7,6 @@ import math
 
 POLY_POWER = 0.9
 CONSTANT_EPOCHS, DECAY = 15, 0.95
-"""The release's for ImageNet: constant in the first 15 epochs, then times 0.95 an epoch."""
 WARMUP_START = 0.01
 
 
@@ -17,12 +16,12 @@ def poly(done: float, num_epochs: int) -> float:
 
 
 def exponential(done: float, num_epochs: int) -> float:
-    """1 for `CONSTANT_EPOCHS`, then `DECAY` times the value of the epoch before."""
+    """1 for 15 epochs, then times 0.95 an epoch: the release's for ImageNet."""
     return DECAY ** max(0, math.floor(done) + 1 - CONSTANT_EPOCHS)
 
 
 def cosine(done: float, num_epochs: int) -> float:
-    """Half a cosine from 1 to 0, a value a step (arXiv 1608.03983, without restarts)."""
+    """Half a cosine from 1 to 0, one value a step (arXiv 1608.03983, without restarts)."""
     return (1 + math.cos(math.pi * done / num_epochs)) / 2
 
 

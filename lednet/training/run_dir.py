@@ -4,13 +4,11 @@ import json
 import platform
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL
 import torch
-import torchvision
 
 import lednet
 from lednet.device import describe_device
@@ -21,29 +19,40 @@ from lednet.io import read_json, remove_leftovers, write_json, write_text
 if sys.platform != "win32":
     import fcntl
 
+RENAMED_OPTIONS = {
+    "val_every": "val_stride",
+    "val_names": "val_prefix",
+    "skip_damaged": "skip_corrupt",
+}
+"""Options of version 0.1, and their present names."""
+
+MEASURED_KEYS = ("images_per_second", "seconds", "process_memory_mb", "gpu_memory_mb")
+"""Entries of a record in log.jsonl that differ between two equal runs.
+
+`seconds` of training and validation, and peak memory of the main process and of tensors on its GPU
+in MB (10^6 bytes), count from the last start of the run.
+"""
+
 
 def environment(repository: Path) -> dict[str, Any]:
     """Versions of the software that a run depends on. The commit is None outside of git."""
-    git = ["git", "-C", str(repository)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(repository), *command], capture_output=True, text=True, check=True
         ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-        commit += "+changes" if changed else ""
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        commit += "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {
         "lednet": lednet.__version__,
         "commit": commit,
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
+        "torch": torch.__version__,  # with its CUDA version
+        **{name: version(name) for name in ("torchvision", "numpy", "pillow")},
     }
 
 
@@ -59,14 +68,6 @@ def require_run(path: Path) -> None:
     """
     if not holds_run(path):
         raise UserError(f"nothing to resume in {path}: start without --resume")
-
-
-RENAMED_OPTIONS: dict[str, str] = {
-    "val_every": "val_stride",
-    "val_names": "val_prefix",
-    "skip_damaged": "skip_corrupt",
-}
-"""Options of version 0.1, and their present names."""
 
 
 def read_options(path: Path) -> dict[str, Any]:
@@ -100,14 +101,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"cannot read {path / 'log.jsonl'} ({error}): resume the training"
         ) from error
-
-
-MEASURED_KEYS = ("images_per_second", "seconds", "process_memory_mb", "gpu_memory_mb")
-"""Entries of a record in log.jsonl that differ between two equal runs.
-
-`seconds` of training and validation, and peak memory of the main process and of tensors on its GPU
-in MB (10^6 bytes), count from the last start of the run.
-"""
 
 
 class RunDir:
@@ -147,8 +140,7 @@ class RunDir:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with open(self.path / "log.txt", "a", encoding="utf-8"):
-                pass
+            (self.path / "log.txt").open("a").close()
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held to the end
         except OSError as error:
             raise UserError(
@@ -158,10 +150,9 @@ class RunDir:
         remove_leftovers(self.path)
 
     def _take_lock(self) -> None:
-        """Lock the folder against other processes.
+        """Lock the folder against other processes, on POSIX systems only.
 
-        The lock ends with the process, and worker processes do not inherit it. Other systems than
-        POSIX have no lock.
+        The lock ends with the process, and worker processes do not inherit it.
         """
         if sys.platform == "win32":
             return
@@ -192,25 +183,23 @@ class RunDir:
             ) from error
 
     def write_options(
-        self, options: dict[str, Any], repository: Path, world: DistributedContext
+        self, options: dict[str, Any], repository: Path, dist_context: DistributedContext
     ) -> None:
         """Write `options.json`: command, options, versions and hardware."""
         if not self.main:
             return
-        launcher = ["python"]
-        if world.size > 1:
-            launcher = ["torchrun", f"--nproc-per-node={world.size}"]
+        size = dist_context.size
+        launcher = ["torchrun", f"--nproc-per-node={size}"] if size > 1 else ["python"]
         record = {
             "command": [*launcher, *sys.argv],
             "options": options,
             "environment": environment(repository),
-            "hardware": f"{world.size} x {describe_device(world.device)}",
+            "hardware": f"{size} x {describe_device(dist_context.device)}",
         }
         write_json(self.path / "options.json", record)
 
     def write_records(self, records: list[dict[str, Any]]) -> None:
         """Rewrite `log.jsonl`, so that it agrees with the checkpoint."""
-        if not self.main:
-            return
-        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
-        write_text(self.path / "log.jsonl", "".join(lines))
+        if self.main:
+            lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+            write_text(self.path / "log.jsonl", "".join(lines))

@@ -1,18 +1,11 @@
-"""Stopping on signals, and the times at which checkpoints are saved."""
+"""The times at which a run saves checkpoints, and stops."""
 
-import contextlib
 import enum
 import signal
 import time
-from collections.abc import Iterator
-from types import FrameType
 
-from lednet.data.loaders import STOP_SIGNALS
 from lednet.distributed import DistributedContext
-
-REPEAT_SECONDS = 2
-"""A second signal within this time is taken for the same one: a scheduler's signal reaches a
-process both directly and through `torchrun`."""
+from lednet.signals import StopRequest
 
 SYNC_STEPS = 20
 """Steps between two exchanges of the decision on GPUs, where each exchange makes them wait."""
@@ -38,43 +31,13 @@ class TrainingStopped(Exception):
         self.exit_status = 128 + number
 
 
-class StopRequest:
-    """Records SIGTERM and SIGINT. A later signal ends the process at once.
-
-    Attributes:
-        number: number of the first signal; 0 before it.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._received = 0.0
-
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.number:
-            self.number, self._received = number, now
-        elif now - self._received > REPEAT_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Record signals while the block runs, instead of ending (main thread only)."""
-        before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 class CheckpointTimer:
     """Decides after each optimizer step whether to save a checkpoint or stop.
 
     The decision is reduced over all processes.
 
     Args:
-        world: all processes.
+        dist_context: all processes.
         request: signals of this process.
         every_steps: steps between checkpoints; 0 for no such rule.
         every_minutes: minutes between checkpoints; 0 for no such rule.
@@ -85,29 +48,26 @@ class CheckpointTimer:
 
     def __init__(
         self,
-        world: DistributedContext,
+        dist_context: DistributedContext,
         request: StopRequest,
         every_steps: int = 0,
         every_minutes: float = 0,
     ):
-        self.world, self.request = world, request
+        self.dist_context, self.request = dist_context, request
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.signal = 0
         self._saved = time.monotonic()
 
     def poll(self, step: int) -> Action:
-        """The action after a step.
-
-        Args:
-            step: number of the finished step, counted from 1 over the whole run.
-        """
+        """The action after `step`, which is counted from 1 over the whole run."""
+        context = self.dist_context
         due = bool(self.every_steps) and step % self.every_steps == 0
         late = time.monotonic() - self._saved > 60 * self.every_minutes > 0
-        synchronized = due or self.world.device.type != "cuda" or step % SYNC_STEPS == 0
-        if self.world.size > 1 and not synchronized:
+        synchronized = due or context.device.type != "cuda" or step % SYNC_STEPS == 0
+        if context.size > 1 and not synchronized:
             return Action.CONTINUE
         # Numbers of signals are larger than that of a checkpoint.
-        decision = self.world.all_reduce_max(self.request.number or int(due or late))
+        decision = context.all_reduce_max(self.request.number or int(due or late))
         if decision:
             self._saved = time.monotonic()
         if decision > Action.SAVE:
@@ -116,5 +76,5 @@ class CheckpointTimer:
 
     def stop_signal(self) -> int:
         """Number of the signal that asks any of the processes to stop, or 0."""
-        self.signal = self.world.all_reduce_max(self.request.number)
+        self.signal = self.dist_context.all_reduce_max(self.request.number)
         return self.signal

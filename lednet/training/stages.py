@@ -43,15 +43,13 @@ def parse_curriculum(text: str) -> list[tuple[str, int]]:
     Raises:
         UserError: the text has another form.
     """
-    parts = []
-    for word in text.split(","):
-        annotations, _, epochs = word.strip().partition(":")
-        if annotations not in TRAINING_PARTS or not epochs.isdecimal() or int(epochs) < 1:
-            raise UserError(
-                f"--curriculum {text!r}: write annotations ({', '.join(TRAINING_PARTS)}) and "
-                "epochs, as in coarse:100,fine:200"
-            )
-        parts.append((annotations, int(epochs)))
+    matches = [re.fullmatch(r"(\w+):0*([1-9]\d*)", word.strip()) for word in text.split(",")]
+    parts = [(match[1], int(match[2])) for match in matches if match and match[1] in TRAINING_PARTS]
+    if len(parts) < len(matches):
+        raise UserError(
+            f"--curriculum {text!r}: write annotations ({', '.join(TRAINING_PARTS)}) and "
+            "epochs, as in coarse:100,fine:200"
+        )
     return parts
 
 
@@ -64,19 +62,15 @@ def parse_sizes(text: str) -> list[tuple[tuple[int, int], int]]:
     Raises:
         UserError: the text has another form.
     """
-    if not text:
-        return []
-    parts = []
-    for word in text.split(","):
-        match = re.fullmatch(r"(\d+)x(\d+):(\d+)", word.strip())
-        height, width, epochs = map(int, match.groups()) if match else (0, 0, 0)
-        if not (height and width and epochs):
-            raise UserError(
-                f"--progressive {text!r}: write height, width and epochs, as in "
-                "128x256:50,256x512:50"
-            )
-        parts.append(((height, width), epochs))
-    return parts
+    words = [word.strip() for word in text.split(",")] if text else []
+    number = r"0*([1-9]\d*)"
+    matches = [re.fullmatch(f"{number}x{number}:{number}", word) for word in words]
+    values = [tuple(map(int, match.groups())) for match in matches if match]
+    if len(values) < len(words):
+        raise UserError(
+            f"--progressive {text!r}: write height, width and epochs, as in 128x256:50,256x512:50"
+        )
+    return [((height, width), epochs) for height, width, epochs in values]
 
 
 def plan_stages(
@@ -97,43 +91,25 @@ def plan_stages(
     Returns:
         The stages. The best weights of the last one are those of the run.
     """
-    stages = []
+    stages, annotations = [], parts[0][0]
     if encoder_epochs is not None:
         stages.append(
-            Stage(
-                "encoder",
-                "Stage 1: encoder",
-                encoder_epochs,
-                "encoder_best.pth",
-                part="encoder",
-                annotations=parts[0][0],
-            )
-        )
+            Stage("encoder", "Stage 1: encoder", encoder_epochs, "encoder_best.pth",
+                  part="encoder", annotations=annotations)
+        )  # fmt: skip
     for (height, width), epochs in smaller:
-        size = f"{height}x{width}"
+        name = f"{height}x{width}-{len(stages) + 1}"
         stages.append(
-            Stage(
-                f"{size}-{len(stages) + 1}",
-                f"Full network at {size}",
-                epochs,
-                f"{size}-{len(stages) + 1}_best.pth",
-                annotations=parts[0][0],
-                size=(height, width),
-            )
-        )
+            Stage(name, f"Full network at {height}x{width}", epochs, f"{name}_best.pth",
+                  annotations=annotations, size=(height, width))
+        )  # fmt: skip
     if len(parts) == 1:
-        annotations, epochs = parts[0]
-        full = Stage("decoder", "Stage 2: full network", epochs, annotations=annotations)
-        return [*stages, full]
+        return [
+            *stages,
+            Stage("decoder", "Stage 2: full network", parts[0][1], annotations=annotations),
+        ]
     for number, (annotations, epochs) in enumerate(parts, 1):
-        last = number == len(parts)
-        stages.append(
-            Stage(
-                name=f"{annotations}-{number}",
-                title=f"Full network, {number}: {annotations}",
-                epochs=epochs,
-                best_file=BEST_WEIGHTS if last else f"{annotations}-{number}_best.pth",
-                annotations=annotations,
-            )
-        )
+        name, title = f"{annotations}-{number}", f"Full network, {number}: {annotations}"
+        best_file = BEST_WEIGHTS if number == len(parts) else f"{name}_best.pth"
+        stages.append(Stage(name, title, epochs, best_file, annotations=annotations))
     return stages

@@ -74,6 +74,7 @@ class Segmentation(nn.Module):
         return self.augment.normalize(images, target)
 
     def _confusion(self, counts: Tensor) -> ConfusionMatrix:
+        """The confusion matrix whose counts are `counts`."""
         confusion = ConfusionMatrix(len(self.classes), counts.device)
         confusion.counts = counts
         return confusion
@@ -125,9 +126,8 @@ class Classification(nn.Module):
         if self.label_smoothing:
             if labels.ndim == 1:
                 labels = F.one_hot(labels, len(self.classes)).float()
-            labels = torch.lerp(
-                labels, torch.full_like(labels, 1 / len(self.classes)), self.label_smoothing
-            )
+            uniform = torch.full_like(labels, 1 / len(self.classes))
+            labels = torch.lerp(labels, uniform, self.label_smoothing)
         return images, labels
 
     def normalize(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,16 +153,13 @@ class Classification(nn.Module):
         """Soft targets count as their most probable class."""
         if target.ndim == 2:
             target = target.argmax(1)
-        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = guesses == target[:, None]
-        counts += torch.stack(
-            (hits[:, 0].sum(), hits.sum(), torch.tensor(len(hits), device=hits.device))
-        )
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
+        total = torch.tensor(len(hits), device=hits.device)
+        counts += torch.stack((hits[:, 0].sum(), hits.sum(), total))
 
     def compute(self, counts: Tensor) -> dict[str, Any]:
         """ "top1" and "top5" accuracy in [0, 1]; None without images."""
         first, five, total = counts.tolist()
-        return {
-            "top1": first / total if total else None,
-            "top5": five / total if total else None,
-        }
+        if not total:
+            return {"top1": None, "top5": None}
+        return {"top1": first / total, "top5": five / total}

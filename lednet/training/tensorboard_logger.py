@@ -28,12 +28,12 @@ class TensorBoardBackend:
 
     def open(self) -> None:
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        report = threading.excepthook
+        default_hook = threading.excepthook
 
         def hook(args: threading.ExceptHookArgs) -> None:
             # `flush` raises errors of the writer's thread: no traceback is printed as well.
             if not type(args.thread).__module__.startswith("tensorboard."):
-                report(args)
+                default_hook(args)
 
         threading.excepthook = hook
 

@@ -11,19 +11,19 @@ class TimeBudget:
     """Wall-clock time of a run, divided among its stages.
 
     Args:
-        world: all processes read the time of the slowest.
+        dist_context: all processes; the slowest one's time counts.
         minutes: for the whole run, validation included; None for no limit.
-        costs: of the stages, in any unit; each gets its share of the time. A stage that takes
-            longer leaves less to the next ones.
+        costs: relative costs of the stages, in proportion to which they share the time. A stage
+            that takes longer leaves less to the next ones.
     """
 
     def __init__(
         self,
-        world: DistributedContext,
+        dist_context: DistributedContext,
         minutes: float | None = None,
         costs: Sequence[float] = (1.0,),
     ):
-        self.world = world
+        self.dist_context = dist_context
         self.limit = None if minutes is None else 60 * minutes
         self.costs = list(costs)
         self._start = time.monotonic()
@@ -34,14 +34,14 @@ class TimeBudget:
 
     @property
     def elapsed(self) -> float:
-        """Seconds that the run has taken, in all its processes one after the other."""
+        """Seconds that the run has taken, before and after resuming."""
         return time.monotonic() - self._start
 
     def stage(self, number: int, start: float) -> "StageClock | None":
         """The clock of a stage; None without a limit.
 
         Args:
-            number: of the stage, from 0.
+            number: number of the stage, from 0.
             start: value of `elapsed` when the stage began.
         """
         if self.limit is None:
@@ -51,10 +51,10 @@ class TimeBudget:
 
 
 class StageClock:
-    """Says how much of a stage's time has passed.
+    """Measures how much of a stage's time has passed.
 
     Args:
-        start, end: seconds of the budget.
+        start, end: start and end of the stage, in seconds of the budget.
     """
 
     def __init__(self, budget: TimeBudget, start: float, end: float):
@@ -64,12 +64,12 @@ class StageClock:
         self._share = 0.0
 
     def expect_validation(self, seconds: float) -> None:
-        """Keep this much time for the last validation, until one has been timed."""
+        """Reserve this time for the last validation, until one has been timed."""
         if not self._validated:
             self.validation = seconds
 
     def validated(self, seconds: float) -> None:
-        """Keep as much time for the last validation as the longest one took."""
+        """Reserve as much time for the last validation as the longest one took."""
         self.validation = max(self.validation, seconds) if self._validated else seconds
         self._validated = True
 
@@ -77,16 +77,12 @@ class StageClock:
         """Share of the training time that has passed, 0 to 1; the same in all processes.
 
         Args:
-            step: on several GPUs, the processes compare their clocks only at some steps, so that
-                they need not wait for each other at all others.
+            step: on several GPUs, processes compare their clocks only every `SYNC_STEPS` steps.
         """
-        world = self.budget.world
-        if world.size > 1 and world.device.type == "cuda" and step % SYNC_STEPS:
+        context = self.budget.dist_context
+        if context.size > 1 and context.device.type == "cuda" and step % SYNC_STEPS:
             return self._share
         training = max(self.end - self.validation - self.start, 1e-3)
-        share = (self.budget.elapsed - self.start) / training
-        # In millionths: processes exchange integers.
-        self._share = (
-            world.all_reduce_max(min(1_000_000, max(0, round(share * 1_000_000)))) / 1_000_000
-        )
+        share = min(1.0, max(0.0, (self.budget.elapsed - self.start) / training))
+        self._share = context.all_reduce_max(round(share * 1_000_000)) / 1_000_000  # of integers
         return self._share

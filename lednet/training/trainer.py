@@ -1,7 +1,6 @@
 """Training and evaluation of a model, one epoch at a time."""
 
 import contextlib
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,10 +25,8 @@ from lednet.training.lr_schedule import lr_factor
 from lednet.training.tasks import Task
 from lednet.training.time_budget import StageClock
 
-Weights = tuple[Tensor, ...] | list[Tensor]
-
 CHECK_EVERY = 20
-"""Steps between two checks of the loss on a GPU. On a CPU each loss is checked at once."""
+"""Steps between two checks of the losses on a GPU, each of which waits for the GPU."""
 
 
 class NonFiniteLoss(UserError):
@@ -52,7 +49,7 @@ class TrainerConfig:
         clip_norm: maximum norm of the gradients; None for no clipping.
         ema_decay: decay of an exponential moving average of the weights, which is then evaluated
             and saved; None for no average. In step n the decay is at most (1 + n) / (10 + n).
-        channels_last: memory format of weights and images.
+        channels_last: use the channels-last memory format for weights and images.
         compile: compile the network with `torch.compile`.
         cuda_graph: record forward pass, backward pass and optimizer step as one CUDA graph. If
             that is not possible, steps are eager, and `Trainer` reports the reason.
@@ -91,24 +88,16 @@ class FinetuneConfig:
 
 
 def _combine_seeds(keys: tuple[int, ...]) -> int:
-    """A single seed from several integers."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 
 def seed_everything(*keys: int) -> None:
-    """Seed PyTorch's global generators.
-
-    The trainer does so before every step, from (seed, stage, epoch, step, rank). A resumed run
-    therefore needs no stored random state.
-    """
+    """Seed PyTorch's global generators with the combination of `keys`."""
     torch.manual_seed(_combine_seeds(keys))
 
 
 def step_generator(*keys: int) -> torch.Generator:
-    """A CPU generator for the augmentation of one step, seeded from `keys`.
-
-    It does not depend on the steps before, so that a resumed run draws the same numbers.
-    """
+    """A CPU generator for the augmentation of one step, seeded with `keys`."""
     return torch.Generator().manual_seed(_combine_seeds(keys))
 
 
@@ -129,102 +118,40 @@ class EpochState:
         self.sums = torch.zeros(2, device=counts.device)
         self.counts = counts
 
-    def state(self, world: DistributedContext) -> dict[str, Any]:
+    def state(self, dist_context: DistributedContext) -> dict[str, Any]:
         """Entries of a checkpoint, summed over all processes."""
         return {
             "step": self.step,
             "images": self.images,
             "skipped": self.skipped,
-            "sums": world.all_reduce_sum(self.sums.clone()).cpu(),
-            "counts": world.all_reduce_sum(self.counts.clone()).cpu(),
+            "sums": dist_context.all_reduce_sum(self.sums.clone()).cpu(),
+            "counts": dist_context.all_reduce_sum(self.counts.clone()).cpu(),
         }
 
-    def restore(self, state: dict[str, Any], world: DistributedContext) -> None:
+    def restore(self, state: dict[str, Any], dist_context: DistributedContext) -> None:
         """Restore a state from a checkpoint. Rank 0 takes over the sums of all processes."""
         self.step, self.images, self.skipped = state["step"], state["images"], state["skipped"]
-        if world.is_main:
+        if dist_context.is_main:
             self.sums.copy_(state["sums"])
             self.counts.copy_(state["counts"])
-
-
-class LossMonitor:
-    """Checks the losses of an epoch without making a GPU wait.
-
-    On a GPU, the losses of `CHECK_EVERY` steps are copied together and read when the next group
-    is copied, while the GPU computes.
-
-    Args:
-        check: called with (step, loss) pairs of a group of steps, the same in every process.
-
-    Attributes:
-        mean: weighted mean of the losses read so far; NaN before the first.
-    """
-
-    def __init__(self, device: torch.device, check: Callable[[list[tuple[int, float]]], None]):
-        self.check = check
-        self.mean = math.nan
-        self._cuda = device.type == "cuda"
-        self._new: list[tuple[int, Tensor]] = []
-        self._copied: tuple[list[int], Tensor, torch.cuda.Event | None] | None = None
-
-    def add(self, step: int, loss: Tensor, sums: Tensor) -> None:
-        """Add the loss of a step.
-
-        Args:
-            loss: scalar.
-            sums: (2,) sums of losses and weights in the epoch so far.
-        """
-        self._new.append((step, loss))
-        if len(self._new) == (CHECK_EVERY if self._cuda else 1):
-            self._copy(sums)
-
-    def finish(self, sums: Tensor) -> None:
-        """Check the remaining losses at the end of an epoch."""
-        if self._new:
-            self._copy(sums)
-        self._read()
-
-    def _copy(self, sums: Tensor) -> None:
-        values = torch.stack([*sums, *(loss for _, loss in self._new)])
-        steps = [step for step, _ in self._new]
-        self._new.clear()
-        event = None
-        if self._cuda:
-            on_device = values
-            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values.copy_(on_device, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._read()
-        self._copied = steps, values, event
-        if not self._cuda:
-            self._read()
-
-    def _read(self) -> None:
-        """Read and check the values that were copied last."""
-        if self._copied is None:
-            return
-        steps, values, event = self._copied
-        self._copied = None
-        if event is not None:
-            event.synchronize()
-        loss_sum, weight_sum, *losses = values.tolist()
-        self.mean = loss_sum / weight_sum if weight_sum else math.nan
-        self.check(list(zip(steps, losses, strict=True)))
 
 
 class Trainer:
     """Trains and evaluates a model: loss, optimizer, schedule, loss scaling.
 
     Args:
-        model: maps images (N, 3, H, W) to logits (N, C, ...); already on `world.device`.
+        model: maps images (N, 3, H, W) to logits (N, C, ...); already on the device of
+            `dist_context`.
         task: augmentation, loss and metrics.
         num_epochs: length of the schedule.
-        world: all processes.
+        dist_context: all processes.
         config: options of the optimization.
         count_training: compute metrics of the training batches too.
         pretrained: a part of `model` with options of its own.
         notify: called with a sentence if steps cannot be recorded as a CUDA graph.
+
+    Attributes:
+        clock: with a time limit, the clock of the stage, which the schedule then follows.
     """
 
     def __init__(
@@ -232,65 +159,61 @@ class Trainer:
         model: nn.Module,
         task: Task,
         num_epochs: int,
-        world: DistributedContext,
+        dist_context: DistributedContext,
         config: TrainerConfig,
         count_training: bool = True,
         pretrained: FinetuneConfig | None = None,
         notify: Callable[[str], None] = print,
     ):
-        device = world.device
-        self.model, self.world, self.config = model, world, config
-        self.task, self.pretrained = task.to(device), pretrained
+        self.model, self.dist_context, self.config = model, dist_context, config
+        self.device = dist_context.device
+        self.task, self.pretrained = task.to(self.device), pretrained
         self.num_epochs, self.count_training = num_epochs, count_training
-        self.layout = torch.contiguous_format
-        if config.channels_last:
-            self.layout = torch.channels_last
-            model.to(memory_format=self.layout)
-        self.ema: AveragedModel | None = None
-        self.updates = 0
-        if (decay := config.ema_decay) is not None:
-            mix_in = functools.partial(self._ema_update, decay)
-            self.ema = AveragedModel(model, multi_avg_fn=mix_in, use_buffers=True)
-        self.epoch = 1
-        self.frozen = False
         self.notify = notify
+        self.check_every = CHECK_EVERY if self.device.type == "cuda" else 1
+        self.memory_format = torch.contiguous_format
+        if config.channels_last:
+            self.memory_format = torch.channels_last
+            model.to(memory_format=self.memory_format)
+        self.ema: AveragedModel | None = None
+        if config.ema_decay is not None:
+            self.ema = AveragedModel(model, multi_avg_fn=self._ema_update, use_buffers=True)
+        self.epoch = 1
         self.clock: StageClock | None = None
         self.record: Recorder | None = None
         if config.cuda_graph:
             if obstacle := self._graph_obstacle():
-                self._step_eagerly(obstacle)
+                self._disable_graph(obstacle)
             else:
                 self.record = record_cuda_graph
         self._captured: CapturedStep | None = None
         self._freeze(self._frozen_in(self.epoch))
         self.optimizer = self._make_optimizer()
-        fp16 = config.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
-    def _ema_update(
-        self, decay: float, averaged: Weights, current: Weights, _: Tensor | int
-    ) -> None:
+    def _ema_update(self, averaged: Any, current: Any, num_averaged: Any) -> None:
         """Update the moving average. The decay starts low, so that a short run does not keep its
         initial weights (as in TensorFlow's ExponentialMovingAverage)."""
-        decay = min(decay, (1 + self.updates) / (10 + self.updates))
-        get_ema_multi_avg_fn(decay)(averaged, current, _)
+        assert self.ema is not None and self.config.ema_decay is not None
+        updates = int(self.ema.n_averaged)  # on the CPU, unlike `num_averaged`
+        decay = min(self.config.ema_decay, (1 + updates) / (10 + updates))
+        get_ema_multi_avg_fn(decay)(averaged, current, num_averaged)
 
     def _make_optimizer(self) -> Optimizer:
         """The optimizer; its last parameter group is the pretrained part, if there is one."""
-        config, pretrained = self.config, self.pretrained
-        known = {id(p) for p in pretrained.part.parameters()} if pretrained else set()
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in self.model.parameters() if id(p) not in known]}
-        ]
-        if pretrained:
-            groups.append({"params": list(pretrained.part.parameters())})
+        config = self.config
+        part = [] if self.pretrained is None else list(self.pretrained.part.parameters())
+        known = {id(parameter) for parameter in part}
+        groups = [{"params": [p for p in self.model.parameters() if id(p) not in known]}]
+        if self.pretrained is not None:
+            groups.append({"params": part})
+        fused = self.device.type in ("cpu", "cuda")
         options: dict[str, Any] = {
-            "lr": config.lr,
-            "weight_decay": config.weight_decay,
-            "fused": self.world.device.type in ("cpu", "cuda"),
-        }
+            "lr": config.lr, "weight_decay": config.weight_decay, "fused": fused,
+        }  # fmt: skip
+        optimizer: Optimizer
         if config.optimizer == "sgd":
-            optimizer: Optimizer = SGD(groups, momentum=0.9, **options)
+            optimizer = SGD(groups, momentum=0.9, **options)
         else:
             optimizer = Adam(groups, betas=(0.9, 0.999), eps=1e-8, **options)
         self._make_capturable(optimizer)
@@ -298,29 +221,26 @@ class Trainer:
 
     def _make_capturable(self, optimizer: Optimizer) -> None:
         """Keep the learning rate in device memory if steps are recorded as a CUDA graph."""
+        captured = self.record is not None
         for group in optimizer.param_groups:
             lr = float(group["lr"])
-            captured = self.record is not None
-            group["lr"] = torch.tensor(lr, device=self.world.device) if captured else lr
+            group["lr"] = torch.tensor(lr, device=self.device) if captured else lr
             if "capturable" in group:
                 group["capturable"] = captured
 
     def _graph_obstacle(self) -> str | None:
         """Why steps cannot be recorded as a CUDA graph; None if they can."""
-        config = self.config
-        if self.world.device.type != "cuda":
-            return "it needs an NVIDIA GPU"
-        if self.world.size > 1:
-            return "it needs a single process"
-        if config.precision == "fp16":
-            return "the loss scaling of fp16 is not recorded"
-        if config.accumulate > 1:
-            return "it does not go with --accumulate"
-        if config.skip_bad_steps:
-            return "it does not go with --skip-bad-steps"
-        return None
+        config, context = self.config, self.dist_context
+        obstacles = {
+            "it needs an NVIDIA GPU": context.device.type != "cuda",
+            "it needs a single process": context.size > 1,
+            "the loss scaling of fp16 is not recorded": config.precision == "fp16",
+            "it does not go with --accumulate": config.accumulate > 1,
+            "it does not go with --skip-bad-steps": config.skip_bad_steps,
+        }
+        return next((reason for reason, present in obstacles.items() if present), None)
 
-    def _step_eagerly(self, reason: str) -> None:
+    def _disable_graph(self, reason: str) -> None:
         self.record = None
         self.notify(f"--cuda-graph: steps are eager instead ({reason})")
 
@@ -334,9 +254,8 @@ class Trainer:
             self.pretrained.part.requires_grad_(not frozen)
         self.frozen = frozen
         self._captured = None
-        self.wrapped = self.world.wrap_ddp(self.model)
-        compiled = self.config.compile
-        self.parallel = torch.compile(self.wrapped) if compiled else self.wrapped
+        self.wrapped = self.dist_context.wrap_ddp(self.model)
+        self.parallel = torch.compile(self.wrapped) if self.config.compile else self.wrapped
 
     @property
     def eval_model(self) -> nn.Module:
@@ -350,7 +269,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
         }
         if self.ema is not None:
-            state |= {"average": self.ema.state_dict(), "updates": self.updates}
+            state["average"] = self.ema.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -361,7 +280,6 @@ class Trainer:
             if "average" not in state:
                 raise UserError("the run was started without --ema-decay: resume it without")
             self.ema.load_state_dict(state["average"])
-            self.updates = state["updates"]
 
     def copy_ema_to_model(self) -> None:
         """Replace the weights by their average, if there is one."""
@@ -379,44 +297,29 @@ class Trainer:
         return self._set_lr(0.0)
 
     def _set_lr(self, done: float, step: int = 0) -> float:
-        """Set the learning rate of a step.
-
-        With a time limit, the schedule follows the time instead of the epochs.
-
-        Args:
-            done: finished part of the epoch, 0 to 1.
-            step: number of the step in the epoch.
-        """
+        """Set and return the learning rate of `step`, before which `done` of the epoch, 0 to 1, is
+        finished. With a time limit, the schedule follows the time instead of the epochs."""
         config, epochs = self.config, self.epoch - 1 + done
-        if self.clock is not None:
-            # Schedules are not defined at the end itself.
+        if self.clock is not None:  # schedules are not defined at the end itself
             epochs = min(self.clock.share(step), 1 - 1e-6) * self.num_epochs
-        factor = lr_factor(config.schedule, epochs, self.num_epochs, config.warmup_epochs)
-        lr = config.lr * factor
+        lr = config.lr * lr_factor(config.schedule, epochs, self.num_epochs, config.warmup_epochs)
         factors = [1.0, self.pretrained.lr_factor] if self.pretrained else [1.0]
-        for group, times in zip(self.optimizer.param_groups, factors, strict=True):
+        for group, factor in zip(self.optimizer.param_groups, factors, strict=True):
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr * times)
+                group["lr"].fill_(lr * factor)
             else:
-                group["lr"] = lr * times
+                group["lr"] = lr * factor
         return lr
 
     def _backward(self, images: Tensor, target: Tensor, update: bool) -> tuple[Tensor, Tensor, int]:
-        """Accumulate the gradients of a batch.
-
-        Args:
-            update: whether an optimizer step follows; DDP reduces the gradients only then.
-
-        Returns:
-            Logits, (loss sum, weight sum), and the divisor of the loss: outputs per image.
-        """
-        images = images.contiguous(memory_format=self.layout)
-        together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        """Accumulate the gradients of a batch; with `update`, DDP reduces them. Returns logits,
+        (loss sum, weight sum), and the divisor of the loss: outputs per image."""
+        sync: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not update and isinstance(self.wrapped, DistributedDataParallel):
-            together = self.wrapped.no_sync()
-        with together:
-            with autocast(self.world.device, self.config.precision):
-                logits = self.parallel(images)
+            sync = self.wrapped.no_sync()
+        with sync:
+            with autocast(self.device, self.config.precision):
+                logits = self.parallel(images.contiguous(memory_format=self.memory_format))
             loss_sum, weight_sum = self.task.loss(logits, target)
             # All batches and processes have the same divisor, so that their gradients can be
             # added; `_optimizer_step` rescales the sum to the joint mean.
@@ -425,37 +328,28 @@ class Trainer:
         return logits.detach(), torch.stack((loss_sum.detach(), weight_sum)), divisor
 
     def _update(self, sums: Tensor, divisor: int) -> bool:
-        """Take an optimizer step with the accumulated gradients.
-
-        Args:
-            sums: (loss sum, weight sum) of the accumulated batches in this process.
-            divisor: as returned by `_backward`.
-
-        Returns:
-            Whether the step was taken. With `skip_bad_steps` it is skipped if loss or gradients
-            are not finite.
-        """
-        joint = self.world.all_reduce_sum(sums.clone())
-        done = True
+        """Take an optimizer step, unless `skip_bad_steps` is set and loss or gradients are not
+        finite; returns whether it was taken. `sums`: (loss sum, weight sum) of this process."""
+        joint = self.dist_context.all_reduce_sum(sums.clone())
+        finite = True
         if self.config.skip_bad_steps:
-            done = self._all_finite(joint[0], self._gradients())
-        if done:
+            # The scaler of fp16 checks the gradients itself.
+            unscaled = not self.scaler.is_enabled()
+            norm = nn.utils.get_total_norm(self._gradients()) if unscaled else 0.0
+            finite = math.isfinite(joint[0] + norm)
+        if finite:
             self._optimizer_step(joint[1], divisor)
             self._average_weights()
         self.optimizer.zero_grad(set_to_none=True)
-        return done
+        return finite
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def _optimizer_step(self, weight_sum: Tensor, divisor: int) -> None:
-        """Rescale the gradients to those of the joint mean, clip them, and update the weights.
-
-        Args:
-            weight_sum: sum of the loss weights over all processes.
-        """
+        """Rescale the gradients to those of the joint mean, clip them, and update the weights."""
         # DDP averages gradients over the processes; the loss is the mean over the weights.
-        factor = self.world.size * divisor / weight_sum.clamp(min=1e-12)
+        factor = self.dist_context.size * divisor / weight_sum.clamp(min=1e-12)
         torch._foreach_mul_(self._gradients(), factor)
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -466,47 +360,36 @@ class Trainer:
     def _average_weights(self) -> None:
         if self.ema is not None:
             self.ema.update_parameters(self.model)
-            self.updates += 1
 
     def _whole_step(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of a step that a CUDA graph records; it does not wait for the device.
-
-        Returns:
-            Logits, and (loss sum, weight sum).
-        """
+        """The part of a step that a CUDA graph records; returns logits and (loss, weight sum)."""
         logits, sums, divisor = self._backward(images, target, update=True)
         self._optimizer_step(sums[1], divisor)
         self.optimizer.zero_grad(set_to_none=True)
         return logits, sums
 
-    def _changed_by_a_step(self) -> list[Tensor]:
+    def _mutable_tensors(self) -> list[Tensor]:
+        """Tensors that a step changes."""
         states = self.optimizer.state.values()
-        kept = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-        return [*self.model.parameters(), *self.model.buffers(), *kept]
+        moments = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *moments]
 
     def _captured_step(self, images: Tensor, target: Tensor) -> CapturedStep | None:
-        """The recorded step, if there is one for batches of this shape.
-
-        The step is recorded for the shape of the first batch; a smaller last batch is eager.
-        """
+        """The step recorded for the shape of the first batch; None for batches of other shapes,
+        and if steps are eager."""
         if self.record is None:
             return None
         if self._captured is None:
             try:
                 self._captured = CapturedStep(
-                    self._whole_step, images, target, self._changed_by_a_step, self.layout,
+                    self._whole_step, images, target, self._mutable_tensors, self.memory_format,
                     self.record,
                 )  # fmt: skip
             except RuntimeError as error:
                 self.optimizer.zero_grad(set_to_none=True)
-                self._step_eagerly(str(error).splitlines()[0])
+                self._disable_graph(str(error).splitlines()[0])
                 return None
         return self._captured if self._captured.fits(images, target) else None
-
-    def _all_finite(self, loss: Tensor, gradients: list[Tensor]) -> bool:
-        """Whether loss and gradients are finite. The scaler of fp16 checks gradients itself."""
-        checked = loss if self.scaler.is_enabled() else loss + nn.utils.get_total_norm(gradients)
-        return math.isfinite(checked)
 
     def train_one_epoch(
         self,
@@ -520,9 +403,9 @@ class Trainer:
 
         Args:
             loader: yields images (N, 3, H, W) uint8 and their targets.
-            title: of the progress bar.
+            title: title of the progress bar.
             keys: (seed, stage, epoch). The random numbers of a step depend on them, its number and
-                the process only, so that a resumed run needs no stored random state.
+                the rank only, so that a resumed run needs no stored random state.
             state: state of an interrupted epoch, whose batches `loader` leaves out; updated.
             after_step: called after each optimizer step, when weights and `state` agree.
 
@@ -537,102 +420,92 @@ class Trainer:
         state = state or self.new_epoch_state()
         first, last = state.step, state.step + len(loader)
         images_before, start = state.images, time.perf_counter()
-        group = torch.zeros(2, device=self.world.device)
-        buffers = self._copied_buffers()
-        monitor = LossMonitor(
-            self.world.device, lambda losses: self._require_finite(losses, loader, title, first)
-        )
+        accumulated = torch.zeros(2, device=self.device)
+        buffers = self._copy_buffers()
+        losses: dict[int, Tensor] = {}  # of steps, not yet read
+        mean_loss = math.nan
         self.model.train()
         if self.pretrained is not None and self.frozen:
             self.pretrained.part.eval()
-        with self._bar(loader, title) as bar:
+        with self._progress_bar(loader, title) as bar:
             for step, batch in enumerate(loader, first):
                 lr = self._set_lr(step / last, step)
-                images, target = self._augmented(batch, keys, step)
+                images, target = self._augment(batch, (*keys, step, self.dist_context.rank))
                 update = (step + 1) % self.config.accumulate == 0 or step + 1 == last
                 captured = self._captured_step(images, target)
                 if captured is not None:
                     logits, sums = captured(images, target)
-                    sums = sums.clone()
                     self._average_weights()
                 else:
                     logits, sums, divisor = self._backward(images, target, update)
-                group += sums
+                accumulated += sums
                 if not self.config.skip_bad_steps:
-                    monitor.add(step, sums[0], state.sums + group)
+                    losses[step] = sums[0].clone()
+                if len(losses) >= self.check_every:
+                    mean_loss = _mean(state.sums + accumulated)
+                    self._require_finite(losses, loader, title, first)
                 if self.count_training:
                     self.task.update(state.counts, logits, target, exact=False)
                 state.step = step + 1
-                state.images += len(images) * self.world.size
+                state.images += len(images) * self.dist_context.size
                 if update:
-                    if captured is not None or self._update(group, divisor):
-                        state.sums += group
-                        buffers = self._copied_buffers()
+                    if captured is not None or self._update(accumulated, divisor):
+                        state.sums += accumulated
+                        buffers = self._copy_buffers()
                     else:
                         state.skipped += 1
-                        self._restore_buffers(buffers)
-                    group.zero_()
+                        for buffer, kept in zip(self.model.buffers(), buffers, strict=True):
+                            buffer.copy_(kept)
+                    accumulated.zero_()
                     after_step()
-                bar.update(len(images) * self.world.size)
-                bar.set_postfix(loss=f"{monitor.mean:.3f}", lr=f"{lr:.1e}", refresh=False)
+                bar.update(len(images) * self.dist_context.size)
+                bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}", refresh=False)
                 if update and self.clock is not None and self.clock.share(step + 1) >= 1:
                     break
-        monitor.finish(state.sums)
+        if losses:
+            self._require_finite(losses, loader, title, first)
         rate = (state.images - images_before) / (time.perf_counter() - start)
         return self._epoch_results(state, rate)
 
-    def _augmented(
-        self, batch: Iterable[Tensor], keys: tuple[int, ...], step: int
-    ) -> tuple[Tensor, Tensor]:
+    def _augment(self, batch: Iterable[Tensor], keys: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """A training batch on the device, augmented; also seeds the dropout of the step."""
-        rank = self.world.rank
-        seed_everything(*keys, step, rank, 1)
-        images, target = self._received(batch)
-        return self.task.augment(images, target, step_generator(*keys, step, rank))
+        seed_everything(*keys, 1)
+        images, target = self._to_device(batch)
+        return self.task.augment(images, target, step_generator(*keys))
 
     def _epoch_results(self, state: EpochState, images_per_second: float) -> dict[str, Any]:
         """Results of `train_one_epoch`, over all processes."""
-        self.world.broadcast_buffers(self.model)
+        self.dist_context.broadcast_buffers(self.model)
         if self.ema is not None:
-            self.world.broadcast_buffers(self.ema)
-        joint, score = state.state(self.world), self.task.score
-        scores = self.task.compute(joint["counts"]) if self.count_training else {score: None}
+            self.dist_context.broadcast_buffers(self.ema.module)
+        joint, score = state.state(self.dist_context), self.task.score
         return {
             "loss": _mean(joint["sums"]),
-            score: scores[score],
+            score: self.task.compute(joint["counts"])[score] if self.count_training else None,
             "images_per_second": images_per_second,
             **({"skipped": state.skipped} if state.skipped else {}),
         }
 
-    def _copied_buffers(self) -> list[Tensor]:
-        """Copies of the running statistics, which a skipped step has already changed."""
-        if not self.config.skip_bad_steps:
-            return []
-        return [buffer.clone() for buffer in self.model.buffers()]
-
-    def _restore_buffers(self, buffers: list[Tensor]) -> None:
-        for buffer, kept in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(kept)
+    def _copy_buffers(self) -> list[Tensor]:
+        """Copies of the running statistics, which a step changes even if it is skipped later."""
+        buffers = self.model.buffers() if self.config.skip_bad_steps else ()
+        return [buffer.clone() for buffer in buffers]
 
     def _require_finite(
-        self, losses: list[tuple[int, float]], loader: TrainBatches, title: str, first: int
+        self, losses: dict[int, Tensor], loader: TrainBatches, title: str, first: int
     ) -> None:
-        """Raise `NonFiniteLoss` in all processes if a loss is not finite in one of them.
-
-        Args:
-            losses: (step, loss) pairs.
-            first: number of the first step of `loader`.
-        """
-        bad = [(step, value) for step, value in losses if not math.isfinite(value)]
-        if not self.world.all_reduce_max(len(bad)):
+        """Read and remove the losses of some steps; raise `NonFiniteLoss` in all processes if one
+        is not finite in one of them. `first`: number of the first step of `loader`."""
+        values = torch.stack([*losses.values()]).tolist()
+        bad = [(step, x) for step, x in zip(losses, values, strict=True) if not math.isfinite(x)]
+        losses.clear()
+        if not self.dist_context.all_reduce_max(len(bad)):
             return
         if not bad:
             raise NonFiniteLoss(f"the loss of another process is not finite in {title}")
         step, value = bad[0]
-        raise NonFiniteLoss(
-            f"the loss is {value} in step {step + 1} of {title}, of "
-            f"{', '.join(batch_names(loader, step - first))}"
-        )
+        names = ", ".join(batch_names(loader, step - first))
+        raise NonFiniteLoss(f"the loss is {value} in step {step + 1} of {title}, of {names}")
 
     @torch.inference_mode()
     def evaluate(
@@ -642,7 +515,7 @@ class Trainer:
 
         Args:
             loader: yields images (N, 3, H, W) uint8 and their targets.
-            title: of the progress bar.
+            title: title of the progress bar.
             after_batch: called after each batch.
 
         Returns:
@@ -651,39 +524,34 @@ class Trainer:
         model, task = self.eval_model, self.task
         was_training = model.training
         model.eval()
-        counts, sums = task.new_state(), torch.zeros(2, device=self.world.device)
-        with self._bar(loader, title) as bar:
+        counts, sums = task.new_state(), torch.zeros(2, device=self.device)
+        with self._progress_bar(loader, title) as bar:
             for batch in loader:
-                images, target = task.normalize(*self._received(batch))
-                with autocast(self.world.device, self.config.precision):
-                    logits = model(images.contiguous(memory_format=self.layout))
+                images, target = task.normalize(*self._to_device(batch))
+                with autocast(self.device, self.config.precision):
+                    logits = model(images.contiguous(memory_format=self.memory_format))
                 logits = logits.float()
                 sums += torch.stack(task.loss(logits, target))
                 task.update(counts, logits, target, exact=True)
                 after_batch()
-                bar.update(len(images) * self.world.size)
+                bar.update(len(images) * self.dist_context.size)
         model.train(was_training)
-        sums = self.world.all_reduce_sum(sums)
+        sums = self.dist_context.all_reduce_sum(sums)
         return {
             "loss": none_if_nan((sums[0] / sums[1]).item()),
-            **task.compute(self.world.all_reduce_sum(counts)),
+            **task.compute(self.dist_context.all_reduce_sum(counts)),
         }
 
-    def _received(self, batch: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The tensors of a batch on this process's device."""
-        return (part.to(self.world.device, non_blocking=True) for part in batch)
+    def _to_device(self, batch: Iterable[Tensor]) -> Iterator[Tensor]:
+        return (part.to(self.device, non_blocking=True) for part in batch)
 
-    def _bar(self, loader: Batches, title: str) -> tqdm:
-        """A progress bar in images, shown by the main process for all."""
+    def _progress_bar(self, loader: Batches, title: str) -> tqdm:
+        """A progress bar in images of all processes, shown by the main process."""
         return tqdm(
-            total=len(loader.sampler) * self.world.size,
-            desc=title,
-            unit="image",
-            leave=False,
-            dynamic_ncols=True,
-            disable=not self.world.is_main,
-            mininterval=0.5,
-        )
+            total=len(loader.sampler) * self.dist_context.size,
+            desc=title, unit="image", leave=False, dynamic_ncols=True, mininterval=0.5,
+            disable=not self.dist_context.is_main,
+        )  # fmt: skip
 
 
 def _mean(sums: Tensor) -> float:

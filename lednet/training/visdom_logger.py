@@ -34,17 +34,12 @@ class VisdomBackend:
     def log(self, summary: EpochSummary) -> None:
         for title, curves in summary.charts.items():
             window = f"{summary.stage} {title}"
+            style = {"mode": "lines+markers", "markersize": 4, "xlabel": "epoch"}
             self.client.scatter(
                 X=np.array([point for curve in curves.values() for point in curve]),
                 Y=np.repeat(range(1, len(curves) + 1), [len(curve) for curve in curves.values()]),
                 win=window,
-                opts={
-                    "title": window,
-                    "mode": "lines+markers",
-                    "markersize": 4,
-                    "xlabel": "epoch",
-                    "legend": list(curves),
-                },
+                opts={**style, "title": window, "legend": list(curves)},
             )
         if summary.images:
             window = f"{summary.stage}: {IMAGES_TITLE}"

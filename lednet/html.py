@@ -1,13 +1,20 @@
-"""Self-contained HTML pages, rendered from the Jinja templates in `lednet/templates`."""
+"""Self-contained HTML reports, rendered from the Jinja templates in `lednet/templates`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import numpy as np
+from PIL import Image
 
+from lednet.data.labels import LabelScheme
 from lednet.io import write_atomically
+from lednet.visualization import data_uri
+
+Tables = Mapping[str, Sequence[tuple[str, str]]]
+"""Title of each key-value table -> its rows."""
 
 
 class Figure(NamedTuple):
@@ -23,8 +30,8 @@ class Column(NamedTuple):
 
     Attributes:
         heading: the column's title.
-        values: one number a class to sort by; None, which sorts last, where there is none.
-        texts: the values as shown, one a class.
+        values: one number for each class to sort by; None, which sorts last, if it has none.
+        texts: the displayed values.
     """
 
     heading: str
@@ -37,17 +44,35 @@ def format_score(value: float | None, absent: str = "–") -> str:
     return absent if value is None else f"{value:.3f}"
 
 
-def write_page(path: str | os.PathLike, template: str, **values: Any) -> None:
-    """Render a template to a file, atomically.
+def image_uri(pixels: np.ndarray, lossless: bool = False) -> str:
+    """Encode RGB pixels, (H, W, 3) uint8, as a data URI."""
+    return data_uri(Image.fromarray(pixels), "WEBP", quality=80, lossless=lossless)
 
-    The page is written while it is rendered, so of an iterable in `values` one item at a time is
-    in memory.
+
+def write_page(
+    path: str | os.PathLike,
+    template: str,
+    *,
+    title: str,
+    headline: Sequence[Figure],
+    scheme: LabelScheme,
+    columns: Sequence[Column],
+    tables: Tables,
+    **values: Any,
+) -> None:
+    """Render a template to a file, atomically. Text is escaped.
+
+    The page is written while it is rendered: iterables in `values` are consumed one item at a time.
 
     Args:
         path: HTML file to write.
-        template: file name in `lednet/templates`. Templates that extend `layout.html` need
-            `title` and `headline`.
-        values: variables of the template. Text is escaped.
+        template: file name in `lednet/templates`.
+        title: heading of the page.
+        headline: figures at the top.
+        scheme: names and colours of the classes.
+        columns: columns of the class table.
+        tables: key-value tables.
+        values: other variables of the template.
 
     Raises:
         UserError: the file cannot be written.
@@ -60,10 +85,11 @@ def write_page(path: str | os.PathLike, template: str, **values: Any) -> None:
         lstrip_blocks=True,
     )
     environment.filters["score"] = format_score
-    pieces = environment.get_template(template).generate(**values)
+    values |= {"title": title, "headline": headline, "columns": columns, "tables": tables}
+    values["classes"] = list(zip(scheme.classes, scheme.colors, strict=True))
     with (
         write_atomically(path) as temporary,
         # File names need not be valid Unicode: lone surrogates are written as escapes.
         open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        file.writelines(pieces)
+        file.writelines(environment.get_template(template).generate(**values))

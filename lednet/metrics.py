@@ -1,4 +1,4 @@
-"""Segmentation metrics from one integer confusion matrix, divided once, at the end."""
+"""Segmentation metrics, computed from an integer confusion matrix over all images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def count_pairs(truth: Tensor, prediction: Tensor, rows: int, columns: int) -> Tensor:
-    """How often each pair (true value, predicted value) occurs: one histogram of joint codes.
+    """Count each pair (true value, predicted value).
 
     Args:
         truth: (...) integers, 0 <= value < `rows`.
@@ -29,13 +29,13 @@ def count_pairs(truth: Tensor, prediction: Tensor, rows: int, columns: int) -> T
 class ConfusionMatrix:
     """Counts of (true class, predicted class) over any number of images.
 
-    Pixels whose target is not a class (void) are left out, as the Cityscapes
-    benchmark does; a prediction that is not a class (the network's void output) has
-    a column of its own and counts as a miss of the true class.
+    As in the Cityscapes benchmark, pixels whose target is not a class (void) are ignored. A
+    prediction that is not a class (the network's void output) has a column of its own and counts
+    as a miss of the true class.
 
     Args:
-        num_classes: classes that count, void not among them.
-        device: where the counts are kept; predictions are expected there.
+        num_classes: number of classes without void.
+        device: device of the counts and of the predictions.
 
     Attributes:
         counts: (num_classes, num_classes + 1) int64; rows are the truth.
@@ -49,51 +49,47 @@ class ConfusionMatrix:
         """Add one batch.
 
         Args:
-            prediction: (...) integers; `num_classes` and above stand for void.
-            target: of the same shape; `num_classes` and above are left out.
+            prediction: (...) integers; `num_classes` and above are void.
+            target: integers of the same shape; `num_classes` and above are ignored.
         """
         if prediction.shape != target.shape:
             raise ValueError(f"prediction is {prediction.shape}, target {target.shape}")
-        size = self.num_classes + 1  # the last row takes what is left out
+        size = self.num_classes + 1  # the last row counts ignored pixels
         target, prediction = target.clamp(max=size - 1), prediction.clamp(max=size - 1)
         self.counts += count_pairs(target, prediction, size, size)[:-1]
 
     def class_iou(self) -> Tensor:
-        """(num_classes,) float64 in [0, 1]; NaN for a class that is in neither truth nor
-        prediction."""
+        """IoU of each class, float64; NaN for a class in neither truth nor prediction."""
         counts = self.counts.cpu().double()
         hit = counts.diagonal()
         union = counts.sum(1) + counts[:, : self.num_classes].sum(0) - hit
         return hit / union  # 0 / 0 is NaN: the class is absent
 
     def mean_iou(self) -> float:
-        """Mean of `class_iou` over the classes that are present; NaN if none is."""
+        """Mean of `class_iou` over the classes present; NaN if there are none."""
         return self.class_iou().nanmean().item()
 
     def pixel_accuracy(self) -> float:
-        """Share of counted pixels predicted rightly; NaN if none was counted."""
+        """Share of the counted pixels that are predicted correctly; NaN if there are none."""
         counts = self.counts.cpu().double()
         return (counts.diagonal().sum() / counts.sum()).item()
 
     def frequency_weighted_iou(self) -> float:
-        """Mean of `class_iou`, weighted with each class's share of the true pixels."""
+        """Mean of `class_iou`, weighted by each class's share of the true pixels."""
         shares = self.counts.sum(1).cpu().double() / self.counts.sum().item()
         return (shares * self.class_iou().nan_to_num()).sum().item()
 
     def summary(self, classes: Sequence[str]) -> dict[str, Any]:
-        """Miou, class_iou by name (None where absent), pixel_accuracy and
-        frequency_weighted_iou, ready for JSON."""
+        """All scores as values for JSON, with None instead of NaN."""
+        class_iou = map(none_if_nan, self.class_iou().tolist())
         return {
             "miou": none_if_nan(self.mean_iou()),
-            "class_iou": {
-                name: none_if_nan(iou)
-                for name, iou in zip(classes, self.class_iou().tolist(), strict=True)
-            },
+            "class_iou": dict(zip(classes, class_iou, strict=True)),
             "pixel_accuracy": none_if_nan(self.pixel_accuracy()),
             "frequency_weighted_iou": none_if_nan(self.frequency_weighted_iou()),
         }
 
 
 def none_if_nan(value: float) -> float | None:
-    """JSON has no NaN: what is absent is null."""
+    """The value, or None for NaN, which JSON does not have."""
     return None if value != value else value

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves, per-class bars, contact sheets."""
+"""Figures of a run: curves, per-class bars, contact sheets."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -30,61 +30,61 @@ def plot_curves(
     score: str = "miou",
     score_name: str = "mIoU",
 ) -> None:
-    """Draw loss and score over the epochs, a column for each training stage.
+    """Plot loss and score over the epochs, a column for each training stage.
 
     Args:
         records: the lines of a run's `log.jsonl`.
         path: PNG to write.
+        title: title of the figure.
         stages: title of each stage, by its name in the records.
-        score: key of a number in [0, 1], behind "train_" and "val_".
-        score_name: how people call it.
+        score: key of a number in [0, 1], after "train_" and "val_".
+        score_name: label of the score's axis.
     """
-    stages = {name: t for name, t in stages.items() if any(r["stage"] == name for r in records)}
-    figure = Figure(figsize=(1 + 5 * len(stages), 7), layout="constrained")
+    by_stage = {stage: [r for r in records if r["stage"] == stage] for stage in stages}
+    by_stage = {stage: rows for stage, rows in by_stage.items() if rows}
+    figure = Figure(figsize=(1 + 5 * len(by_stage), 7), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(2, len(stages), squeeze=False, sharex="col")
-    for column, (stage, heading) in enumerate(stages.items()):
-        rows = [r for r in records if r["stage"] == stage]
-        for row, (quantity, name) in enumerate((("loss", "cross-entropy"), (score, score_name))):
-            axis = axes[row][column]
+    axes = figure.subplots(2, len(by_stage), squeeze=False, sharex="col")
+    for (loss, accuracy), (stage, rows) in zip(axes.T, by_stage.items(), strict=True):
+        for axis, quantity in ((loss, "loss"), (accuracy, score)):
             for part, color in (("train", _TRAIN_COLOR), ("val", _VAL_COLOR)):
-                points = [(r["epoch"], r[f"{part}_{quantity}"]) for r in rows]
-                points = [(x, y) for x, y in points if y is not None]
+                points = [
+                    (r["epoch"], y) for r in rows if (y := r[f"{part}_{quantity}"]) is not None
+                ]
                 if points:
                     axis.plot(*zip(*points, strict=True), color=color, label=part, marker=".")
             axis.grid(alpha=0.3)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if column == 0:
-                axis.set_ylabel(name)
-        axes[0][column].set_title(heading)
-        axes[0][column].legend()
-        axes[1][column].set_ylim(0, 1)
-        axes[1][column].set_xlabel("epoch")
+        loss.set_title(stages[stage])
+        loss.legend()
+        accuracy.set(ylim=(0, 1), xlabel="epoch")
         values = [r[f"val_{score}"] for r in rows if r[f"val_{score}"] is not None]
-        best = max(values, default=None)
-        if best is not None:
-            axes[1][column].axhline(best, color=_VAL_COLOR, linestyle=":", linewidth=1)
-            axes[1][column].annotate(
+        if values:
+            best = max(values)
+            accuracy.axhline(best, color=_VAL_COLOR, linestyle=":", linewidth=1)
+            accuracy.annotate(
                 f"best {best:.3f}", (0.98, min(best + 0.02, 0.95)), ha="right",
                 xycoords=("axes fraction", "data"), color=_VAL_COLOR,
             )  # fmt: skip
+    for axis, name in zip(axes[:, 0], ("cross-entropy", score_name), strict=True):
+        axis.set_ylabel(name)
     _save(figure, path)
 
 
 def plot_class_iou(
     class_iou: dict[str, float | None], scheme: LabelScheme, path: str | os.PathLike, title: str
 ) -> None:
-    """Draw a bar for each class, in the class's colour; an absent class has none."""
-    names = list(class_iou)
-    figure = Figure(figsize=(7, 1.2 + 0.32 * len(names)), layout="constrained")
+    """Plot a bar for each class, in the class's colour; an absent class has none."""
+    figure = Figure(figsize=(7, 1.2 + 0.32 * len(class_iou)), layout="constrained")
     axis = figure.subplots()
-    values = [class_iou[name] or 0.0 for name in names]
-    colors = [np.array(color) / 255 for color in scheme.colors]
-    axis.barh(names, values, color=colors, edgecolor="#00000040")
-    for row, name in enumerate(names):
-        iou = class_iou[name]
-        text = "absent" if iou is None else f"{iou:.3f}"
-        axis.text((iou or 0.0) + 0.01, row, text, va="center")
+    bars = axis.barh(
+        list(class_iou),
+        [iou or 0.0 for iou in class_iou.values()],
+        color=[np.array(color) / 255 for color in scheme.colors],
+        edgecolor="#00000040",
+    )
+    texts = ["absent" if iou is None else f"{iou:.3f}" for iou in class_iou.values()]
+    axis.bar_label(bars, texts, padding=4)
     axis.set(xlim=(0, 1.1), xlabel="IoU", title=title)
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
@@ -97,13 +97,14 @@ def contact_sheet(
     path: str | os.PathLike,
     tile_width: int = 420,
 ) -> None:
-    """Draw input | truth | prediction, a row an image, with a legend below.
+    """Draw input, truth and prediction of each image in a row, with a legend below.
 
     Args:
         rows: (image (H, W, 3) uint8 RGB, truth (H, W), prediction (H, W)), the last two
-            class indices. Where the truth is void the prediction is dimmed.
+            class indices. Where the truth is void, the prediction is dimmed.
+        scheme: names and colours of the classes.
         path: PNG to write.
-        tile_width: of each of the three columns, in pixels.
+        tile_width: width of each of the three columns in pixels.
     """
     tiles = []
     for image, truth, prediction in rows:
@@ -121,30 +122,31 @@ def tile_sheet(
     tile_width: int = 420,
     captions: Sequence[str] = (),
 ) -> None:
-    """Draw pictures in rows, with headings above and the classes' legend below.
+    """Draw images in rows, with headings above and the legend of the classes below.
 
     Args:
-        rows: (H, W, 3) uint8 RGB, a column each; those of the first are photographs.
+        rows: images (H, W, 3) uint8 RGB, one for each column; those of the first are photographs.
+        headings: one for each column.
+        scheme: names and colours of the classes.
         path: PNG to write.
-        tile_width: of each column, in pixels.
-        captions: of each row, written on its first picture.
+        tile_width: width of each column in pixels.
+        captions: one for each row, drawn on its first image.
     """
-    margin, header = 8, 28
+    margin, top = 8, 28
+    lefts = [margin + column * (tile_width + margin) for column in range(len(headings))]
     heights = [round(tile_width * row[0].shape[0] / row[0].shape[1]) for row in rows]
-    width = len(headings) * (tile_width + margin) + margin
-    font = ImageFont.load_default(15)
-    legend = draw_legend(scheme, width)
-    height = header + sum(heights) + margin * len(rows) + legend.height
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, heading in enumerate(headings):
-        draw.text((margin + column * (tile_width + margin), 6), heading, "black", font)
-    top = header
+    legend = draw_legend(scheme, lefts[-1] + tile_width + margin)
+    height = top + sum(heights) + margin * len(rows) + legend.height
+    sheet = Image.new("RGB", (legend.width, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for left, heading in zip(lefts, headings, strict=True):
+        draw.text((left, 6), heading, "black", font)
     for number, (row, tile_height) in enumerate(zip(rows, heights, strict=True)):
-        for column, pixels in enumerate(row):
-            resample = Image.Resampling.BILINEAR if column == 0 else Image.Resampling.NEAREST
+        for left, pixels in zip(lefts, row, strict=True):
+            photo = left == margin
+            resample = Image.Resampling.BILINEAR if photo else Image.Resampling.NEAREST
             tile = Image.fromarray(pixels).resize((tile_width, tile_height), resample)
-            sheet.paste(tile, (margin + column * (tile_width + margin), top))
+            sheet.paste(tile, (left, top))
         if captions:
             place = (margin + 6, top + 4)
             draw.text(place, captions[number], "white", font, stroke_width=2, stroke_fill="black")

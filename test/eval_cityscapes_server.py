@@ -6,10 +6,10 @@
     python test/eval_cityscapes_server.py --predictions results --datadir /data/cityscapes \
         --json scores.json --report report.html
 
-One to two seconds an image on two CPU cores, at 512x1024. Figures are those of the
-official tool (cityscapesscripts), in its result file's format. The folder --out receives
-label-id PNGs under the benchmark's names, results.json and, for the test split,
-upload.zip. The same command resumes an interrupted run.
+An image takes one to two seconds on two CPU cores at 512x1024. Scores and result file are those of
+the official tool (cityscapesscripts). The folder --out receives label-id PNGs under the benchmark's
+names, results.json and, for the test split, upload.zip. The same command resumes an interrupted
+run.
 """
 
 import argparse
@@ -82,7 +82,7 @@ if __name__ == "__main__":
 
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -93,27 +93,10 @@ from lednet.data.pairs import require_file
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.distributed import DistributedContext, destroy_distributed, init_distributed
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.cityscapes_evaluator import (
-    Frame,
-    FrameResult,
-    find_frames,
-    find_predictions,
-    predict_frames,
-    score_predictions,
-    total_scores,
-)
-from lednet.evaluation.cityscapes_metrics import (
-    EVALUATED_CATEGORIES,
-    EVALUATED_CLASSES,
-    BenchmarkScores,
-)
-from lednet.evaluation.cityscapes_submission import (
-    NUM_FILES,
-    check_submission,
-    prediction_name,
-    write_submission,
-)
-from lednet.evaluation.report import write_benchmark_report
+from lednet.evaluation import cityscapes_evaluator as evaluator, cityscapes_submission as submission
+from lednet.evaluation.cityscapes_evaluator import Frame, FrameResult
+from lednet.evaluation.cityscapes_metrics import BenchmarkScores
+from lednet.evaluation.report import format_scores, write_benchmark_report
 from lednet.hub import RELEASED, resolve_weights, weights_checksum
 from lednet.inference.benchmark import benchmark, benchmark_rows
 from lednet.inference.predictor import Predictor
@@ -138,28 +121,28 @@ def parse_options() -> argparse.Namespace:
     return args
 
 
-def settings(args: argparse.Namespace, predictor: Predictor) -> dict:
+def settings(args: argparse.Namespace, predictor: Predictor) -> dict[str, Any]:
     """Settings on which the results depend; a run is resumed with the same settings only."""
+    names = ("size", "scales", "flip", "tile", "overlap", "backend", "precision")
     return {
         "weights": weights_checksum(args.weights),
         "datadir": str(args.datadir.resolve()),
         "labels": args.labels,
         "subset": args.subset,
-        "size": predictor.size,
-        "scales": predictor.scales,
-        "flip": predictor.flip,
-        "tile": predictor.tile,
+        **{name: getattr(predictor, name) for name in names},
         "overlap": predictor.overlap if predictor.tile else None,
-        "backend": predictor.backend,
-        "precision": predictor.precision,
     }
 
 
-def show_progress(
-    results: Iterable[FrameResult], total: int, args: argparse.Namespace, world: DistributedContext
-) -> Iterable[FrameResult]:
-    name = args.subset if world.size == 1 else f"{args.subset} (process 1 of {world.size})"
-    return tqdm(results, name, total, unit="image", dynamic_ncols=True, disable=not world.is_main)
+def gather_results(
+    results: Iterator[FrameResult], total: int, subset: str, dist_context: DistributedContext
+) -> list[FrameResult]:
+    """Results of all processes, with a progress bar for those of this one."""
+    size = dist_context.size
+    name = subset if size == 1 else f"{subset} (process 1 of {size})"
+    hidden = not dist_context.is_main
+    bar = tqdm(results, name, total, unit="image", dynamic_ncols=True, disable=hidden)
+    return dist_context.all_gather(list(bar))
 
 
 def run_network(
@@ -167,173 +150,130 @@ def run_network(
     predictor: Predictor,
     frames: list[Frame],
     scheme: LabelScheme,
-    world: DistributedContext,
+    dist_context: DistributedContext,
 ) -> list[FrameResult]:
-    """Predict and score what is left to do, each image in one process; results of all."""
+    """Predict and score the remaining frames, each in one process; results of all frames."""
     folder = args.out / "predictions"
-    if args.overwrite and world.is_main:
+    if args.overwrite and dist_context.is_main:
         ProgressLog.clear(args.out)
         shutil.rmtree(folder, ignore_errors=True)
-    world.barrier()
-    journal = ProgressLog(
-        args.out, settings(args, predictor), world.rank, check=FrameResult.from_json
+    dist_context.barrier()
+    log = ProgressLog(
+        args.out, settings(args, predictor), dist_context.rank, check=FrameResult.from_json
     )
-    world.barrier()  # all have read before one writes
-    wanted = {frame.name for frame in frames}
-    done = {
-        name: FrameResult.from_json(entry)
-        for name, entry in journal.entries.items()
-        if name in wanted and (folder / prediction_name(name)).is_file()
-    }
-    if done and world.is_main:
+    dist_context.barrier()  # all have read before one writes
+    done = [
+        FrameResult.from_json(log.entries[frame.name])
+        for frame in frames
+        if frame.name in log.entries and (folder / submission.prediction_name(frame.name)).is_file()
+    ]
+    if done and dist_context.is_main:
         print(f"{len(done)} of {len(frames)} images are done already in {args.out}")
-    left = [frame for frame in frames if frame.name not in done][world.rank :: world.size]
-    results = predict_frames(
-        predictor.label_maps, predictor.size, left, scheme, folder, args.batch_size,
-        args.num_workers,
-    )  # fmt: skip
-    mine = []
-    for result in show_progress(results, len(left), args, world):
-        journal.add(result.to_json())
-        mine.append(result)
-    return [*done.values(), *world.all_gather(mine)]
+    names = {result.name for result in done}
+    left = [frame for frame in frames if frame.name not in names]
+    left = left[dist_context.rank :: dist_context.size]
+
+    def results() -> Iterator[FrameResult]:
+        for result in evaluator.predict_frames(
+            predictor.label_maps, predictor.size, left, scheme, folder, args.batch_size,
+            args.num_workers,
+        ):  # fmt: skip
+            log.add(result.to_json())
+            yield result
+
+    return done + gather_results(results(), len(left), args.subset, dist_context)
 
 
-def score_files(
-    args: argparse.Namespace,
-    frames: list[Frame],
-    files: dict[str, Path],
-    scheme: LabelScheme,
-    world: DistributedContext,
-) -> list[FrameResult]:
-    """Score --predictions, each image in one process; results of all."""
-    mine = frames[world.rank :: world.size]
-    paths = [files[frame.name] for frame in mine]
-    results = score_predictions(mine, scheme, paths, max(1, args.num_workers))
-    return world.all_gather(list(show_progress(results, len(mine), args, world)))
-
-
-def print_scores(
-    full: BenchmarkScores, network: BenchmarkScores | None, size: Sequence[int] | None
-) -> None:
-    """Classes, categories and means; IoU at the network's size beside them."""
-    headings = ["IoU", "iIoU"] + ([f"IoU at {size[0]}x{size[1]}"] if network and size else [])
-
-    def row(name: str, *cells: str) -> None:
-        print(f"{name:16}" + "".join(f"{cell:>16}" for cell in cells))
-
-    def score(value: float | None, absent: str = "absent") -> str:
-        return absent if value is None or value != value else f"{value:.4f}"
-
-    kinds = {"class": EVALUATED_CLASSES, "category": EVALUATED_CATEGORIES}
-    for kind, names in kinds.items():
-        print()
-        row(kind, *headings)
-        iou, iiou = getattr(full, f"{kind}_iou")(), getattr(full, f"{kind}_iiou")()
-        small = getattr(network, f"{kind}_iou")() if network else {}
-        for name in names:
-            row(name, score(iou[name]), score(iiou[name], "-"),
-                *([score(small[name])] if network else []))  # fmt: skip
-        means = [full.summary()[f"{kind}_iou"], full.summary()[f"{kind}_iiou"]]
-        means += [network.summary()[f"{kind}_iou"]] if network else []
-        row("mean", *(score(mean, "-") for mean in means))
-    print(
-        f"\npixel accuracy {full.pixel_accuracy():.4f}, frequency-weighted IoU "
-        f"{full.frequency_weighted_iou():.4f}; {full.images} images"
-    )
-
-
-def results_file(full: BenchmarkScores, network: BenchmarkScores | None, **details: Any) -> dict:
+def results_file(full: BenchmarkScores, network: BenchmarkScores | None) -> dict[str, Any]:
     """The official tool's result file, with further figures under keys of our own."""
     result = full.official_result() | {
         "pixelAccuracy": full.summary()["pixel_accuracy"],
         "frequencyWeightedIoU": full.summary()["frequency_weighted_iou"],
         "images": full.images,
     }
-    if network:
-        result["atNetworkSize"] = network.official_result()
-    return result | details
+    return result | ({"atNetworkSize": network.official_result()} if network else {})
 
 
-def full_size(frames: list[Frame]) -> tuple[int, int]:
-    """(height, width) of the images, as of the first."""
+def full_size(frames: Sequence[Frame]) -> tuple[int, int]:
+    """(height, width) of the first image."""
     height, width = read_image(require_file(frames[0].image, "images")).shape[:2]
     return height, width
 
 
-def write_zip(args: argparse.Namespace, frames: list[Frame]) -> None:
-    """Pack the predictions and check the zip as a user would before uploading it."""
-    path = args.out / "upload.zip"
-    folder = args.out / "predictions"
-    write_submission(path, [folder / prediction_name(frame.name) for frame in frames])
+def write_zip(args: argparse.Namespace, frames: Sequence[Frame], files: dict[str, Path]) -> None:
+    """Pack the predictions, and print a warning for each problem of the zip."""
+    path, required = args.out / "upload.zip", submission.NUM_FILES[args.subset]
+    submission.write_submission(path, [files[frame.name] for frame in frames])
     names = {frame.name for frame in frames}
-    problems = check_submission(path, args.subset, frames=names, size=full_size(frames))
+    problems = submission.check_submission(path, args.subset, frames=names, size=full_size(frames))
+    if len(frames) != required:
+        problems.append(f"{path} holds {len(frames)} files, the {args.subset} split has {required}")
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
-    if len(frames) != NUM_FILES[args.subset]:
-        print(
-            f"warning: {path} holds {len(frames)} files, the benchmark's {args.subset} split "
-            f"has {NUM_FILES[args.subset]}",
-            file=sys.stderr,
-        )
     print(f"{path}: {len(frames)} files, for the benchmark's pixel-level upload")
 
 
-def evaluate(args: argparse.Namespace, world: DistributedContext) -> None:
-    """Every step in order: predict and score, measure, write."""
-    predictor, files, network, card = None, {}, None, None
-    frames, scheme = find_frames(
-        args.datadir, args.subset, args.labels, images=bool(args.weights or args.report)
-    )
+def evaluate(args: argparse.Namespace, dist_context: DistributedContext) -> None:
+    """Predict, score, measure the speed, and write the results."""
+    predictor = network = card = None
+    need_images = bool(args.weights or args.report)
+    frames, scheme = evaluator.find_frames(args.datadir, args.subset, args.labels, need_images)
     if args.weights:
         predictor = Predictor.from_weights(
             args.weights, cityscapes_scheme(), DEFAULT_SIZES["cityscapes"], args.height, args.width,
-            device=world.device, backend=args.backend, precision=args.precision, fold=args.fold,
-            scales=args.scales, flip=args.flip, tile=args.tile and tuple(args.tile),
-            overlap=args.overlap,
+            device=dist_context.device, backend=args.backend, precision=args.precision,
+            fold=args.fold, scales=args.scales, flip=args.flip,
+            tile=args.tile and tuple(args.tile), overlap=args.overlap,
         )  # fmt: skip
         frames = frames[: args.max_images]
-        results = run_network(args, predictor, frames, scheme, world)
-        files = {f.name: args.out / "predictions" / prediction_name(f.name) for f in frames}
+        results = run_network(args, predictor, frames, scheme, dist_context)
+        folder = args.out / "predictions"
+        files = {f.name: folder / submission.prediction_name(f.name) for f in frames}
     else:
-        files = find_predictions(args.predictions, frames)
+        files = evaluator.find_predictions(args.predictions, frames)
         frames = frames[: args.max_images]
-        results = score_files(args, frames, files, scheme, world)
-    if not world.is_main:
+        mine = frames[dist_context.rank :: dist_context.size]
+        scored = evaluator.score_predictions(
+            mine, scheme, [files[frame.name] for frame in mine], max(1, args.num_workers)
+        )
+        results = gather_results(scored, len(mine), args.subset, dist_context)
+    if not dist_context.is_main:
         return
-    results.sort(key=lambda result: result.name)  # sums come out alike for any number of processes
-    full = total_scores(result.full for result in results)
+    results.sort(key=lambda result: result.name)  # sums are equal for any number of processes
+    full = evaluator.total_scores(result.full for result in results)
     if predictor and args.speed:
         card = benchmark(predictor, full_size(frames), 1, args.warmup, args.runs)
-    details = {"options": plain_values(vars(args))} | ({"speed": card} if card else {})
+    details: dict[str, Any] = {"options": plain_values(vars(args))}
+    if card:
+        details["speed"] = card
     if args.subset != "test":
-        if predictor:
-            network = total_scores(result.network for result in results)
         if full.class_matrix().sum() == 0:
             raise UserError(f"{args.datadir} {args.subset} has no labelled pixel: check --labels")
-        print_scores(full, network, predictor.size if predictor else None)
-        details = results_file(full, network, **details)
-    if card:
-        print("\n" + "\n".join(f"{name:22} {value}" for name, value in benchmark_rows(card)))
+        if predictor:
+            network = evaluator.total_scores(result.network for result in results)
+        print(format_scores(full, network, predictor.size if predictor else None))
+        details = results_file(full, network) | details
+    speed = benchmark_rows(card) if card else []
+    if speed:
+        print("\n" + "\n".join(f"{name:22} {value}" for name, value in speed))
     for path in {args.json, args.out and args.out / "results.json"} - {None}:
         write_json(path, details)
     if args.subset == "test":
-        write_zip(args, frames)
+        write_zip(args, frames, files)
     if args.report:
         path = args.out / "report.html" if args.report is True else args.report
         write_benchmark_report(
-            path, f"Cityscapes {args.subset}", results, frames, files, scheme,
-            network=network, card=card, speed=benchmark_rows(card) if card else (),
-            options=plain_values(vars(args)), images=args.report_images,
+            path, f"Cityscapes {args.subset}", results, frames, files, scheme, network=network,
+            card=card, speed=speed, options=details["options"], images=args.report_images,
         )  # fmt: skip
         print(f"report: {path}")
 
 
 def main() -> None:
     args = parse_options()
-    world = init_distributed(args.device)
+    dist_context = init_distributed(args.device)
     try:
-        evaluate(args, world)
+        evaluate(args, dist_context)
     finally:
         destroy_distributed()
 

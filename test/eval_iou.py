@@ -3,10 +3,9 @@
     python test/eval_iou.py --weights save/cityscapes-d20 --datadir /data/cityscapes
     python test/eval_iou.py --weights best.pth --dataset camvid --datadir /data/camvid
 
-The image is resized to the network's size, its logits back to the label's size, and
-the argmax is taken there: what is scored is the label file as it is on disk. With
---eval-size network the labels are resized instead, as during training. Weights of the
-original release are opened too.
+The image is resized to the network's input, and the logits are resized to the label's size before
+the argmax. With --eval-size network the labels are resized instead, as during training. Weights of
+the original release can be loaded too.
 """
 
 import argparse
@@ -60,13 +59,10 @@ if __name__ == "__main__":
 
 import shlex
 import sys
-from collections.abc import Iterator
 
-from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from lednet.data.dataset import SegmentationDataset
 from lednet.data.registry import DEFAULT_SIZES, open_dataset
 from lednet.device import choose_device
 from lednet.errors import UserError, exit_on_user_error
@@ -74,7 +70,6 @@ from lednet.evaluation.evaluator import evaluate, require_labels
 from lednet.inference.predictor import Predictor
 from lednet.inference.writers import sample_sheet
 from lednet.io import write_json
-from lednet.metrics import ConfusionMatrix
 from lednet.plots import plot_class_iou
 
 
@@ -84,55 +79,38 @@ def collate(samples: list) -> list:
     return default_collate(samples)
 
 
-def score(
-    args: argparse.Namespace, predictor: Predictor, data: SegmentationDataset
-) -> ConfusionMatrix:
-    if args.eval_size == "network":
-        data.size = predictor.size
-    loader: DataLoader = DataLoader(
-        data, args.batch_size, num_workers=args.num_workers, collate_fn=collate
-    )
-    with tqdm(total=len(data), desc=f"{args.subset}", unit="image", dynamic_ncols=True) as bar:
-
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for images, target in loader:
-                yield images, target
-                bar.update(len(images))
-
-        return evaluate(predictor.label_maps, batches(), data.scheme.num_classes, predictor.device)
-
-
 def print_table(result: dict) -> None:
     width = max(map(len, result["class_iou"]))
-    for name, iou in result["class_iou"].items():
-        print(f"{name:{width}}  {'absent' if iou is None else f'{iou:6.4f}'}")
-    print(f"{'mIoU':{width}}  {result['miou']:6.4f}")
-    print(f"{'pixel accuracy':{width}}  {result['pixel_accuracy']:6.4f}")
+    rows = result["class_iou"] | {
+        "mIoU": result["miou"],
+        "pixel accuracy": result["pixel_accuracy"],
+    }
+    for name, score in rows.items():
+        print(f"{name:{width}}  {'absent' if score is None else f'{score:6.4f}'}")
 
 
 def main() -> None:
     args = build_parser().parse_args()
     root = args.datadir or ROOT / "datasets" / args.dataset
     data = open_dataset(
-        args.dataset,
-        root,
-        args.subset,
-        annotations=args.annotations,
-        labels=args.labels,
-        class_file=args.classes,
-        val_stride=args.val_stride,
-        val_prefix=args.val_prefix,
-    )
+        args.dataset, root, args.subset, annotations=args.annotations, labels=args.labels,
+        class_file=args.classes, val_stride=args.val_stride, val_prefix=args.val_prefix,
+    )  # fmt: skip
     predictor = Predictor.from_weights(
         args.weights, data.scheme, DEFAULT_SIZES.get(args.dataset), args.height, args.width,
         device=choose_device(args.device), backend=args.backend, precision=args.precision,
         fold=args.fold, scales=args.scales, flip=args.flip,
     )  # fmt: skip
-    confusion = score(args, predictor, data)
+    if args.eval_size == "network":
+        data.size = predictor.size
+    loader: DataLoader = DataLoader(
+        data, args.batch_size, num_workers=args.num_workers, collate_fn=collate
+    )
+    batches = tqdm(loader, args.subset, unit="batch", dynamic_ncols=True)
+    confusion = evaluate(predictor.label_maps, batches, data.scheme.num_classes, predictor.device)
     where = f"{root} {args.subset}"
     require_labels(confusion, where)
-    result = confusion.summary(data.scheme.classes)
-    result |= {
+    result = confusion.summary(data.scheme.classes) | {
         "command": shlex.join(["python", *sys.argv]),
         "images": len(data),
         "weights": str(args.weights),

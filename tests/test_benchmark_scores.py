@@ -1,4 +1,4 @@
-"""Every figure is that of cityscapesscripts, the benchmark's own tool."""
+"""Benchmark metrics: equal to those of cityscapesscripts, the official tool."""
 
 import json
 import math
@@ -67,72 +67,62 @@ def corrupt(ids: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
     return wrong
 
 
-ONE_IMAGE = "one image"  # and so classes that are absent
-KINDS = ("perfect", "shift", "swap", "blocks", "missing", "ignored", "void", ONE_IMAGE)
+KINDS = ("perfect", "shift", "swap", "blocks", "missing", "ignored", "void", "one image")
 
 
-def write_corrupted(root: Path, folder: Path, kind: str) -> tuple[list, dict, object]:
-    """Corrupted predictions of a val split, as files; the frames, the files and the scheme."""
+def write_corrupted(root: Path, folder: Path, kind: str) -> tuple[list, list, BenchmarkScores]:
+    """Label files and corrupted predictions of a val split, and the scores of these."""
     frames, scheme = find_frames(root, "val", images=False)
     rng = np.random.default_rng(1)
     folder.mkdir()
-    if kind == ONE_IMAGE:
+    if kind == "one image":  # and so classes that are absent
         frames = frames[:1]
     for frame in frames:
         wrong = corrupt(np.array(Image.open(frame.label)), kind, rng)
         Image.fromarray(wrong).save(folder / f"{frame.name}_anything.png")
-    return frames, find_predictions(folder, frames), scheme
+    files = find_predictions(folder, frames)
+    paths = [files[frame.name] for frame in frames]
+    results = score_predictions(frames, scheme, paths, workers=1)
+    labels = [frame.label for frame in frames]
+    return labels, paths, total_scores(result.full for result in results)
 
 
 def assert_equal_figures(root: Path, folder: Path, kind: str, official) -> None:
-    frames, files, scheme = write_corrupted(root, folder, kind)
-    paths = [files[frame.name] for frame in frames]
-    results = list(score_predictions(frames, scheme, paths, workers=1))
-    scores = total_scores(result.full for result in results)
+    labels, paths, scores = write_corrupted(root, folder, kind)
     ours = scores.official_result()
-    theirs = official.evaluateImgLists(
-        [str(path) for path in paths], [str(frame.label) for frame in frames], official.args
-    )
+    theirs = official.evaluateImgLists([*map(str, paths)], [*map(str, labels)], official.args)
     assert ours.keys() == theirs.keys()
-    assert ours["confMatrix"] == theirs["confMatrix"]
-    assert ours["labels"] == theirs["labels"]
-    for key in ours.keys() - {"confMatrix", "labels"}:
-        a, b = ours[key], theirs[key]
-        a, b = (v if isinstance(v, dict) else {key: v} for v in (a, b))
-        assert a.keys() == b.keys(), key
-        for name, value in a.items():
-            if math.isnan(b[name]):
-                assert value is None, (key, name)
-            else:
-                assert value == pytest.approx(b[name], abs=1e-9, rel=1e-9), (key, name)
+    for key in ("confMatrix", "labels"):
+        assert ours.pop(key) == theirs[key]
+    for key, values in ours.items():
+        a, b = (v if isinstance(v, dict) else {key: v} for v in (values, theirs[key]))
+        a = {name: math.nan if value is None else value for name, value in a.items()}
+        assert a == pytest.approx(b, abs=1e-9, rel=1e-9, nan_ok=True), key
 
-    # What the official tool does not give, from the pixels alone.
+    # Figures that the official tool does not compute, from the pixels alone
     truth, predicted = (
         np.concatenate([np.array(Image.open(path)).ravel() for path in group])
-        for group in ([frame.label for frame in frames], paths)
+        for group in (labels, paths)
     )
     counted = np.isin(truth, EVALUATED)
-    right = (truth == predicted)[counted]
-    assert scores.pixel_accuracy() == pytest.approx(right.mean(), abs=1e-12)
-    shares = {i: (truth == i).sum() / counted.sum() for i in EVALUATED}
-    weighted = sum(share * theirs["classScores"][name]
-                   for name in EVALUATED_CLASSES if (share := shares[ID[name]]))  # fmt: skip
+    assert scores.pixel_accuracy() == pytest.approx((truth == predicted)[counted].mean(), abs=1e-12)
+    shares = {name: (truth == ID[name]).sum() / counted.sum() for name in EVALUATED_CLASSES}
+    weighted = sum(s * theirs["classScores"][name] for name, s in shares.items() if s)
     assert scores.frequency_weighted_iou() == pytest.approx(weighted, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_figures_are_official_on_toy_streets(kind, toy_cityscapes, tmp_path, official):
+def test_figures_equal_the_official_ones_on_toy_streets(kind, toy_cityscapes, tmp_path, official):
     assert_equal_figures(toy_cityscapes, tmp_path / "predictions", kind, official)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_figures_are_official_on_real_streets(kind, real_data, tmp_path, official):
+def test_figures_equal_the_official_ones_on_real_streets(kind, real_data, tmp_path, official):
     root = real_data / "data" / "cityscapes_sample"
     assert_equal_figures(root, tmp_path / "predictions", kind, official)
 
 
-def test_toy_streets_exercise_what_is_compared(toy_cityscapes):
-    """Otherwise agreement on them says little: things, ignored labels, absent classes."""
+def test_toy_streets_have_instances_ignored_labels_and_absent_classes(toy_cityscapes):
     frames, scheme = find_frames(toy_cityscapes, "val", images=False)
     first, *rest = [set(np.unique(read_label(frame.label, scheme)).tolist()) for frame in frames]
     every = first.union(*rest)
@@ -140,37 +130,26 @@ def test_toy_streets_exercise_what_is_compared(toy_cityscapes):
     assert every - set(EVALUATED) and set(EVALUATED) - first
 
 
-def test_scores_of_training_targets_are_the_same(toy_cityscapes, tmp_path):
-    """ConfusionMatrix, which works on training targets and any data set, agrees."""
-    frames, files, scheme = write_corrupted(toy_cityscapes, tmp_path / "p", "blocks")
-    scores = total_scores(
-        r.full for r in score_predictions(frames, scheme, [files[f.name] for f in frames], 1)
-    )
+def test_confusion_matrix_of_training_targets_gives_the_same_scores(toy_cityscapes, tmp_path):
+    labels, paths, scores = write_corrupted(toy_cityscapes, tmp_path / "p", "blocks")
     to_target = np.full(34, 19, np.uint8)
     to_target[EVALUATED] = np.arange(19)
     confusion = ConfusionMatrix(19)
-    for frame in frames:
-        truth, predicted = (
-            torch.from_numpy(to_target[np.array(Image.open(path))])
-            for path in (frame.label, files[frame.name])
-        )
-        confusion.update(predicted, truth)
+    for pair in zip(paths, labels, strict=True):
+        confusion.update(*(torch.from_numpy(to_target[np.array(Image.open(p))]) for p in pair))
     assert confusion.counts.tolist() == scores.class_matrix().tolist()
-    assert confusion.mean_iou() == pytest.approx(scores.mean_iou(), abs=1e-12)
-    assert confusion.pixel_accuracy() == pytest.approx(scores.pixel_accuracy(), abs=1e-12)
-    assert confusion.frequency_weighted_iou() == pytest.approx(
-        scores.frequency_weighted_iou(), abs=1e-12
-    )
+    for name in ("mean_iou", "pixel_accuracy", "frequency_weighted_iou"):
+        expected = pytest.approx(getattr(scores, name)(), abs=1e-12)
+        assert getattr(confusion, name)() == expected
 
 
-def test_instances_are_weighted_by_hand():
+def test_iiou_equals_the_one_computed_by_hand():
     """A car of 4 pixels of which 1 is right, one of 2 all right, and 1 false pixel."""
     car, road, truck = ID["car"], ID["road"], ID["truck"]
     truth = np.array([[car, car, car, car], [car, car, road, road]], np.uint8)
     instances = np.array([[26000, 26000, 26000, 26000], [26001, 26001, road, road]], np.int32)
     predicted = np.array([[car, truck, road, road], [car, car, car, road]], np.uint8)
-    scores = BenchmarkScores()
-    scores.add(count_image(predicted, truth, instances))
+    scores = count_image(predicted, truth, instances)
     size = AVERAGE_INSTANCE_SIZE["car"]
     hit, missed = size * (1 / 4 + 2 / 2), size * 3 / 4
     assert scores.class_iiou()["car"] == pytest.approx(hit / (hit + missed + 1))
@@ -180,36 +159,21 @@ def test_instances_are_weighted_by_hand():
     assert scores.class_iou()["truck"] == 0 and math.isnan(scores.class_iou()["bus"])
 
 
-def test_crowds_are_no_instances():
-    """A label id as it is, without a number, stands for a group and is not weighted."""
+def test_crowds_are_no_instances_and_without_instance_images_there_is_no_iiou():
+    """A label id in the instance image stands for a group, which is not weighted."""
     truth = np.full((2, 2), ID["person"], np.uint8)
-    scores = BenchmarkScores()
-    scores.add(count_image(truth, truth, truth.astype(np.int32)))
-    assert scores.class_iou()["person"] == 1 and math.isnan(scores.class_iiou()["person"])
+    crowd = count_image(truth, truth, truth.astype(np.int32))
+    assert crowd.class_iou()["person"] == 1 and math.isnan(crowd.class_iiou()["person"])
+    summary = count_image(truth, truth).summary()
+    assert summary["class_iou"] == 1 and summary["class_iiou"] is None
 
 
-def test_without_instance_images_there_is_no_iiou():
-    scores = BenchmarkScores()
-    scores.add(count_image(*[np.full((2, 2), ID["person"], np.uint8)] * 2))
-    assert scores.summary()["class_iou"] == 1 and scores.summary()["class_iiou"] is None
-
-
-def test_memory_does_not_grow_with_images():
-    scores, rng = BenchmarkScores(), np.random.default_rng(0)
-    sizes = set()
-    for _ in range(20):
-        ids = rng.integers(0, 34, (2, 16, 16), dtype=np.uint8)
-        scores.add(count_image(*ids, ids[1].astype(np.int32) * 1000 + 1))
-        sizes.add((scores.matrix.nbytes, scores.instances.nbytes))
-    assert len(sizes) == 1 and scores.images == 20 and scores.matrix.sum() == 20 * 256
-
-
-def test_results_survive_the_journal():
+def test_frame_result_is_restored_from_json():
     ids = np.random.default_rng(0).integers(0, 34, (2, 16, 16), dtype=np.uint8)
     counts = count_image(*ids, ids[1].astype(np.int32) * 1000 + 1)
     result = FrameResult("a", counts, count_image(*ids[:, ::2]))
     again = FrameResult.from_json(json.loads(json.dumps(result.to_json())))
-    assert again.name == "a"
+    assert again.name == "a" and again.full.images == again.network.images == 1
     assert (again.full.matrix == result.full.matrix).all()
     assert (again.full.instances == result.full.instances).all()
     assert (again.network.matrix == result.network.matrix).all()

@@ -1,7 +1,8 @@
-"""Data-set validation: every type of issue is provoked and must be reported with its file."""
+"""Data-set validation: each type of issue is provoked and must be reported with its file."""
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image, ImageFilter
+from test_bad_input import assert_refused
 from test_page import chromium, opened
 
 from lednet import UserError
@@ -31,29 +33,24 @@ from lednet.validation.report import worst_aligned, write_dataset_page
 from lednet.validation.splits import open_splits
 
 SIZE = (96, 128)  # (height, width)
-COLORS = np.random.default_rng(7).integers(30, 225, (12, 3))
+COLORS = np.random.default_rng(7).integers(30, 225, (12, 3)).astype(np.uint8)
+HOSTILE = "<script>alert(1)<script>.png"
 
 
-def make_label(seed: int, values: int = 12) -> np.ndarray:
-    """(H, W) uint8: rectangles, every value somewhere."""
+def make_label(seed: int) -> np.ndarray:
+    """(H, W) uint8: rectangles, every value from 0 to 11 somewhere."""
     rng = np.random.default_rng(seed)
-    label = np.full(SIZE, seed % values, np.uint8)
-    for value in rng.permutation(np.repeat(np.arange(values), 3)):
+    label = np.full(SIZE, seed % 12, np.uint8)
+    for value in rng.permutation(np.repeat(np.arange(12), 3)):
         top, left = rng.integers(0, (SIZE[0] - 16, SIZE[1] - 24))
         label[top : top + rng.integers(8, 40), left : left + rng.integers(8, 50)] = value
-    label.ravel()[:values] = range(values)
+    label.ravel()[:12] = range(12)
     return label
 
 
-def make_image(label: np.ndarray, seed: int) -> Image.Image:
-    noise = np.random.default_rng(seed).normal(0, 6, (*label.shape, 3))
-    return Image.fromarray((COLORS[label] + noise).clip(0, 255).astype(np.uint8))
-
-
-def write_pair(root: Path, split: str, name: str, seed: int) -> None:
-    label = make_label(seed)
-    make_image(label, seed).save(root / split / f"{name}.png")
-    Image.fromarray(label).save(root / f"{split}annot" / f"{name}.png")
+def make_image(seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).normal(0, 6, (*SIZE, 3))
+    return Image.fromarray((COLORS[make_label(seed)] + noise).clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +58,13 @@ def clean_tree(tmp_path_factory) -> Path:
     """CamVid's layout, 24 and 5 pairs, without a fault."""
     root = tmp_path_factory.mktemp("clean") / "camvid"
     for split, count in (("train", 24), ("val", 5)):
-        (root / split).mkdir(parents=True)
-        (root / f"{split}annot").mkdir()
+        for folder in (split, f"{split}annot"):
+            (root / folder).mkdir(parents=True)
         for i in range(count):
-            write_pair(root, split, f"{split}_{i:02d}", 1000 * len(split) + i)
+            seed = 1000 * len(split) + i
+            make_image(seed).save(root / split / f"{split}_{i:02d}.png")
+            label = Image.fromarray(make_label(seed))
+            label.save(root / f"{split}annot" / f"{split}_{i:02d}.png")
     return root
 
 
@@ -96,10 +96,6 @@ def check(run_inside, tmp_path):
     return run
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 def edit(path: Path, change) -> None:
     """Replace an image by the array that `change` returns."""
     Image.fromarray(change(np.array(Image.open(path)))).save(path)
@@ -108,6 +104,16 @@ def edit(path: Path, change) -> None:
 def edit_all(folder: Path, change) -> None:
     for path in folder.iterdir():
         edit(path, change)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def add_palette(path: Path) -> None:
+    label = Image.open(path)
+    label.putpalette(list(range(255, -1, -1)) * 3)
+    label.save(path)
 
 
 def rotate(image: Path, label: Path) -> None:
@@ -145,7 +151,7 @@ FAULTS = {
     "not-taken": lambda image, label: Image.open(image).save(image.with_suffix(".bmp")),
     "damaged": lambda image, label: truncate(image),
     "image-mode": lambda image, label: FLOATS.save(image, format="TIFF"),
-    "label-mode": lambda image, label: edit(label, lambda a: COLORS.astype(np.uint8)[a]),
+    "label-mode": lambda image, label: edit(label, lambda a: COLORS[a]),
     "size": lambda image, label: edit(label, lambda a: a[::2, ::2]),
     "id": lambda image, label: edit(label, lambda a: np.where(a == 5, 77, a)),
     "turned": rotate,
@@ -185,28 +191,17 @@ def test_validate_dataset_reports_each_type_of_issue_with_its_file(tree, kind):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda a: a.astype(np.uint16) + 300, {"label-mode": "I;16"}),
-        (lambda a: a > 99, {"label-mode": "1"}),
-        (lambda a: np.zeros((*a.shape, 4), np.uint8), {"label-mode": "RGBA"}),
-        (lambda a: np.where(a < 2, a + 200, a), {"id": "200 201"}),
+        (lambda path: edit(path, lambda a: a.astype(np.uint16) + 300), {"label-mode": ": I;16"}),
+        (lambda path: edit(path, lambda a: a > 99), {"label-mode": ": 1"}),
+        (lambda path: edit(path, lambda a: np.where(a < 2, a + 200, a)), {"id": ": 200 201"}),
+        (add_palette, {"mode": ""}),  # read by index, whatever the colours
     ],
 )
 def test_validate_dataset_names_mode_or_values_of_a_label(tree, change, expected):
-    edit(tree / "valannot/val_01.png", change)
-    expected = {kind: f"valannot/val_01.png: {text}" for kind, text in expected.items()}
+    path = tree / "valannot/val_01.png"
+    change(path)
+    expected = {kind: f"valannot/val_01.png{text}" for kind, text in expected.items()}
     assert found(examine(tree)) == expected
-
-
-def test_palette_labels_are_read_by_index(tree):
-    path = tree / "valannot/val_02.png"
-    label = Image.open(path)
-    before = examine(tree).splits[1].id_counts
-    label.putpalette(list(range(255, -1, -1)) * 3)
-    label.save(path)
-    report = examine(tree)
-    assert Image.open(path).mode == "P"
-    assert np.array_equal(report.splits[1].id_counts, before)
-    assert found(report) == {"mode": "valannot/val_02.png"}
 
 
 @pytest.mark.parametrize(("split", "kind"), [("train", "absent"), ("val", "unscored")])
@@ -217,63 +212,50 @@ def test_validate_dataset_names_absent_classes(tree, split, kind):
 
 def test_validate_dataset_reports_the_other_cityscapes_encoding(toy_cityscapes, tmp_path):
     root = Path(shutil.copytree(toy_cityscapes, tmp_path / "cityscapes"))
-    assert not {"encoding", "id"} & found(examine(root, "cityscapes")).keys()
+
+    def encoding() -> list:
+        issues = examine(root, "cityscapes").issues
+        assert "id" not in {issue.kind for issue in issues}
+        return [issue for issue in issues if issue.kind == "encoding"]
+
+    assert not encoding()
     labels = sorted((root / "gtFine/train").rglob("*_labelIds.png"))
     lut = cityscapes_scheme().lut.astype(np.uint8)
     edit(labels[0], lambda a: lut[a])
-    (issue,) = (one for one in examine(root, "cityscapes").issues if one.severity == "error")
-    assert issue.kind == "encoding"
+    (issue,) = encoding()
     assert [Path(file).name for file in issue.files] == [labels[0].name]
     assert "values of labelTrainIds, read as labelIds" in issue.sentence
     for path in labels[1:]:
         edit(path, lambda a: lut[a])
-    issues = examine(root, "cityscapes").issues
-    assert [len(one.files) for one in issues if one.kind == "encoding"] == [6]
-    # The same in the other direction
-    for path in labels:
+    assert len(encoding()[0].files) == 6
+    for path in labels:  # the same in the other direction
         path.rename(str(path).replace("labelIds", "labelTrainIds"))
-    assert not {"encoding", "id"} & found(examine(root, "cityscapes")).keys()
+    assert not encoding()
     edit(next((root / "gtFine/train").rglob("*_labelTrainIds.png")), lambda a: a * 0 + 26)
-    kinds = found(examine(root, "cityscapes"))
-    assert "encoding" in kinds and "id" not in kinds
+    assert len(encoding()) == 1
 
 
-def test_validate_dataset_reports_all_issues_sorted_by_severity(tree):
+def test_validate_dataset_reports_all_issues_sorted_for_any_number_of_workers(tree):
     kinds = ("blank", "not-taken", "double", "no-label")
     for kind in kinds[:3]:
         damage(tree, kind)
     (tree / "trainannot/train_05.png").unlink()
-    damaged = ("train/train_04.png", "val/val_01.png", "valannot/val_00.png")
-    truncate(tree / damaged[0])
-    (tree / damaged[1]).write_text("no image")
-    (tree / damaged[2]).write_bytes(b"")
-    issues = examine(tree).issues
-    assert {issue.kind for issue in issues} == {*kinds, "damaged"}
-    files = [file for one in issues if one.kind == "damaged" for file in one.files]
-    assert sorted(file.split(":")[0] for file in files) == sorted(damaged)
-    severities = [SEVERITIES.index(issue.severity) for issue in issues]
+    (tree / "val/val_01.png").write_text("no image")
+    (tree / "valannot/val_00.png").write_bytes(b"")
+    report = examine(tree)
+    assert found(report).keys() == {*kinds, "damaged"}
+    files = found(report)["damaged"]
+    assert "valannot/val_00.png: " in files and "val/val_01.png: " in files
+    severities = [SEVERITIES.index(issue.severity) for issue in report.issues]
     assert severities == sorted(severities)
-
-
-def test_inspect_pair_returns_for_any_bytes(tmp_path):
-    rng = np.random.default_rng(3)
-    image = make_image(make_label(1), 1).resize((40, 30))
-    kinds = set()
-    for i in range(240):
-        path = tmp_path / f"a.{('png', 'jpg')[i % 2]}"
-        image.save(path)
-        content = bytearray(path.read_bytes())
-        for place in rng.integers(0, len(content), 1 + i % 9):
-            content[place] = rng.integers(256)
-        path.write_bytes(content[: rng.integers(1, len(content) + 1)] if i % 3 else content)
-        inspection = inspect_pair(Sample(path, path))
-        kinds.update(kind for kind, _, _ in inspection.problems)
-        assert inspection.thumbnail is None or inspection.thumbnail.shape == THUMBNAIL
-    assert "damaged" in kinds
+    parallel = validate_dataset(tree, *open_splits("camvid", tree), workers=2)
+    assert parallel.issues == report.issues
+    for one, other in zip(report.splits, parallel.splits, strict=True):
+        assert np.array_equal(one.alignment, other.alignment, equal_nan=True)
 
 
 def test_inspect_pair_reports_the_full_size_of_a_large_jpeg(tmp_path):
-    image = make_image(make_label(4), 4).resize((1200, 900), Image.Resampling.BICUBIC)
+    image = make_image(4).resize((1200, 900), Image.Resampling.BICUBIC)
     image.save(tmp_path / "a.jpg", quality=95)
     inspection = inspect_pair(Sample(tmp_path / "a.jpg", None))
     assert inspection.image_size == (1200, 900) and not inspection.problems
@@ -289,15 +271,16 @@ def street(seed: int) -> Image.Image:
     return Image.fromarray((smooth * 0.8 + rng.integers(0, 50, smooth.shape)).astype(np.uint8))
 
 
+def streets(*numbers: int) -> list[Image.Image]:
+    return [street(seed) for seed in range(*numbers)]
+
+
 def drive(seed: int, steps: int) -> list[Image.Image]:
     """Frames of a forward-moving camera, each showing an enlarged part of the previous one."""
     scene = street(seed).resize((1024, 768), Image.Resampling.BICUBIC)
-    frames = []
-    for step in range(steps):
-        x, y = (side * (1 - 1.15**-step) / 2 for side in scene.size)
-        box = (x, y, 1024 - x, 768 - y)
-        frames.append(scene.resize((256, 192), Image.Resampling.BICUBIC, box=box))
-    return frames
+    margins = [(1 - 1.15**-step) / 2 for step in range(steps)]
+    boxes = [(1024 * m, 768 * m, 1024 * (1 - m), 768 * (1 - m)) for m in margins]
+    return [scene.resize((256, 192), Image.Resampling.BICUBIC, box=box) for box in boxes]
 
 
 def thumbnails(images: list[Image.Image]) -> np.ndarray:
@@ -315,9 +298,7 @@ CHANGES = {
     "codec": (lambda image: as_jpeg(image, 30), COPY_SIMILARITY),
     "size": (lambda image: image.resize((90, 70)), COPY_SIMILARITY),
     "light": (lambda image: image.point(lambda v: v * 0.6 + 20), COPY_SIMILARITY),
-    "grey": (lambda image: image.convert("L").convert("RGB"), COPY_SIMILARITY),
     "blur": (lambda image: image.filter(ImageFilter.GaussianBlur(1)), COPY_SIMILARITY),
-    "border cut off": (lambda image: image.crop((12, 9, 244, 183)), MIN_SIMILARITY),
     "corner": (lambda image: image.crop((0, 0, 216, 162)), MIN_SIMILARITY),
     "enlarged middle": (lambda image: image.crop((43, 32, 213, 160)), MIN_SIMILARITY),
 }
@@ -326,15 +307,14 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_similarity_is_high_for_changed_copies_only(change):
     alter, least = CHANGES[change]
-    images = [street(seed) for seed in range(6)]
+    images = streets(6)
     similarity = similarities(thumbnails([alter(image) for image in images]), thumbnails(images))
-    assert similarity.shape == (6, 6)
     assert similarity.diagonal().min() >= least
     assert similarity[~np.eye(6, dtype=bool)].max() < MIN_SIMILARITY
 
 
 def test_duplicates_are_not_found_among_distinct_or_blank_images():
-    images, others = (thumbnails([street(s) for s in range(*r)]) for r in ((0, 40), (40, 60)))
+    images, others = thumbnails(streets(40)), thumbnails(streets(40, 60))
     assert find_near_duplicates(images, others) == []
     assert find_copies(np.concatenate((images, others))) == []
     blank = np.full((3, *THUMBNAIL), 7, np.uint8)
@@ -343,8 +323,7 @@ def test_duplicates_are_not_found_among_distinct_or_blank_images():
 
 
 def test_near_duplicates_of_a_fixed_camera_are_copies_only():
-    frames = [Image.blend(street(0), street(100 + seed), 0.3) for seed in range(30)]
-    seen = thumbnails(frames)
+    seen = thumbnails([Image.blend(street(0), other, 0.3) for other in streets(100, 130)])
     assert find_near_duplicates(seen[:10], seen[10:]) == []
     copied = np.concatenate((seen[:10], seen[20:21]))
     assert [(one.image, one.other) for one in find_near_duplicates(copied, seen[10:])] == [(10, 10)]
@@ -352,8 +331,8 @@ def test_near_duplicates_of_a_fixed_camera_are_copies_only():
 
 def test_near_duplicates_follow_a_recording_frame_by_frame():
     frames = drive(5, 12)
-    train = thumbnails([*(street(s) for s in range(30)), *frames[:4]])
-    val = thumbnails([*(street(s) for s in range(50, 60)), *frames[4:]])
+    train = thumbnails([*streets(30), *frames[:4]])
+    val = thumbnails([*streets(50, 60), *frames[4:]])
     alike = find_near_duplicates(val, train)
     assert [one.image for one in alike] == list(range(10, 18))
     assert alike[0].other >= 30 and alike[0].direct  # one of the recording's frames in train
@@ -375,37 +354,33 @@ def test_validate_dataset_names_a_val_image_and_its_near_duplicate(tree):
 
 
 def test_edge_alignment_separates_matching_and_other_labels():
-    images = [make_image(make_label(s), s) for s in range(20)]
+    images = thumbnails([make_image(s) for s in range(20)])
     labels = np.stack([make_label(s)[::2, ::2] for s in range(20)])
-    matching, better = edge_alignment(thumbnails(images), labels)
+    matching, better = edge_alignment(images, labels)
     assert matching.min() > 0.2 and better.max() < 0.2
-    wrong, better = edge_alignment(thumbnails(images), np.roll(labels, 3, axis=0))
+    wrong, better = edge_alignment(images, np.roll(labels, 3, axis=0))
     assert wrong.max() < matching.min() and 0.25 < better.mean() < 0.75
-    assert not edge_alignment(thumbnails(images), labels * 0)[0].any()
+    assert not edge_alignment(images, labels * 0)[0].any()
 
 
-def test_script_without_issues_exits_with_0_and_writes_reports(check, clean_tree, tmp_path):
+def test_script_exit_status_follows_severity_and_fail_on(check, clean_tree, tree, tmp_path):
     result = check(clean_tree)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "24 train, 5 val pairs; 0 errors, 0 warnings, 0 notes" in result.stdout
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"report.html", "report.json", "sheet.png"}
-
-
-def test_script_exit_status_follows_severity_and_fail_on(check, tree, tmp_path):
     shutil.copy(tree / "train/train_11.png", tree / "val/val_03.png")
-    result = check(tree)  # a warning
-    assert result.returncode == 1 and "warning  val: 1 of 5 images" in result.stdout
-    assert check(tree, "--fail-on", "error").returncode == 0
+    result = check(tree, "--fail-on", "error")
+    assert result.returncode == 0 and "warning  val: 1 of 5 images" in result.stdout
+    assert check(tree).returncode == 1
     (tree / "trainannot/train_03.png").unlink()
     result = check(tree, "--fail-on", "error")
     assert result.returncode == 1
-    assert result.stdout.splitlines()[0].startswith("error    train: 1 image without a label")
+    assert result.stdout.startswith("error    train: 1 image without a label")
     assert check(tree, "--fail-on", "never").returncode == 0
     shutil.rmtree(tmp_path / "out")
     for flags in (("--datadir", tmp_path / "nowhere"), ("--workers", -1), ("--images", -1)):
-        result = check(tree, *flags)
-        assert result.returncode == 2 and "error: " in result.stderr
+        assert_refused(check(tree, *flags))
     assert not (tmp_path / "out").exists()
 
 
@@ -422,10 +397,9 @@ def test_script_reports_a_tree_without_readable_files(check, tree, tmp_path):
 def test_json_report_holds_values_counted_by_hand(run_inside, own_data, tmp_path):
     for path in own_data.rglob("*.*g"):
         path.unlink()
-    labels = ([[7, 7, 7], [7, 3, 9]], [[3, 3, 3], [3, 3, 3]])
-    for i, rows in enumerate(labels):
+    for i, rows in enumerate(([[7, 7, 7], [7, 3, 9]], [[3, 3, 3], [3, 3, 3]])):
         Image.fromarray(np.array(rows, np.uint8)).save(own_data / f"labels/{i}.png")
-        make_image(make_label(i), i).resize((3, 2)).save(own_data / f"images/{i}.png")
+        make_image(i).resize((3, 2)).save(own_data / f"images/{i}.png")
     common = ("--dataset", "folders", "--datadir", own_data)
     run_inside("utils/check_dataset.py", *common, "--out", tmp_path / "out", "--workers", 0)
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -437,9 +411,8 @@ def test_json_report_holds_values_counted_by_hand(run_inside, own_data, tmp_path
         "9": {"pixels": 1, "labels": 1, "meaning": "void"},
     }
     assert split["void_share"] == pytest.approx(1 / 12)
-    assert split["classes"]["path"] == {
-        "pixels": 7, "share": pytest.approx(7 / 12), "labels": 2,
-    }  # fmt: skip
+    path = split["classes"]["path"]
+    assert path == {"pixels": 7, "share": pytest.approx(7 / 12), "labels": 2}
     expected = dict(zip(("field", "path"), class_weights([4 / 12, 7 / 12], 1.1), strict=True))
     assert report["class_weights"]["c = 1.10"] == pytest.approx(expected)
 
@@ -447,41 +420,22 @@ def test_json_report_holds_values_counted_by_hand(run_inside, own_data, tmp_path
 def test_open_splits_with_holdout_checks_the_splits_of_training(own_data):
     shutil.copy(own_data / "images/1.jpg", own_data / "images/2.jpg")
     assert [split.name for split in examine(own_data, "folders").splits] == ["all"]
-    report = examine(own_data, "folders", val_stride=3)
-    sizes = {split.name: len(split.pairs) for split in report.splits}
-    assert sizes == {"train": 4, "val": 2}
-    assert "images/2.jpg ~ images/1.jpg" in found(report)["leak"]
     (own_data / "labels/5.png").unlink()
-    issues = examine(own_data, "folders", val_stride=3).issues
-    assert sum(issue.kind == "no-label" for issue in issues) == 1
+    report = examine(own_data, "folders", val_stride=3)
+    assert {split.name: len(split.pairs) for split in report.splits} == {"train": 4, "val": 1}
+    assert "images/2.jpg ~ images/1.jpg" in found(report)["leak"]
+    assert sum(issue.kind == "no-label" for issue in report.issues) == 1
     with pytest.raises(UserError, match="give one of them"):
         examine(own_data, "folders", val_stride=3, val_prefix="1")
-
-
-def test_validate_dataset_with_worker_processes_gives_the_same_report(tree):
-    damage(tree, "damaged")
-    splits, issues = open_splits("camvid", tree)
-    alone = examine(tree)
-    together = validate_dataset(tree, splits, issues, workers=2)
-    assert together.issues == alone.issues
-    for one, other in zip(alone.splits, together.splits, strict=True):
-        assert np.array_equal(one.id_counts, other.id_counts)
-        assert np.array_equal(one.alignment, other.alignment, equal_nan=True)
 
 
 def test_script_escapes_names_that_are_not_unicode(check, tree, tmp_path):
     for folder in ("val", "valannot"):
         (tree / folder / "val_00.png").rename(tree / folder / "val\n\udce9.png")
-    truncate(tree / "val/val\n\udce9.png")
-    result = check(tree, "--images", 29)
-    assert result.returncode == 1 and "val\\n\\udce9.png" in result.stdout
-    (tree / "val/val\n\udce9.png").unlink()
     shutil.copy(tree / "train/train_11.png", tree / "val/val\n\udce9.png")
-    assert check(tree, "--images", 29).returncode == 1  # on the sheet and among similar images
+    result = check(tree, "--images", 29)  # on the sheet and among similar images
+    assert result.returncode == 1 and "val\\n\\udce9.png" in result.stdout
     assert "val\\n\\udce9.png" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
-
-
-HOSTILE = "<script>alert(1)</script>"
 
 
 @pytest.fixture(scope="module")
@@ -489,7 +443,7 @@ def page(clean_tree, tmp_path_factory) -> Path:
     """The page of a tree with faults, one of them in a file with a hostile name."""
     root = Path(shutil.copytree(clean_tree, tmp_path_factory.mktemp("page") / "camvid"))
     shutil.copy(root / "train/train_11.png", root / "val/val_03.png")
-    make_image(make_label(1), 1).save(root / f"train/{HOSTILE.replace('/', '')}.png")
+    make_image(1).save(root / "train" / HOSTILE)
     for i in range(5):
         (root / f"trainannot/train_{i:02d}.png").unlink()
     report = examine(root)
@@ -499,28 +453,26 @@ def page(clean_tree, tmp_path_factory) -> Path:
     return path
 
 
-def test_page_escapes_text_and_refers_to_no_other_file(page):
+def test_page_shows_all_parts_escapes_text_and_refers_to_no_other_file(page):
     html = page.read_text(encoding="utf-8")
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html
     assert "://" not in html and "Toy &amp; co" in html
     assert html.count("label on the image</span>") == 3
+    assert re.findall(r'class="badge">(\w+)', html) == ["error", "warning"]
+    assert 'data-value="10.5">10.50</td>' in html  # the weight of the last class
+    assert html.count("val: val_03.png</span>") == html.count("train: train_11.png</span>") == 1
 
 
-def test_page_in_a_browser(page):
+def test_page_in_a_browser_fits_a_phone_and_loads_all_images(page):
     with chromium() as browser, opened(browser, page, 360, "dark") as view:
         assert view.evaluate("document.documentElement.scrollWidth") <= 360
-        assert view.locator("#findings .badge").all_inner_texts() == ["error", "warning"]
         view.locator("#findings summary").first.click()
         assert view.locator("#findings .files li").first.is_visible()
-        view.locator("#class-table").get_by_role("button", name="weight").click()
-        names = view.locator("#class-table tbody th").all_inner_texts()
-        assert names[0] == "bicyclist" and names[-1] == "sky"  # the largest weight first
         for image in view.locator("img").all():
             image.scroll_into_view_if_needed()
         view.wait_for_function(
             "[...document.images].every((i) => i.complete && i.naturalWidth > 0)"
         )
-        assert view.locator("#duplicates .pane").count() == 2
 
 
 def test_class_weights_script_prints_the_weights_of_training(run_inside, clean_tree):
@@ -538,23 +490,17 @@ def test_class_weights_script_prints_the_weights_of_training(run_inside, clean_t
     assert same["weights"][1.2] == read["weights"]["1.2"]
     table = run().stdout
     assert "c=1.1 " in table and "c=1.2 " in table and "24 labels" in table
-    refused = run("--offsets", 1)
-    assert refused.returncode == 2 and "more than 1" in refused.stderr
+    assert_refused(run("--offsets", 1), "more than 1")
 
 
-def test_camvid_val_is_reported_as_a_leak(real_data):
-    report = examine(real_data / "data/camvid")
-    (issue,) = report.issues
+def test_camvid_val_is_reported_as_a_leak_but_a_held_out_recording_is_not(real_data):
+    (issue,) = examine(real_data / "data/camvid").issues
     assert issue.kind == "leak" and issue.severity == "warning"
     assert "101 of 101 images show places that train shows too" in issue.sentence
     # The frames next to the gap in train that val fills, at both of its ends.
     assert "val/0016E5_07959.jpg ~ train/0016E5_07920.jpg" in issue.sentence
     assert "val/0016E5_08159.jpg ~ train/0016E5_08190.jpg" in issue.sentence
-
-
-def test_camvid_recording_held_out_as_a_whole_is_no_leak(real_data):
-    report = examine(real_data / "data/camvid", val_prefix="0006R0")
-    assert "leak" not in found(report)
+    assert "leak" not in found(examine(real_data / "data/camvid", val_prefix="0006R0"))
 
 
 def test_cityscapes_has_no_issues(real_data):

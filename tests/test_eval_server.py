@@ -1,15 +1,18 @@
-"""test/eval_cityscapes_server.py on toy streets."""
+"""test/eval_cityscapes_server.py and test/eval_forward_time.py on toy streets."""
 
+import contextlib
+import io
 import json
-import os
+import runpy
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from make_golden import formula_state
 from PIL import Image
@@ -17,17 +20,14 @@ from test_bad_input import assert_refused
 
 from lednet import LEDNet
 from lednet.checkpoint import load_state, save_checkpoint
+from lednet.distributed import DistributedContext
 from lednet.errors import UserError
 from lednet.evaluation.cityscapes_evaluator import find_frames, find_predictions, score_predictions
 from lednet.inference.progress_log import ProgressLog
 
 SCRIPT = "test/eval_cityscapes_server.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-OFFICIAL_KEYS = {
-    "confMatrix", "priors", "labels", "classScores", "classInstScores", "categoryScores",
-    "categoryInstScores", "averageScoreClasses", "averageScoreInstClasses",
-    "averageScoreCategories", "averageScoreInstCategories",
-}  # fmt: skip
+COMMON = ("--device", "cpu", "--num-workers", 0)
 
 
 @pytest.fixture(scope="module")
@@ -41,62 +41,53 @@ def weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def evaluate(run_script, run_inside, toy_cityscapes, weights):
-    """Run the script on the toy val split, by default without measuring the speed.
+def evaluate(run_inside, toy_cityscapes, weights):
+    """Run the script on the toy val split, without measuring the speed."""
 
-    With a `launcher` it runs in processes of its own; () starts a single one.
-    """
-
-    def run(*flags: object, root: Path = toy_cityscapes, speed: bool = False, launcher=None):
+    def run(*flags: object, root: Path = toy_cityscapes):
         source = () if "--predictions" in flags else ("--weights", weights)
-        timing = ("--warmup", 0, "--runs", 2) if speed else ("--no-speed",)
-        command = (
-            SCRIPT, *source, "--datadir", root, "--device", "cpu", "--num-workers", 1, *timing,
-            *flags,
-        )  # fmt: skip
-        if launcher is None:
-            return run_inside(*command)
-        return run_script(*command, launcher=launcher)
+        return run_inside(SCRIPT, *source, "--datadir", root, *COMMON, "--no-speed", *flags)
 
     return run
 
 
 def read(path: Path) -> dict:
-    """Figures of a results file or of an output folder, without the options."""
+    """Figures of a results file or of an output folder, without options and speed."""
     figures = json.loads((path / "results.json" if path.is_dir() else path).read_text())
-    figures.pop("options")
-    return figures
+    return {key: value for key, value in figures.items() if key not in ("options", "speed")}
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, toy_cityscapes, weights) -> Path:
-    """The output folder of a complete evaluation; read-only."""
-    out = tmp_path_factory.mktemp("reference") / "out"
-    subprocess.run(
-        [sys.executable, ROOT / SCRIPT, "--weights", weights, "--datadir", toy_cityscapes,
-         "--out", out, "--device", "cpu", "--no-speed", "--num-workers", "1"],
-        check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    return out
+def reference(tmp_path_factory, toy_cityscapes, weights) -> SimpleNamespace:
+    """Output folder and printed text of a complete evaluation; read-only."""
+    out, stdout = tmp_path_factory.mktemp("reference") / "out", io.StringIO()
+    command = [
+        ROOT / SCRIPT, "--weights", weights, "--datadir", toy_cityscapes, "--out", out, *COMMON,
+        "--report", "--json", out.with_suffix(".json"), "--warmup", 0, "--runs", 2,
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
+        patch.setattr(sys, "argv", [*map(str, command)])
+        runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+    return SimpleNamespace(out=out, stdout=stdout.getvalue())
 
 
-def test_script_scores_measures_and_writes(evaluate, weights, tmp_path):
-    out, figures_file = tmp_path / "out", tmp_path / "figures.json"
-    result = evaluate("--out", out, "--json", figures_file, "--report", speed=True, launcher=())
-    assert result.returncode == 0, result.stderr
-    figures = json.loads(figures_file.read_text())
-    assert figures == json.loads((out / "results.json").read_text())
-    assert figures.keys() >= OFFICIAL_KEYS and figures["images"] == 3
+def test_script_scores_measures_and_writes_all_results(reference):
+    out, stdout = reference.out, reference.stdout
+    figures = json.loads((out / "results.json").read_text())
+    assert figures == json.loads(out.with_suffix(".json").read_text())
+    assert figures["images"] == 3
     assert sum(map(sum, figures["confMatrix"])) == 3 * 64 * 128
     assert sum(map(sum, figures["atNetworkSize"]["confMatrix"])) == 3 * 48 * 96
     assert figures["speed"]["parameters"] == 925_663
     for words in ("network alone", "image to labels", "p95", "925,663", "folded", "48x96"):
-        assert words in result.stdout
-    assert f"{figures['averageScoreClasses']:.4f}" in result.stdout
-    assert f"{figures['averageScoreInstCategories']:.4f}" in result.stdout
-    assert f"{figures['atNetworkSize']['averageScoreClasses']:.4f}" in result.stdout
-    assert "3/3" in result.stderr  # the progress bar
-
+        assert words in stdout
+    means = {line.split()[0]: line.split()[1:] for line in stdout.splitlines() if line.strip()}
+    assert means["road"][0] == f"{figures['classScores']['road']:.4f}"
+    assert means["mean"] == [  # of the categories, which are printed last
+        f"{figures['averageScoreCategories']:.4f}",
+        f"{figures['averageScoreInstCategories']:.4f}",
+        f"{figures['atNetworkSize']['averageScoreCategories']:.4f}",
+    ]
     names = sorted(path.name for path in (out / "predictions").iterdir())
     assert len(names) == 3 and all(name.endswith("_pred_labelIds.png") for name in names)
     image = Image.open(out / "predictions" / names[0])
@@ -105,106 +96,93 @@ def test_script_scores_measures_and_writes(evaluate, weights, tmp_path):
     assert all(name.removesuffix("_pred_labelIds.png") in page for name in names)
 
 
-def test_default_output_folder_is_next_to_the_run(evaluate, weights):
-    assert evaluate("--max-images", 1).returncode == 0
-    assert (weights.parent / "run-eval-val" / "results.json").is_file()
-    shutil.rmtree(weights.parent / "run-eval-val")
-
-
-def test_scores_equal_those_of_eval_iou(reference, run_script, toy_cityscapes, weights, tmp_path):
-    figures = read(reference)
-    for at, ours in (("full", figures), ("network", figures["atNetworkSize"])):
-        out = tmp_path / f"{at}.json"
-        result = run_script(
-            "test/eval_iou.py", "--weights", weights, "--datadir", toy_cityscapes, "--at", at,
-            "--json", out, "--device", "cpu",
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        assert ours["averageScoreClasses"] == pytest.approx(
-            json.loads(out.read_text())["miou"], abs=1e-4
-        )
-
-
-def test_predictions_on_disk_give_the_same_results(evaluate, reference, toy_cityscapes, tmp_path):
-    flags = ("--predictions", reference / "predictions", "--json", tmp_path / "f.json")
-    result = evaluate(*flags, "--report", tmp_path / "r.html")
+@pytest.mark.parametrize("flags", [("--at", "full"), ("--at", "network"), ("--scales", 0.75, 1,
+                                                                          "--flip")])  # fmt: skip
+def test_scores_equal_those_of_eval_iou(
+    evaluate, reference, run_inside, toy_cityscapes, weights, tmp_path, flags
+):
+    result = run_inside(
+        "test/eval_iou.py", "--weights", weights, "--datadir", toy_cityscapes, *COMMON, *flags,
+        "--json", tmp_path / "iou.json",
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    figures, expected = read(tmp_path / "f.json"), read(reference)
-    for key in (*OFFICIAL_KEYS, "pixelAccuracy"):
-        assert figures[key] == expected[key]
-    assert (tmp_path / "r.html").stat().st_size > 10_000
-    # Without a report, no images are needed.
+    figures = read(reference.out)
+    if "network" in flags:
+        figures = figures["atNetworkSize"]
+    elif "--flip" in flags:
+        assert evaluate("--out", tmp_path / "out", *flags).returncode == 0
+        before, figures = figures, read(tmp_path / "out")
+        assert figures["averageScoreClasses"] != pytest.approx(before["averageScoreClasses"], 1e-4)
+    found = json.loads((tmp_path / "iou.json").read_text())
+    assert found["miou"] == pytest.approx(figures["averageScoreClasses"], abs=1e-4)
+
+
+def test_predictions_on_disk_give_the_same_results_without_images(
+    evaluate, reference, toy_cityscapes, tmp_path
+):
     shutil.copytree(toy_cityscapes / "gtFine", tmp_path / "data" / "gtFine")
-    assert evaluate(*flags, root=tmp_path / "data").returncode == 0
-    assert read(tmp_path / "f.json")["images"] == 3
-
-
-def test_two_processes_give_the_same_results(evaluate, reference, tmp_path):
-    result = evaluate("--out", tmp_path / "two", launcher=TORCHRUN)
+    flags = ("--predictions", reference.out / "predictions", "--json", tmp_path / "f.json")
+    result = evaluate(*flags, root=tmp_path / "data")
     assert result.returncode == 0, result.stderr
-    assert read(tmp_path / "two") == read(reference)
-    flags = ("--predictions", tmp_path / "two" / "predictions", "--json", tmp_path / "f.json")
-    assert evaluate(*flags, launcher=TORCHRUN).returncode == 0
-    assert read(tmp_path / "f.json")["confMatrix"] == read(reference)["confMatrix"]
+    expected = read(reference.out)
+    del expected["atNetworkSize"]
+    assert read(tmp_path / "f.json") == expected
+    assert evaluate(*flags, "--report", tmp_path / "r.html").returncode == 0
+    assert (tmp_path / "r.html").stat().st_size > 10_000
 
 
-def test_interrupted_run_resumes(evaluate, reference, tmp_path):
-    out = tmp_path / "out"
-    assert evaluate("--out", out, "--max-images", 2).returncode == 0
+def test_two_processes_give_the_same_results(
+    run_script, evaluate, reference, toy_cityscapes, weights, tmp_path, monkeypatch
+):
+    result = run_script(
+        SCRIPT, "--weights", weights, "--datadir", toy_cityscapes, *COMMON, "--no-speed", "--out",
+        tmp_path / "two", launcher=TORCHRUN,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert read(tmp_path / "two") == read(reference.out)
+    # The first of two processes scores every second prediction.
+    context = DistributedContext(0, 2, torch.device("cpu"))
+    monkeypatch.setattr("lednet.distributed.init_distributed", lambda device: context)
+    monkeypatch.setattr(DistributedContext, "all_gather", lambda self, values: values)
+    flags = ("--predictions", reference.out / "predictions", "--json", tmp_path / "f.json")
+    assert evaluate(*flags).returncode == 0
+    assert read(tmp_path / "f.json")["images"] == 2
+
+
+def test_interrupted_run_resumes_in_the_default_folder(evaluate, reference, weights):
+    out = weights.parent / "run-eval-val"
+    assert evaluate("--max-images", 2).returncode == 0
     log = out / "progress-0.jsonl"
     settings, first, second = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(settings + first + second[:40])  # the last line is incomplete
     kept = sorted((out / "predictions").iterdir())[0]
     before = kept.stat().st_mtime_ns
-    result = evaluate("--out", out)
+    result = evaluate()
     assert result.returncode == 0, result.stderr
     assert "1 of 3 images are done already" in result.stdout
-    assert kept.stat().st_mtime_ns == before
-    assert read(out) == read(reference)
+    assert kept.stat().st_mtime_ns == before and read(out) == read(reference.out)
     assert len(log.read_text().splitlines()) == 4
     kept.unlink()
-    assert "2 of 3 images are done" in evaluate("--out", out).stdout
-    assert kept.is_file() and read(out) == read(reference)
+    assert "2 of 3 images are done" in evaluate().stdout
+    assert kept.is_file() and read(out) == read(reference.out)
 
 
 def test_run_with_other_settings_is_refused_unless_overwritten(evaluate, reference, tmp_path):
-    out = Path(shutil.copytree(reference, tmp_path / "out"))
-    assert_refused(evaluate("--out", out, "--flip"), "flip False, not True")
-    result = evaluate("--out", out, "--flip", "--overwrite")
-    assert result.returncode == 0, result.stderr
-    assert read(out) != read(reference)
-
-
-def test_test_time_augmentation_scores_equal_those_of_eval_iou(
-    evaluate, reference, run_inside, toy_cityscapes, weights, tmp_path
-):
-    flags = ("--scales", 0.75, 1, "--flip")
-    assert evaluate("--out", tmp_path / "out", *flags).returncode == 0
-    result = run_inside(
-        "test/eval_iou.py", "--weights", weights, "--datadir", toy_cityscapes, *flags,
-        "--json", tmp_path / "iou.json", "--device", "cpu", "--num-workers", 0,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "iou.json").read_text())
-    assert found["scales"] == [0.75, 1] and found["flip"] is True
-    expected = read(tmp_path / "out")["averageScoreClasses"]
-    assert found["miou"] == pytest.approx(expected, abs=1e-4)
-    assert expected != pytest.approx(read(reference)["averageScoreClasses"], 1e-4)
-
-
-@pytest.mark.parametrize("flags", [("--batch-size", 3), ("--no-fold",)])
-def test_options_that_do_not_change_the_scores(evaluate, reference, tmp_path, flags):
-    assert evaluate("--out", tmp_path / "out", *flags).returncode == 0
-    expected = read(reference)["averageScoreClasses"]
-    assert read(tmp_path / "out")["averageScoreClasses"] == pytest.approx(expected, abs=1e-4)
+    out = Path(shutil.copytree(reference.out, tmp_path / "out"))
+    flags = ("--out", out, "--batch-size", 3, "--no-fold")
+    assert_refused(evaluate(*flags, "--flip"), "flip False, not True")
+    result = evaluate(*flags, "--overwrite")
+    assert result.returncode == 0 and "done already" not in result.stdout
+    expected = read(reference.out)["averageScoreClasses"]
+    assert read(out)["averageScoreClasses"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
     "flags",
-    [("--tile", 32, 48, "--overlap", 16), ("--height", 64, "--width", 128),
-     ("--precision", "bf16")],
+    [("--tile", 32, 48, "--overlap", 16),
+     ("--height", 64, "--width", 128, "--precision", "bf16", "--num-workers", 1)],
 )  # fmt: skip
-def test_options_run(evaluate, tmp_path, flags):
+def test_options_of_the_network_run(evaluate, tmp_path, flags):
     result = evaluate("--out", tmp_path / "out", "--max-images", 1, *flags)
     assert result.returncode == 0, result.stderr
     assert read(tmp_path / "out")["images"] == 1
@@ -214,20 +192,17 @@ def test_test_split_without_labels_gives_a_submission(evaluate, toy_cityscapes, 
     shutil.copytree(toy_cityscapes / "leftImg8bit", tmp_path / "data" / "leftImg8bit")
     result = evaluate("--subset", "test", "--out", tmp_path / "out", root=tmp_path / "data")
     assert result.returncode == 0, result.stderr
-    assert "1525" in result.stderr.replace(",", "")  # says how many the benchmark has
+    assert result.stderr.count("warning") == 1 and "the test split has 1525" in result.stderr
     with zipfile.ZipFile(tmp_path / "out" / "upload.zip") as archive:
         names = archive.namelist()
-        with archive.open(names[0]) as file:
-            ids = np.array(Image.open(file))
+        ids = np.array(Image.open(io.BytesIO(archive.read(names[0]))))
     images = (tmp_path / "data/leftImg8bit/test").rglob("*.png")
-    assert sorted(names) == sorted(
-        path.name.replace("leftImg8bit", "pred_labelIds") for path in images
-    )
+    assert sorted(names) == sorted(p.name.replace("leftImg8bit", "pred_labelIds") for p in images)
     assert ids.shape == (64, 128) and ids.max() <= 33
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def save(mode: str, size: tuple[int, int] = (128, 64), value: int = 0):
+    return lambda path: Image.new(mode, size, value).save(path)
 
 
 def copy_as(name: str):
@@ -235,20 +210,10 @@ def copy_as(name: str):
 
 
 PREDICTION_FAULTS = {
-    "size": (
-        lambda path: Image.new("L", (64, 32)).save(path),
-        "{path.name}: .*is 128x64, the prediction for it 64x32",
-    ),
-    "id 34": (
-        lambda path: Image.new("L", (128, 64), 34).save(path),
-        "{path} holds the id 34, which Cityscapes does not have",
-    ),
-    "id 255": (
-        lambda path: Image.new("L", (128, 64), 255).save(path),
-        "{path} holds the id 255, which Cityscapes does not have",
-    ),
-    "mode": (lambda path: Image.new("RGB", (128, 64)).save(path), "{path} has mode RGB"),
-    "truncated": (truncate, "{path} is damaged"),
+    "size": (save("L", (64, 32)), "{path.name}: .*is 128x64, the prediction for it 64x32"),
+    "id 34": (save("L", value=34), "{path} holds the id 34, which Cityscapes does not have"),
+    "mode": (save("RGB"), "{path} has mode RGB"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:90]), "{path} is damaged"),
     "missing": (Path.unlink, "1 of 3 frames have no prediction"),
     "without ground truth": (
         copy_as("nowhere_000001_000019_pred.png"),
@@ -261,7 +226,7 @@ PREDICTION_FAULTS = {
 
 @pytest.mark.parametrize("fault", PREDICTION_FAULTS)
 def test_faulty_prediction_is_refused(reference, toy_cityscapes, tmp_path, fault):
-    folder = Path(shutil.copytree(reference / "predictions", tmp_path / "pred"))
+    folder = Path(shutil.copytree(reference.out / "predictions", tmp_path / "pred"))
     path = sorted(folder.iterdir())[1]
     damage, message = PREDICTION_FAULTS[fault]
     damage(path)
@@ -270,15 +235,6 @@ def test_faulty_prediction_is_refused(reference, toy_cityscapes, tmp_path, fault
         files = find_predictions(folder, frames)
         list(score_predictions(frames, scheme, [files[frame.name] for frame in frames]))
     assert "\n" not in str(error.value)
-
-
-def test_script_refuses_a_faulty_prediction_and_writes_nothing(evaluate, reference, tmp_path):
-    folder = Path(shutil.copytree(reference / "predictions", tmp_path / "pred"))
-    path = sorted(folder.iterdir())[1]
-    Image.new("L", (64, 32)).save(path)
-    result = evaluate("--predictions", folder, "--json", tmp_path / "f.json", launcher=())
-    assert_refused(result, path.name, "is 128x64, the prediction for it 64x32")
-    assert not (tmp_path / "f.json").exists()
 
 
 def test_incomplete_ground_truth_is_refused(evaluate, toy_cityscapes, tmp_path):
@@ -291,10 +247,7 @@ def test_incomplete_ground_truth_is_refused(evaluate, toy_cityscapes, tmp_path):
     first.with_name(first.name.replace("labelIds", "instanceIds")).unlink()
     with pytest.raises(UserError, match=r"1 of 3 labels have no \*_instanceIds.png"):
         find_frames(root, "val")
-    shutil.copytree(toy_cityscapes, root, dirs_exist_ok=True)
-    Image.new("L", (100, 50)).save(first)
     assert not out.exists()
-    assert_refused(evaluate("--out", out, root=root), first.name, "100x50", "128x64")
 
 
 @pytest.mark.parametrize(
@@ -327,8 +280,8 @@ def test_progress_log_refuses_other_settings_and_drops_a_partial_header(tmp_path
     assert set(ProgressLog(tmp_path, {"size": (1, 2)}).entries) == {"c"}
 
 
-def test_forward_time_needs_no_data(run_script, tmp_path):
-    result = run_script(
+def test_forward_time_needs_no_data(run_inside, tmp_path):
+    result = run_inside(
         "test/eval_forward_time.py", "--variant", "d128", "--height", 32, "--width", 64,
         "--image-height", 64, "--image-width", 128, "--batch-size", 2, "--runs", 2, "--warmup", 1,
         "--device", "cpu", "--json", tmp_path / "card.json",

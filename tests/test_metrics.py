@@ -14,7 +14,7 @@ def matrix(truth, prediction, num_classes=3) -> ConfusionMatrix:
     return confusion
 
 
-def test_iou_worked_out_by_hand():
+def test_iou_equals_the_one_computed_by_hand():
     truth = [[0, 0, 1], [1, 1, 2], [255, 255, 2]]
     predicted = [[0, 1, 1], [1, 0, 2], [0, 2, 3]]  # 3 is the void output
     confusion = matrix(truth, predicted)
@@ -26,7 +26,7 @@ def test_iou_worked_out_by_hand():
     assert confusion.pixel_accuracy() == pytest.approx(4 / 7)
 
 
-def test_absent_class_is_absent_and_not_zero():
+def test_iou_of_an_absent_class_is_nan():
     confusion = matrix([[0, 0, 1]], [[0, 0, 0]])
     iou = confusion.class_iou().tolist()
     assert iou[:2] == pytest.approx([2 / 3, 0]) and math.isnan(iou[2])
@@ -34,15 +34,14 @@ def test_absent_class_is_absent_and_not_zero():
     assert confusion.summary("abc")["class_iou"]["c"] is None
 
 
-def test_all_void_has_no_score():
+def test_iou_without_labelled_pixels_is_nan():
     confusion = matrix([[255, 255]], [[0, 1]])
     assert math.isnan(confusion.mean_iou())
     assert confusion.summary("abc")["miou"] is None
 
 
-def test_counts_are_exact_and_add_up_over_batches():
-    rng = np.random.default_rng(0)
-    truth, predicted = rng.integers(0, 6, (2, 4, 50, 60))
+def test_counts_add_up_over_batches():
+    truth, predicted = np.random.default_rng(0).integers(0, 6, (2, 4, 50, 60))
     truth[truth == 5] = 255
     whole, parts = ConfusionMatrix(5), ConfusionMatrix(5)
     whole.update(torch.from_numpy(predicted), torch.from_numpy(truth))
@@ -50,19 +49,15 @@ def test_counts_are_exact_and_add_up_over_batches():
         parts.update(torch.from_numpy(p), torch.from_numpy(t))
     assert torch.equal(whole.counts, parts.counts)
     assert whole.counts.sum() == (truth != 255).sum()
-    for c in range(5):
-        intersection = ((truth == c) & (predicted == c)).sum()
-        union = ((truth == c) | ((predicted == c) & (truth != 255))).sum()
-        assert whole.class_iou()[c].item() == pytest.approx(intersection / union)
 
 
-def test_shapes_must_agree():
+def test_update_refuses_other_shapes():
     with pytest.raises(ValueError, match="prediction is"):
         ConfusionMatrix(3).update(torch.zeros(2, 3), torch.zeros(3, 2))
 
 
-def test_logits_are_enlarged_before_the_argmax():
-    """Between two confident corners a third class wins: enlarging labels would never show it."""
+def test_argmax_at_interpolates_logits_before_the_argmax():
+    """Between two corners a third class has the highest interpolated logit."""
     logits = torch.tensor([[[[9.0, 0.0]], [[0.0, 9.0]], [[6.0, 6.0]]]])
     assert set(argmax_at(logits, (1, 8)).unique().tolist()) == {0, 1, 2}
     assert argmax_at(logits, (1, 2)).tolist() == [[[0, 1]]]

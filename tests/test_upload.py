@@ -36,12 +36,9 @@ OPTIONS = {"frames": FRAMES, "size": SIZE, "progress": False}
     ("path", "frame"),
     [
         ("a/berlin_000543_000019_leftImg8bit.png", "berlin_000543_000019"),
-        ("munich_000000_000019_gtFine_labelIds.png", "munich_000000_000019"),
         ("bad-honnef_000000_000000_pred_labelIds.png", "bad-honnef_000000_000000"),
         ("bonn_000000_000019.jpg", "bonn_000000_000019"),
-        ("berlin.png", None),
         ("berlin_0_19_leftImg8bit.png", None),
-        ("x/000000_000019_leftImg8bit.png", None),
         ("berlin_000000_0000190.png", None),
         ("_000000_000019.png", None),
     ],
@@ -53,13 +50,6 @@ def test_frame_name_takes_cityscapes_names_only(path, frame):
         return
     with pytest.raises(UserError, match=re.escape(path)):
         frame_name(path)
-
-
-def test_image_frames_lists_a_data_folder(toy_cityscapes, tmp_path):
-    frames = image_frames(toy_cityscapes, "val")
-    assert len(frames) == 3 and all(frame_name(frame) == frame for frame in frames)
-    with pytest.raises(UserError, match=r"no .*images"):
-        image_frames(tmp_path, "val")
 
 
 def test_write_label_map_writes_8_bit_grey_png_of_uint8_only(tmp_path):
@@ -81,16 +71,17 @@ def folder(tmp_path):
     return tmp_path / "pred"
 
 
-@pytest.fixture(params=["folder", "zip"])
-def check(request, folder, tmp_path):
-    """Check the folder, or a zip made of it."""
+@pytest.fixture
+def check(folder, tmp_path):
+    """Problems of the folder, which are also those of a zip made of it."""
 
     def run(**options) -> list[str]:
-        path = folder
-        if request.param == "zip":
-            path = tmp_path / "pred.zip"
-            write_submission(path, [p for p in folder.rglob("*") if p.is_file()])
-        return check_submission(path, **{**OPTIONS, **options})
+        options = OPTIONS | options
+        write_submission(tmp_path / "pred.zip", folder.iterdir())
+        problems = check_submission(folder, **options)
+        zipped = check_submission(tmp_path / "pred.zip", **options)
+        assert [p.replace(str(tmp_path / "pred.zip"), str(folder)) for p in zipped] == problems
+        return problems
 
     return run
 
@@ -175,16 +166,14 @@ FAULTS = {
     ),
     **{
         f"cut at {end}": (edit(lambda data, end=end: data[:end]), [DAMAGED])
-        for end in (0, 4, 20, 60, 80, -20)
+        for end in (0, 4, 20, -20)
     },
     "flipped bit": (edit(flip_bit), [DAMAGED]),
-    "1-bit palette": (image("P"), [MODE("1-bit palette")]),
     "palette": (
         lambda folder: Image.fromarray(IDS).convert("RGB").quantize(256).save(file(folder), bits=8),
         [MODE("8-bit palette")],
     ),
     "RGB": (image("RGB"), [MODE("8-bit RGB")]),
-    "RGBA": (image("RGBA"), [MODE("8-bit RGB with alpha")]),
     "LA": (image("LA"), [MODE("8-bit grey with alpha")]),
     "16-bit": (image("I;16"), [MODE("16-bit grey")]),
     "1-bit": (image("1"), [MODE("1-bit grey")]),
@@ -204,7 +193,6 @@ FAULTS = {
     ),
     "huge": (edit(huge_png), [f"1 file of the wrong size ({NAME}: 2147483647x2147483647)"]),
     "id 34": (ids_with(34), [f"1 file with ids outside the table, 0 to 33 ({NAME}: 34)"]),
-    "id 254": (ids_with(254), [f"1 file with ids outside the table, 0 to 33 ({NAME}: 254)"]),
     "void": (ids_with(255), [f"1 file with {VOID}"]),
     "trainIds": (ids_with(18, 6, IDS % 19), [TRAIN_IDS]),
     "trainIds with void": (ids_with(255, 6, IDS % 19), [f"6 files with {VOID}", TRAIN_IDS]),
@@ -228,20 +216,6 @@ def test_check_submission_without_frames_checks_number_and_cities(check, folder)
     file(folder).rename(folder / "frankfurt_000000_000294_pred.png")
     foreign = "1 file of a city outside test (frankfurt_000000_000294_pred.png)"
     assert_problems(check(frames=None), COUNT(6, 1525), foreign)
-
-
-def test_check_submission_reports_all_kinds_of_problems_at_once(check, folder):
-    file(folder, 0).write_bytes(b"\x89PNG\r\n\x1a\n")
-    Image.new("P", (32, 16)).save(file(folder, 1))
-    write_label_map(file(folder, 2), IDS[:8])
-    write_label_map(file(folder, 3), IDS + np.uint8(40))
-    file(folder, 4).rename(folder / "x.png")
-    Image.fromarray(IDS).save(file(folder, 5), format="JPEG")
-    (folder / "readme").write_text("x")
-    assert_problems(
-        check(), "not named", "without a file", "other than .png", "in another format", "damaged",
-        "8-bit single", "wrong size", "outside the table",
-    )  # fmt: skip
 
 
 def test_write_submission_is_flat_stored_and_reproducible(folder, tmp_path, monkeypatch):
@@ -327,8 +301,9 @@ def test_check_submission_refuses_paths_that_are_no_zip(folder, tmp_path):
             check_submission(tmp_path / name, progress=False)
 
 
-def test_script_prints_a_line_a_problem(run_inside, run_script, toy_cityscapes, tmp_path):
+def test_script_prints_a_line_for_each_problem(run_inside, toy_cityscapes, tmp_path):
     frames = sorted(image_frames(toy_cityscapes, "val"))
+    assert len(frames) == 3 and all(frame_name(frame) == frame for frame in frames)
     folder = tmp_path / "pred"
     for frame in frames:
         write_label_map(folder / prediction_name(frame), IDS)
@@ -341,10 +316,13 @@ def test_script_prints_a_line_a_problem(run_inside, run_script, toy_cityscapes, 
     (folder / prediction_name(frames[0])).unlink()
     for frame in frames[1:]:
         write_label_map(folder / prediction_name(frame), IDS[:8])
-    invalid = run_script(*command)
-    assert invalid.returncode == 2
-    assert "OK" not in invalid.stdout and "Traceback" not in invalid.stderr
+    invalid = run_inside(*command)
+    assert invalid.returncode == 2 and "OK" not in invalid.stdout
     errors = [line for line in invalid.stderr.splitlines() if line.startswith("error: ")]
     missing = f"1 frame without a file ({frames[0]})"
     assert_problems(errors, COUNT(2, 3), missing, "2 files of the wrong size")
     assert_refused(run_inside("utils/check_upload.py", tmp_path / "gone.zip"), "gone.zip")
+    assert_refused(
+        run_inside("utils/check_upload.py", folder, "--datadir", tmp_path),
+        "holds no *_leftImg8bit images",
+    )

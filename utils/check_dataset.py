@@ -52,18 +52,10 @@ import sys
 from lednet.errors import exit_on_user_error
 from lednet.io import write_json
 from lednet.training.losses import WEIGHT_OFFSETS, class_weights
-from lednet.validation.checks import ValidationReport, validate_dataset
+from lednet.validation.checks import validate_dataset
 from lednet.validation.issues import SEVERITIES, counted
 from lednet.validation.report import summary, worst_aligned, write_dataset_page, write_sheet
 from lednet.validation.splits import open_splits
-
-
-def print_issues(report: ValidationReport) -> None:
-    for issue in report.issues:
-        print(f"{issue.severity:8} {issue}")
-    pairs = ", ".join(f"{len(split.pairs):,} {split.name}" for split in report.splits)
-    counts = ", ".join(counted(report.count(severity), severity) for severity in SEVERITIES)
-    print(f"{report.root}: {pairs} pairs; {counts}")
 
 
 def main() -> None:
@@ -71,14 +63,9 @@ def main() -> None:
     root = args.datadir or ROOT / "datasets" / args.dataset
     out = args.out or ROOT / "save" / f"check-{args.dataset}"
     splits, issues = open_splits(
-        args.dataset,
-        root,
-        annotations=args.annotations,
-        labels=args.labels,
-        class_file=args.classes,
-        val_stride=args.val_stride,
-        val_prefix=args.val_prefix,
-    )
+        args.dataset, root, annotations=args.annotations, labels=args.labels,
+        class_file=args.classes, val_stride=args.val_stride, val_prefix=args.val_prefix,
+    )  # fmt: skip
     report = validate_dataset(root, splits, issues, args.num_workers)
     weights = {}
     if report.shares is not None:
@@ -92,7 +79,11 @@ def main() -> None:
     write_dataset_page(out / "report.html", f"{root.name}: data set", report, rows, weights)
     command = {"command": shlex.join(["python", *sys.argv]), "dataset": args.dataset}
     write_json(out / "report.json", command | summary(report, weights))
-    print_issues(report)
+    for issue in report.issues:
+        print(f"{issue.severity:8} {issue}")
+    pairs = ", ".join(f"{len(split.pairs):,} {split.name}" for split in splits)
+    counts = ", ".join(counted(report.count(severity), severity) for severity in SEVERITIES)
+    print(f"{root}: {pairs} pairs; {counts}")
     print(f"reports: {out}")
     failing = () if args.fail_on == "never" else SEVERITIES[: SEVERITIES.index(args.fail_on) + 1]
     sys.exit(int(any(map(report.count, failing))))

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -21,13 +20,7 @@ from lednet.data.image_io import open_image, read_image, write_label_map
 from lednet.data.labels import LabelScheme, cityscapes_id_scheme, cityscapes_label_ids
 from lednet.data.pairs import list_examples, require_file
 from lednet.errors import UserError
-from lednet.evaluation.cityscapes_metrics import (
-    AVERAGE_INSTANCE_SIZE,
-    NUM_IDS,
-    BenchmarkScores,
-    ImageCounts,
-    count_image,
-)
+from lednet.evaluation.cityscapes_metrics import NUM_IDS, BenchmarkScores, count_image
 from lednet.evaluation.cityscapes_submission import frame_name, prediction_name
 from lednet.evaluation.evaluator import LabelMapper
 from lednet.io import map_ordered
@@ -36,28 +29,28 @@ from lednet.io import map_ordered
 class Frame(NamedTuple):
     """One frame of a split: its name `<city>_<seq>_<frame>` and its files.
 
-    None stands for images that were not asked for, labels that are withheld, and a split
-    without instance images.
+    A file is None if it was not requested (image) or does not exist (label, instance image).
     """
 
     name: str
     image: Path | None
-    label: Path | None
-    instances: Path | None
+    label: Path | None = None
+    instances: Path | None = None
 
 
 def find_frames(
     root: str | os.PathLike, split: str, labels: str = "auto", images: bool = True
 ) -> tuple[list[Frame], LabelScheme]:
-    """Frames of a Cityscapes split with fine annotations, sorted by name.
+    """List the frames of a Cityscapes split with fine annotations, sorted by name.
 
     Args:
         root: folder that holds `gtFine` and `leftImg8bit`.
-        labels: "auto", "labelIds" or "labelTrainIds": what the label files hold.
+        split: "train", "val" or "test".
+        labels: encoding of the label files: "auto", "labelIds" or "labelTrainIds".
         images: whether `leftImg8bit` is needed.
 
     Returns:
-        The frames, and the scheme to read their labels with: as label ids.
+        The frames, and the scheme that reads their labels as label ids.
 
     Raises:
         UserError: see `cityscapes_pairs`; also if only some labels have instance images.
@@ -65,121 +58,103 @@ def find_frames(
     root = Path(root)
     if split == "test":
         pairs = cityscapes_pairs(root, split)
-        frames = [Frame(frame_name(pair.image), pair.image, None, None) for pair in pairs]
-        return frames, cityscapes_id_scheme()
+        return [Frame(frame_name(pair.image), pair.image) for pair in pairs], cityscapes_id_scheme()
     if labels == "auto":
         labels = detect_cityscapes_encoding(root, split, "fine")
     files = cityscapes_labels(root, split, encoding=labels)
     if not files:
         raise UserError(f"{root / 'gtFine' / split} holds no *_{labels}.png: check --labels")
-    image_of = {}
-    if images:
-        pairs = cityscapes_pairs(root, split, encoding=labels)
-        image_of = {frame_name(pair.image): pair.image for pair in pairs}
-    instances = _instance_files(files, labels)
-    frames = [
-        Frame(name, image_of.get(name), label, instances.get(name))
-        for name, label in sorted(files.items())
-    ]
-    return frames, cityscapes_id_scheme(labels)
-
-
-def _instance_files(labels: dict[str, Path], encoding: str) -> dict[str, Path]:
-    files = {
-        name: path.with_name(path.name.replace(encoding, "instanceIds"))
-        for name, path in labels.items()
-    }
-    found = {name: path for name, path in files.items() if path.is_file()}
-    if found and len(found) < len(files):
-        missing = list_examples(files.keys() - found.keys())
+    pairs = cityscapes_pairs(root, split, encoding=labels) if images else []
+    image_of = {frame_name(pair.image): pair.image for pair in pairs}
+    frames = []
+    for name, label in sorted(files.items()):
+        instances = label.with_name(label.name.replace(labels, "instanceIds"))
+        found = instances if instances.is_file() else None
+        frames.append(Frame(name, image_of.get(name), label, found))
+    incomplete = [frame.name for frame in frames if frame.instances is None]
+    if 0 < len(incomplete) < len(frames):
         raise UserError(
-            f"{len(files) - len(found)} of {len(files)} labels have no *_instanceIds.png beside "
-            f"them ({missing}): unpack them again, or remove them all to do without iIoU"
+            f"{len(incomplete)} of {len(frames)} labels have no *_instanceIds.png in their folder "
+            f"({list_examples(incomplete)}): unpack them again, or remove all instance images to "
+            "evaluate without iIoU"
         )
-    return found
+    return frames, cityscapes_id_scheme(labels)
 
 
 def find_predictions(folder: str | os.PathLike, frames: Sequence[Frame]) -> dict[str, Path]:
     """Prediction files by frame name: any `<city>_<seq>_<frame>*.png` below `folder`.
 
     Raises:
-        UserError: no such folder, a frame without a prediction or with two, or a
-            prediction without a frame.
+        UserError: the folder does not exist, a frame has no prediction or two, or a prediction has
+            no frame.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give label-id PNGs with --predictions")
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*.png")):
-        name = frame_name(path)
-        if name in found:
-            raise UserError(f"{found[name]} and {path.name} are of one frame: keep one of them")
-        found[name] = path
+        first = found.setdefault(frame_name(path), path)
+        if first != path:
+            raise UserError(f"{first} and {path.name} are of one frame: keep one of them")
     names = {frame.name for frame in frames}
-    if missing := names - found.keys():
-        raise UserError(
-            f"{folder}: {len(missing)} of {len(names)} frames have no prediction "
-            f"({list_examples(missing)}): add them"
-        )
-    if unknown := found.keys() - names:
-        raise UserError(
-            f"{folder}: {len(unknown)} of {len(found)} predictions have no ground truth "
-            f"({list_examples(unknown)}): add it, or remove them"
-        )
+    for problem, unmatched, total, next_step in (
+        ("frames have no prediction", names - found.keys(), names, "add them"),
+        ("predictions have no ground truth", found.keys() - names, found, "add it, or remove them"),
+    ):
+        if unmatched:
+            raise UserError(
+                f"{folder}: {len(unmatched)} of {len(total)} {problem} "
+                f"({list_examples(unmatched)}): {next_step}"
+            )
     return found
 
 
-@dataclass
-class FrameResult:
-    """Counts of one frame at the label file's size and at the network's size.
+class FrameResult(NamedTuple):
+    """Counts of one frame at the size of the label file and at the network's input size.
 
     Both are None if labels are withheld; `network` is also None for predictions from disk.
     """
 
     name: str
-    full: ImageCounts | None = None
-    network: ImageCounts | None = None
+    full: BenchmarkScores | None = None
+    network: BenchmarkScores | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON, with the non-zero entries of the matrices."""
         entry: dict[str, Any] = {"name": self.name}
-        for key, counts in (("full", self.full), ("network", self.network)):
-            if counts is not None:
+        for key in ("full", "network"):
+            if counts := getattr(self, key):
                 cells = np.argwhere(counts.matrix)
                 entry[key] = np.column_stack((cells, counts.matrix[tuple(cells.T)])).tolist()
-        if self.full is not None and self.full.instances is not None:
+        if self.full and self.full.instances is not None:
             entry["instances"] = self.full.instances.tolist()
         return entry
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "FrameResult":
-        counts: dict[str, ImageCounts] = {}
-        for key in ("full", "network"):
-            if key in entry:
-                matrix = np.zeros((NUM_IDS, NUM_IDS), np.int64)
-                for true_id, predicted_id, pixels in entry[key]:
-                    matrix[true_id, predicted_id] = pixels
-                counts[key] = ImageCounts(matrix)
+        counts = {key: BenchmarkScores(images=1) for key in ("full", "network") if key in entry}
+        for key, scores in counts.items():
+            for true_id, predicted_id, pixels in entry[key]:
+                scores.matrix[true_id, predicted_id] = pixels
         if "instances" in entry:
-            instances = np.array(entry["instances"], np.float64)
-            counts["full"].instances = instances.reshape(len(AVERAGE_INSTANCE_SIZE), 4)
+            counts["full"].instances = np.array(entry["instances"], np.float64).reshape(-1, 4)
         return cls(entry["name"], **counts)
 
 
-def total_scores(results: Iterable[ImageCounts | None]) -> BenchmarkScores:
+def total_scores(results: Iterable[BenchmarkScores | None]) -> BenchmarkScores:
     """Scores over all images that have counts."""
-    scores = BenchmarkScores()
+    total = BenchmarkScores()
     for counts in results:
         if counts is not None:
-            scores.add(counts)
-    return scores
+            total.add(counts)
+    return total
 
 
 def read_instances(path: Path) -> np.ndarray:
-    """An `instanceIds` image, (H, W) int32.
+    """Read an `instanceIds` image, (H, W) int32.
 
     Raises:
-        UserError: unreadable, or a value that is not an instance id.
+        UserError: the file is unreadable, or holds a value that is not an instance id.
     """
     instances = np.array(open_image(path)).astype(np.int32)
     if instances.ndim != 2 or instances.min() < 0 or instances.max() >= NUM_IDS * 1000:
@@ -196,43 +171,41 @@ def score_frame(
     """Compare a prediction with the ground truth of its frame.
 
     Args:
-        scheme: to read the label with, as `find_frames` gave it.
+        frame: from `find_frames`, which also returns `scheme`.
+        scheme: label scheme of the frame's label.
         prediction: (H, W) uint8 label ids.
-        network_prediction: (h, w) uint8 label ids at the network's size, where the labels
-            are reduced to it (nearest neighbour).
+        network_prediction: (h, w) uint8 label ids at the network's input size, to which the label
+            is resized (nearest neighbour).
 
     Raises:
-        UserError: a file is unreadable, of another size or holds an unknown id.
+        UserError: a file is unreadable, has another size, or holds an unknown id.
     """
     if frame.label is None:
         return FrameResult(frame.name)
     truth = read_label(frame.label, scheme)
     instances = None if frame.instances is None else read_instances(frame.instances)
-    for path, found in ((frame.label, truth), (frame.instances, instances)):
-        if found is not None and found.shape != prediction.shape:
+    for path, image in ((frame.label, truth), (frame.instances, instances)):
+        if image is not None and image.shape != prediction.shape:
+            sizes = ("{1}x{0}".format(*a.shape) for a in (image, prediction))
             raise UserError(
-                f"{path} is {_size(found)}, the prediction for it {_size(prediction)}: predict at "
-                "the size of the ground truth"
+                "{} is {}, the prediction for it {}: predict at the size of the ground "
+                "truth".format(path, *sizes)
             )
-    result = FrameResult(frame.name, count_image(prediction, truth, instances))
-    if network_prediction is not None:
-        mask = tv_tensors.Mask(torch.from_numpy(truth))
-        reduced = v2.functional.resize(mask, list(network_prediction.shape)).numpy()
-        result.network = count_image(network_prediction, reduced)
-    return result
-
-
-def _size(image: np.ndarray) -> str:
-    return f"{image.shape[1]}x{image.shape[0]}"
+    full = count_image(prediction, truth, instances)
+    if network_prediction is None:
+        return FrameResult(frame.name, full)
+    mask = tv_tensors.Mask(torch.from_numpy(truth))
+    resized = v2.functional.resize(mask, list(network_prediction.shape)).numpy()
+    return FrameResult(frame.name, full, count_image(network_prediction, resized))
 
 
 def score_predictions(
     frames: Sequence[Frame], scheme: LabelScheme, files: Sequence[Path], workers: int = 2
 ) -> Iterator[FrameResult]:
-    """Score label-id PNGs, one for each frame, reading with `workers` threads.
+    """Score one label-id PNG for each frame, reading with `workers` threads.
 
     Raises:
-        UserError: as `score_frame`; names the file.
+        UserError: see `score_frame`; names the file.
     """
     ids = cityscapes_id_scheme()
 
@@ -248,24 +221,12 @@ def score_predictions(
         yield from map_ordered(pool, jobs, 2 * workers)
 
 
-class _Images(Dataset):
-    """The frames' images, (3, H, W) uint8."""
-
-    def __init__(self, frames: Sequence[Frame]):
-        self.frames = frames
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def __getitem__(self, index: int) -> Tensor:
-        file = require_file(self.frames[index].image, "images")
-        return torch.from_numpy(read_image(file)).permute(2, 0, 1)
-
-
-def _stack(images: list[Tensor]) -> Tensor:
+def _read_images(frames: Sequence[Frame]) -> Tensor:
+    """Batch of images, (N, 3, H, W) uint8."""
+    images = [read_image(require_file(frame.image, "images")) for frame in frames]
     if len({image.shape for image in images}) > 1:
         raise UserError("the images of a batch differ in size: use --batch-size 1")
-    return torch.stack(images)
+    return torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in images])
 
 
 def predict_frames(
@@ -277,14 +238,14 @@ def predict_frames(
     batch_size: int = 1,
     workers: int = 2,
 ) -> Iterator[FrameResult]:
-    """Predict every frame, write its label ids to `folder`, and score it where it has a label.
+    """Predict every frame, write its label ids to `folder`, and score it if it has a label.
 
     Scores are computed at the image's size and at `network_size`, (height, width). The file is on
-    disk before the result is returned. Images are decoded in `workers`
-    processes; writing and scoring run in as many threads beside the network.
+    disk before the result is returned. `workers` processes decode images, and as many threads
+    write and score predictions.
 
     Raises:
-        UserError: as `score_frame`; also images of several sizes in one batch.
+        UserError: see `score_frame`; also if images of a batch differ in size.
     """
     label_ids = torch.from_numpy(cityscapes_label_ids())
 
@@ -294,13 +255,19 @@ def predict_frames(
         return result
 
     def jobs() -> Iterator[Callable[[], FrameResult]]:
-        loader = DataLoader(_Images(frames), batch_size, num_workers=workers, collate_fn=_stack)
+        # The frames are the data set; worker processes read images in `collate_fn`.
+        loader: DataLoader = DataLoader(
+            list(frames),  # type: ignore[arg-type]
+            batch_size,
+            num_workers=workers,
+            collate_fn=_read_images,
+        )
         queue = iter(frames)
         for images in loader:
             maps = label_maps(images, tuple(images.shape[-2:]), network_size)
             full, network = (label_ids[m.cpu().int()].numpy() for m in maps)
-            for one in zip(full, network, strict=True):
-                yield partial(finish, next(queue), *one)
+            for pair in zip(full, network, strict=True):
+                yield partial(finish, next(queue), *pair)
 
     threads = max(1, workers)
     with ThreadPoolExecutor(threads) as pool:

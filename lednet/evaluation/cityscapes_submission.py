@@ -1,9 +1,10 @@
-"""Submissions to the Cityscapes benchmark: file names, label images, the zip and its validation.
+"""Submissions to the Cityscapes benchmark: file names, the zip and its validation.
 
-The reference is the official package `cityscapesscripts`. It expects one 8-bit image of label ids
-(0 to 33) for each image, of the image's size, found by its name `<city>_123456_123456*.png`.
+As the official package `cityscapesscripts` requires, each image has one 8-bit prediction of label
+ids (0 to 33), of the image's size, found by its name `<city>_123456_123456*.png`.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from lednet.data.labels import CITYSCAPES_LABELS
+from lednet.data.labels import CITYSCAPES_LABELS, IGNORE_INDEX
 from lednet.data.pairs import IMAGE_SUFFIXES, list_examples
 from lednet.data.prepare.cityscapes_tree import FRAMES
 from lednet.data.prepare.zips import open_zip
@@ -40,7 +41,25 @@ MAX_BYTES = 64 * 2**20
 _FRAME = re.compile(r"([A-Za-z-]+)_\d{6}_\d{6}(?!\d)")
 _MAX_ID = max(label.id for label in CITYSCAPES_LABELS)
 _MAX_TRAIN_ID = max(label.train_id for label in CITYSCAPES_LABELS if not label.ignore_in_eval)
-_VOID_TRAIN_ID = 255
+
+_PROBLEMS = {
+    "folder": ("folder", "in the zip", "put the images at its top level"),
+    "name": ("file", "not named <city>_123456_123456*.png", "name each after its image"),
+    "duplicate": ("frame", "with more than one file", "keep one of each"),
+    "city": ("file", "of a city outside {subset}", "predict the images of {subset}"),
+    "missing": ("frame", "without a file", "predict every image"),
+    "unknown": ("file", "of a frame outside {subset}", "remove it"),
+    "other": ("file", "other than .png", "remove it"),
+    "large": ("file", f"over {MAX_BYTES >> 20} MiB and not read", "write label images"),
+    "format": ("file", "named .png but in another format", "write PNG"),
+    "damaged": ("file", "damaged or unreadable", "write it again"),
+    "mode": ("file", "not 8-bit single-channel",
+             "write the ids as a grey image, without a palette"),
+    "size": ("file", "of the wrong size", "predict at the size of the image"),
+    "ids": ("file", f"with ids outside the table, 0 to {_MAX_ID}", "write labelIds"),
+    "void": ("file", f"with {IGNORE_INDEX}, the void of trainIds", "convert trainIds to labelIds"),
+}  # fmt: skip
+"""Type of problem -> parts of its message "<count> <noun> <what> (<names>): <next step>"."""
 
 
 def frame_name(path: str | os.PathLike) -> str:
@@ -98,9 +117,7 @@ def write_submission(path: str | os.PathLike, files: Iterable[str | os.PathLike]
             try:
                 data = file.read_bytes()
             except OSError as error:
-                raise UserError(
-                    f"cannot read {file}: {error.strerror}; predict it again"
-                ) from error
+                raise UserError(f"cannot read {file}: {error.strerror}; predict it") from error
             # No time, user or operating system is stored; PNGs are compressed already.
             member = zipfile.ZipInfo(file.name)
             member.create_system = 3
@@ -114,11 +131,6 @@ class _File(NamedTuple):
     name: str
     num_bytes: int
     read: Callable[[], bytes]
-
-    @property
-    def frame(self) -> re.Match | None:
-        """Match of the frame name, with the city as group 1; None if there is none."""
-        return _FRAME.match(self.name.rsplit("/", 1)[-1])
 
 
 def check_submission(
@@ -134,13 +146,12 @@ def check_submission(
     Args:
         path: the zip, or the folder (searched recursively) to make it of.
         subset: "test" or "val", for the number of files and their cities.
-        frames: the exact frame names required, from `frame_name`, instead of the subset's number
-            and cities.
+        frames: required frame names, from `frame_name`, instead of the subset's number and cities.
         size: (height, width) of every image.
         progress: whether to show a progress bar.
 
     Returns:
-        A sentence for each kind of problem, naming the first files; empty for a valid submission.
+        A sentence for each type of problem, naming the first files; empty for a valid submission.
 
     Raises:
         UserError: the path does not exist, or is not a readable zip.
@@ -148,27 +159,57 @@ def check_submission(
     if subset not in NUM_FILES:
         raise ValueError(f"subset must be one of {tuple(NUM_FILES)}, not {subset!r}")
     path = Path(path)
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file())
-        files = [
-            _File(f.relative_to(path).as_posix(), f.stat().st_size, f.read_bytes) for f in found
-        ]
-        return _check_names(path, files, subset, frames) + _check_images(
-            path, files, size, progress
+    problems: dict[str, list[str]] = defaultdict(list)
+    ids: set[int] = set()
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.is_file())
+            files = [
+                _File(f.relative_to(path).as_posix(), f.stat().st_size, f.read_bytes) for f in found
+            ]
+        else:
+            archive = stack.enter_context(open_zip(path))
+            files = [
+                _File(m.filename, m.file_size, partial(_read_member, archive, m))
+                for m in sorted(archive.infolist(), key=lambda member: member.filename)
+            ]
+            folders = {f.name.split("/")[0] + "/" for f in files if "/" in f.name}
+            problems["folder"] = sorted(folders)
+        problems["other"] = [f.name for f in files if not f.name.endswith((".png", "/"))]
+        images = [file for file in files if file.name.endswith(".png")]
+        _check_names([image.name for image in images], subset, frames, problems)
+        # Each thread holds one file; decompression and decoding release the GIL.
+        pool = stack.enter_context(ThreadPoolExecutor(min(4, os.cpu_count() or 1)))
+        results = pool.map(lambda image: _check_image(image, size), images)
+        hidden = not progress
+        bar = tqdm(results, path.name, len(images), unit="file", disable=hidden, dynamic_ncols=True)
+        for image, (remarks, image_ids) in zip(images, bar, strict=True):
+            ids |= image_ids
+            for kind, remark in remarks.items():
+                problems[kind].append(f"{image.name}: {remark}" if remark else image.name)
+    sentences = []
+    required = NUM_FILES[subset] if frames is None else len(frames)
+    if len(images) != required:
+        sentences.append(
+            f"{path} holds {len(images)} .png files, but {required} are required: "
+            f"add one for each image of {subset}"
         )
-    with open_zip(path) as archive:
-        members = sorted(archive.infolist(), key=lambda member: member.filename)
-        files = [
-            _File(m.filename, m.file_size, partial(_read_member, archive, m))
-            for m in members
-            if not m.filename.endswith("/")
-        ]
-        folders = sorted({m.filename.split("/")[0] + "/" for m in members if "/" in m.filename})
-        return [
-            *_problem(folders, "folder", "in the zip", "put the images at its top level"),
-            *_check_names(path, files, subset, frames),
-            *_check_images(path, files, size, progress),
-        ]
+    sentences += [_sentence(kind, problems[kind], subset) for kind in _PROBLEMS if problems[kind]]
+    if ids and max(ids) <= _MAX_TRAIN_ID:
+        sentences.append(
+            f"no file of {path} holds an id above {_MAX_TRAIN_ID}, so they are probably trainIds: "
+            "convert them to labelIds"
+        )
+    return sentences
+
+
+def _sentence(kind: str, names: Sequence[str], subset: str) -> str:
+    noun, what, next_step = _PROBLEMS[kind]
+    count = f"{len(names)} {noun}{'s' if len(names) > 1 else ''}"
+    # Names in a zip may contain any bytes, including line breaks.
+    examples = list_examples(name if name.isprintable() else ascii(name) for name in names)
+    what, next_step = what.format(subset=subset), next_step.format(subset=subset)
+    return f"{count} {what} ({examples}): {next_step}"
 
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -180,82 +221,28 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 
 def _check_names(
-    path: Path, files: Sequence[_File], subset: str, frames: Collection[str] | None
-) -> list[str]:
-    images = [file for file in files if file.name.endswith(".png")]
-    named = [(image.name, image.frame) for image in images if image.frame]
+    names: Iterable[str],
+    subset: str,
+    frames: Collection[str] | None,
+    problems: dict[str, list[str]],
+) -> None:
     by_frame = defaultdict(list)
-    for name, match in named:
+    for name in names:
+        match = _FRAME.match(name.rsplit("/", 1)[-1])
+        if not match:
+            problems["name"].append(name)
+            continue
         by_frame[match[0]].append(name)
-    problems = []
-    required = NUM_FILES[subset] if frames is None else len(frames)
-    if len(images) != required:
-        problems.append(
-            f"{path} holds {len(images)} .png files, but {required} are required: "
-            f"add one for each image of {subset}"
-        )
-    problems += _problem(
-        [image.name for image in images if not image.frame],
-        "file", "not named <city>_123456_123456*.png", "name each after its image",
-    )  # fmt: skip
-    problems += _problem(
-        [" / ".join(names) for names in by_frame.values() if len(names) > 1],
-        "frame", "with more than one file", "keep one of each",
-    )  # fmt: skip
-    if frames is None:
-        foreign = [name for name, match in named if match[1] not in CITIES[subset]]
-        what = f"of a city outside {subset}"
-        problems += _problem(foreign, "file", what, f"predict the images of {subset}")
-    else:
-        missing = sorted(set(frames) - by_frame.keys())
-        problems += _problem(missing, "frame", "without a file", "predict every image")
-        unknown = [name for name, match in named if match[0] not in frames]
-        problems += _problem(unknown, "file", f"of a frame outside {subset}", "remove it")
-    others = [file.name for file in files if not file.name.endswith(".png")]
-    return problems + _problem(others, "file", "other than .png", "remove it")
+        if frames is None and match[1] not in CITIES[subset]:
+            problems["city"].append(name)
+        elif frames is not None and match[0] not in frames:
+            problems["unknown"].append(name)
+    problems["duplicate"] = [" / ".join(group) for group in by_frame.values() if len(group) > 1]
+    problems["missing"] = [frame for frame in frames or () if frame not in by_frame]
 
 
-_IMAGE_PROBLEMS = {
-    "large": (f"over {MAX_BYTES >> 20} MiB and not read", "write label images"),
-    "format": ("named .png but in another format", "write PNG"),
-    "damaged": ("damaged or unreadable", "write it again"),
-    "mode": ("not 8-bit single-channel", "write the ids as a grey image, without a palette"),
-    "size": ("of the wrong size", "predict at the size of the image"),
-    "ids": (f"with ids outside the table, 0 to {_MAX_ID}", "write labelIds"),
-    "void": (f"with {_VOID_TRAIN_ID}, the void of trainIds", "convert trainIds to labelIds"),
-}
-"""Kind of problem with an image -> what is wrong, and the next step."""
-
-
-def _check_images(
-    path: Path, files: Sequence[_File], size: tuple[int, int], progress: bool
-) -> list[str]:
-    images = [file for file in files if file.name.endswith(".png")]
-    names = defaultdict(list)
-    ids: set[int] = set()
-    # Each thread holds one file; decompression and decoding release the GIL.
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda image: _check_file(image, size), images)
-        bar = tqdm(
-            results, path.name, len(images), unit="file", disable=not progress, dynamic_ncols=True
-        )
-        for image, (problems, found) in zip(images, bar, strict=True):
-            ids |= found
-            for kind, remark in problems.items():
-                names[kind].append(f"{image.name}: {remark}" if remark else image.name)
-    sentences = []
-    for kind, (what, next_step) in _IMAGE_PROBLEMS.items():
-        sentences += _problem(names[kind], "file", what, next_step)
-    if ids and max(ids) <= _MAX_TRAIN_ID:
-        sentences.append(
-            f"no file of {path} holds an id above {_MAX_TRAIN_ID}, so they are probably trainIds: "
-            "convert them to labelIds"
-        )
-    return sentences
-
-
-def _check_file(image: _File, size: tuple[int, int]) -> tuple[dict[str, str], set[int]]:
-    """Problems of one image (key of `_IMAGE_PROBLEMS` -> remark), and its label ids."""
+def _check_image(image: _File, size: tuple[int, int]) -> tuple[dict[str, str], set[int]]:
+    """Problems of one image (key of `_PROBLEMS` -> remark), and its label ids."""
     if image.num_bytes > MAX_BYTES:
         return {"large": f"{image.num_bytes >> 20} MiB"}, set()
     try:
@@ -284,19 +271,9 @@ def _check_png(data: bytes, size: tuple[int, int]) -> tuple[dict[str, str], set[
     Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # checksums
     counts = Image.open(io.BytesIO(data), formats=["PNG"]).histogram()
     ids = {value for value, count in enumerate(counts) if count}
-    if _VOID_TRAIN_ID in ids:
+    if IGNORE_INDEX in ids:
         problems["void"] = ""
-        ids.remove(_VOID_TRAIN_ID)
+        ids.remove(IGNORE_INDEX)
     if outside := [value for value in sorted(ids) if value > _MAX_ID]:
         problems["ids"] = str(outside[0])
     return problems, ids
-
-
-def _problem(names: Sequence[str], noun: str, what: str, next_step: str) -> list[str]:
-    """A sentence that names the first of `names`, in a list; an empty list if there are none."""
-    if not names:
-        return []
-    count = f"{len(names)} {noun}{'s' if len(names) > 1 else ''}"
-    # Names in a zip may contain any bytes, including line breaks.
-    examples = list_examples(name if name.isprintable() else ascii(name) for name in names)
-    return [f"{count} {what} ({examples}): {next_step}"]

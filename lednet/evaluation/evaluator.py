@@ -25,8 +25,8 @@ def evaluate(
     Args:
         label_maps: prediction function.
         batches: images (N, 3, H, W) uint8 and class indices (N, H', W').
-        num_classes: classes that count.
-        device: of the label maps.
+        num_classes: number of classes without void.
+        device: device of the label maps.
     """
     confusion = ConfusionMatrix(num_classes, device)
     for images, target in batches:

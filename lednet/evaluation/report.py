@@ -1,7 +1,4 @@
-"""HTML report of an evaluation: scores, confusion matrix and every image in one file.
-
-The file refers to no other file and needs no network.
-"""
+"""HTML report of an evaluation: scores, confusion matrix and images in one self-contained file."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,54 +20,24 @@ from lednet.evaluation.cityscapes_metrics import (
     EVALUATED_CLASSES,
     BenchmarkScores,
 )
-from lednet.html import Column, Figure, format_score, write_page
+from lednet.html import Column, Figure, Tables, format_score, image_uri, write_page
 from lednet.metrics import none_if_nan
-from lednet.visualization import data_uri, shrink
+from lednet.visualization import shrink
 
 ERROR_COLOR: Color = (255, 96, 32)
 """RGB of a misclassified pixel in the error pane."""
 
 Scores = Sequence[float | None]
-"""One score in [0, 1] a class; None where the class is absent."""
+"""Score of each class in [0, 1]; None where the class is absent."""
 
 
 class ImageRow(NamedTuple):
-    """One image of the report.
-
-    Attributes:
-        name: shown above the image.
-        miou: mean over the classes present in this image; None if there is none.
-        class_iou: IoU of each class; None where the class is in neither label nor prediction.
-        panes: caption -> data URI, from `encode_panes`.
-    """
+    """One image of the report: name, mean IoU, IoU of each class, and caption -> data URI."""
 
     name: str
     miou: float | None
     class_iou: Scores
     panes: Mapping[str, str]
-
-
-class MatrixCell(NamedTuple):
-    """A cell of the confusion matrix.
-
-    Attributes:
-        truth, prediction: class names.
-        pixels: count of the cell.
-        share: of the true class's pixels, in [0, 1]; None where the class is absent.
-    """
-
-    truth: str
-    prediction: str
-    pixels: int
-    share: float | None
-
-    @property
-    def percent(self) -> str:
-        return "truth absent" if self.share is None else f"{100 * self.share:.1f} %"
-
-    def __str__(self) -> str:
-        share = f"{self.percent} ({self.pixels:,} pixels)"
-        return f"truth {self.truth}, predicted {self.prediction}: {share}"
 
 
 def encode_panes(
@@ -85,8 +52,8 @@ def encode_panes(
     Args:
         image: (H, W, 3) uint8 RGB.
         truth, prediction: (H, W) uint8 class indices; void is `IGNORE_INDEX`.
-        scheme: names and colours of the classes.
-        width: maximum width of a thumbnail in pixels; smaller images keep their size.
+        scheme: colours of the classes.
+        width: maximum width of a thumbnail in pixels.
 
     Returns:
         "input" (lossy), "truth", "prediction" and "error" (lossless). In "error", correct pixels
@@ -101,59 +68,22 @@ def encode_panes(
             "differ in size"
         )
     image, truth, prediction = shrink(image, truth, prediction, width=width)
-    photo = Image.fromarray(image)
     # 16 grey levels halve the file; the image is only for orientation here.
-    grey = np.asarray(photo.convert("L")) // 16 * 8
+    grey = np.asarray(Image.fromarray(image).convert("L")) // 16 * 8
     error = grey[..., None].repeat(3, axis=2)
     error[truth != prediction] = ERROR_COLOR
     error[truth == IGNORE_INDEX] = 0
-    maps = {
-        "truth": scheme.palette[truth],
-        "prediction": scheme.palette[prediction],
-        "error": error,
-    }
-    return {"input": data_uri(photo, "WEBP", quality=80)} | {
-        key: data_uri(Image.fromarray(pixels), "WEBP", lossless=True)
-        for key, pixels in maps.items()
+    return {
+        "input": image_uri(image),
+        "truth": image_uri(scheme.palette[truth], lossless=True),
+        "prediction": image_uri(scheme.palette[prediction], lossless=True),
+        "error": image_uri(error, lossless=True),
     }
 
 
 def score_column(heading: str, scores: Scores, absent: str = "–") -> Column:
     """A column of the class table with scores of three decimals."""
     return Column(heading, scores, [format_score(score, absent) for score in scores])
-
-
-def confusion_cells(matrix: np.ndarray, classes: Sequence[str]) -> list[list[MatrixCell]]:
-    """Cells of a confusion matrix, a list a row.
-
-    Args:
-        matrix: (C, C + 1) integer counts of pixels. Rows are true classes, columns predicted
-            ones, void last.
-        classes: C names.
-
-    Raises:
-        ValueError: the shape of `matrix` does not fit the number of classes.
-    """
-    rows = []
-    for truth, counts in zip(classes, matrix.tolist(), strict=True):
-        total = sum(counts)
-        rows.append(
-            [
-                MatrixCell(truth, prediction, count, count / total if total else None)
-                for prediction, count in zip((*classes, "void"), counts, strict=True)
-            ]
-        )
-    return rows
-
-
-def _largest_confusions(cells: list[list[MatrixCell]], count: int = 8) -> list[MatrixCell]:
-    wrong = [
-        (cell.share, cell)
-        for y, row in enumerate(cells)
-        for x, cell in enumerate(row)
-        if cell.share and x != y
-    ]
-    return [cell for _, cell in sorted(wrong, key=lambda pair: -pair[0])[:count]]
 
 
 def write_report(
@@ -163,39 +93,71 @@ def write_report(
     scheme: LabelScheme,
     columns: Sequence[Column],
     matrix: np.ndarray,
-    tables: Mapping[str, Sequence[tuple[str, str]]],
+    tables: Tables,
     images: Iterable[ImageRow],
 ) -> None:
-    """Write the report, atomically. Titles, names and table entries may be any text.
+    """Write a report on any data set, atomically.
 
     Args:
-        path: HTML file to write.
-        title: heading of the page.
-        headline: figures at the top.
-        scheme: names and colours of the classes.
-        columns: of the class table; the first one, in [0, 1], is also shown as bars.
-        matrix: confusion matrix, as for `confusion_cells`.
-        tables: title -> (key, value) rows, such as speed and options of the run.
-        images: consumed once; one image at a time is in memory.
+        path, title, headline, scheme, columns, tables: see `write_page`. The first column, in
+            [0, 1], is also drawn as bars.
+        matrix: (C, C + 1) integer counts of pixels. Rows are true classes, columns predicted
+            ones, void last.
+        images: consumed one at a time.
 
     Raises:
         UserError: the file cannot be written.
-        ValueError: `matrix` does not fit the number of classes.
+        ValueError: `matrix` does not match the number of classes.
     """
-    cells = confusion_cells(matrix, scheme.classes)
+    names = (*scheme.classes, "void")
+    cells, wrong = [], []
+    for truth, counts in zip(scheme.classes, matrix.tolist(), strict=True):
+        total = sum(counts)
+        shares = [count / total if total else None for count in counts]
+        cells.append(list(zip(names, counts, shares, strict=True)))
+        wrong += [(share, truth, name) for name, _, share in cells[-1] if share and name != truth]
     write_page(
         path,
         "evaluation.html",
         title=title,
         headline=headline,
-        classes=list(zip(scheme.classes, scheme.colors, strict=True)),
+        scheme=scheme,
         columns=columns,
-        cells=cells,
-        confusions=_largest_confusions(cells),
         tables=tables,
+        cells=cells,
+        confusions=sorted(wrong, key=lambda confusion: -confusion[0])[:8],
         error_color=ERROR_COLOR,
         images=images,
     )
+
+
+def format_scores(
+    full: BenchmarkScores, network: BenchmarkScores | None, size: tuple[int, int] | None
+) -> str:
+    """Table of classes, categories and means as text, with IoU at the network's `size` if given."""
+    columns = [("IoU", full, "iou"), ("iIoU", full, "iiou")]
+    if network is not None and size:
+        columns.append((f"IoU at {size[0]}x{size[1]}", network, "iou"))
+    lines = []
+    for kind, names in (("class", EVALUATED_CLASSES), ("category", EVALUATED_CATEGORIES)):
+        rows = {name: [name] for name in (kind, *names, "mean")}
+        for heading, scores, metric in columns:
+            values = getattr(scores, f"{kind}_{metric}")()
+            mean = scores.summary()[f"{kind}_{metric}"]
+            rows[kind].append(heading)
+            for name in names:
+                absent = "-" if metric == "iiou" else "absent"
+                rows[name].append(f"{v:.4f}" if (v := values[name]) == v else absent)
+            rows["mean"].append("-" if mean is None else f"{mean:.4f}")
+        lines.append("")
+        for name, *cells in rows.values():
+            lines.append(f"{name:16}" + "".join(f"{cell:>16}" for cell in cells))
+    lines += [
+        "",
+        f"pixel accuracy {full.pixel_accuracy():.4f}, frequency-weighted IoU "
+        f"{full.frequency_weighted_iou():.4f}; {full.images} images",
+    ]
+    return "\n".join(lines)
 
 
 def _evaluated(scores: Mapping[str, float]) -> list[float | None]:
@@ -205,16 +167,18 @@ def _evaluated(scores: Mapping[str, float]) -> list[float | None]:
 def _headline(
     full: BenchmarkScores, network: BenchmarkScores | None, card: dict[str, Any] | None
 ) -> list[Figure]:
-    summary = {key: format_score(value, "absent") for key, value in full.summary().items()}
     classes = f"{len(EVALUATED_CLASSES)} classes, at the label files' size"
-    figures = [Figure("class mIoU", summary["class_iou"], classes)]
-    if network is not None:
-        score = format_score(network.summary()["class_iou"], "absent")
-        figures.append(Figure("class mIoU, network's size", score, "labels reduced to it"))
-    figures += [
-        Figure("category mIoU", summary["category_iou"], f"{len(EVALUATED_CATEGORIES)} categories"),
-        Figure("class iIoU", summary["class_iiou"], "all instances weighted equally"),
-        Figure("pixel accuracy", summary["pixel_accuracy"]),
+    categories = f"{len(EVALUATED_CATEGORIES)} categories"
+    figures = [
+        Figure(label, format_score(scores.summary()[key], "absent"), note)
+        for label, scores, key, note in (
+            ("class mIoU", full, "class_iou", classes),
+            ("class mIoU, network's size", network, "class_iou", "labels reduced to it"),
+            ("category mIoU", full, "category_iou", categories),
+            ("class iIoU", full, "class_iiou", "all instances weighted equally"),
+            ("pixel accuracy", full, "pixel_accuracy", ""),
+        )
+        if scores is not None
     ]
     if card is not None:
         speed = card["forward"]
@@ -225,11 +189,11 @@ def _headline(
 
 
 def _categories(full: BenchmarkScores) -> list[tuple[str, str]]:
+    iou, iiou = full.category_iou(), full.category_iiou()
     rows = []
     for name in EVALUATED_CATEGORIES:
-        iou, iiou = (none_if_nan(s[name]) for s in (full.category_iou(), full.category_iiou()))
-        text = f"IoU {format_score(iou, 'absent')}"
-        rows.append((name, text if iiou is None else f"{text}, iIoU {format_score(iiou)}"))
+        text = f"IoU {format_score(none_if_nan(iou[name]), 'absent')}"
+        rows.append((name, text + (f", iIoU {iiou[name]:.3f}" if iiou[name] == iiou[name] else "")))
     return rows
 
 
@@ -240,7 +204,7 @@ def _image_rows(
     label_scheme: LabelScheme,
     workers: int,
 ) -> Iterator[ImageRow]:
-    """One row a result, in order; `workers` images at a time are in memory."""
+    """One row for each result, in order; `workers` images at a time are in memory."""
     scheme = cityscapes_scheme()
 
     def row(result: FrameResult) -> ImageRow:
@@ -280,10 +244,10 @@ def write_benchmark_report(
         results, frames: scores and files of the same images.
         predictions: label-id PNG of each frame by name.
         label_scheme: scheme of the label files, from `find_frames`.
-        network: scores at the network's size.
+        network: scores at the network's input size.
         card: measured speed, from `benchmark`.
         speed: the same as rows of a table, from `benchmark_rows`.
-        options: of the run; None and False are left out.
+        options: options of the run; None and False are left out.
         images: maximum number of images.
         workers: decoding threads.
 

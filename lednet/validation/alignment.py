@@ -12,34 +12,30 @@ def edge_alignment(thumbnails: np.ndarray, regions: np.ndarray) -> tuple[np.ndar
     gradient magnitude.
 
     Args:
-        thumbnails: (N, h, w) uint8, grey images.
+        thumbnails: (N, h, w) uint8, grey images, N > 0.
         regions: (N, h, w) uint8, label values at the same pixels.
 
     Returns:
         Two arrays (N,) float32: the score in [-1, 1], 0 for a label without borders; and the share
         of the other labels that have a higher score with the same image.
     """
-    if not len(thumbnails):
-        return np.empty(0, np.float32), np.empty(0, np.float32)
-    borders = _standardize(_gradients(torch.from_numpy(regions).short()).ne(0).float())
-    gradients = _gradients(torch.from_numpy(thumbnails).short())
+    borders = _standardize(_gradients(regions).ne(0).float())
     scores, better = [], []
-    for start in range(0, len(gradients), 256):
-        block = gradients[start : start + 256]
+    for start, block in enumerate(_gradients(thumbnails).split(256)):
         ranks = _standardize(block.argsort(dim=1).argsort(dim=1).float())
         correlations = ranks @ borders.T / ranks.shape[1]  # (256, N)
-        own = correlations.diagonal(start)
+        own = correlations.diagonal(256 * start)
         scores.append(own)
-        above = (correlations > own[:, None]).float().sum(dim=1)
-        better.append(above / max(1, len(gradients) - 1))
+        better.append((correlations > own[:, None]).sum(dim=1) / max(1, len(borders) - 1))
     return torch.cat(scores).numpy(), torch.cat(better).numpy()
 
 
-def _gradients(images: Tensor) -> Tensor:
+def _gradients(images: np.ndarray) -> Tensor:
     """Sum of absolute differences to the right and lower neighbours, (N, h, w) -> (N, P)."""
-    right = images[:, :-1, 1:] - images[:, :-1, :-1]
-    below = images[:, 1:, :-1] - images[:, :-1, :-1]
-    return (right.abs() + below.abs()).flatten(1)
+    pixels = torch.from_numpy(images).short()
+    right = pixels[:, :-1, 1:] - pixels[:, :-1, :-1]
+    lower = pixels[:, 1:, :-1] - pixels[:, :-1, :-1]
+    return (right.abs() + lower.abs()).flatten(1)
 
 
 def _standardize(rows: Tensor) -> Tensor:

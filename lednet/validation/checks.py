@@ -49,8 +49,8 @@ class ValidationReport:
 
     Attributes:
         root: the data set's folder.
-        splits: with the inspections of their files.
-        issues: most severe first.
+        splits: splits with the inspections of their files.
+        issues: issues, most severe first.
         near_duplicates: (split, other split) -> images of the split that also occur in the other.
     """
 
@@ -81,11 +81,11 @@ def validate_dataset(
         workers: decoding processes; 0 decodes in this one.
     """
     root, issues = Path(root), list(issues)
-    inspections = list(inspect_pairs([pair for split in splits for pair in split.pairs], workers))
+    inspections = inspect_pairs([pair for split in splits for pair in split.pairs], workers)
     near_duplicates = {}
+    for split in splits:
+        split.inspections = [next(inspections) for _ in split.pairs]
     for i, split in enumerate(splits):
-        split.inspections = inspections[: len(split.pairs)]
-        del inspections[: len(split.pairs)]
         found = IssueCollector(root, split.name)
         for check in (_check_files, _check_values, _check_classes, _check_alignment, _check_copies):
             check(split, found)
@@ -99,40 +99,31 @@ def validate_dataset(
 
 def _check_files(split: Split, found: IssueCollector) -> None:
     """Report unreadable files, blank images, unusual modes and differing sizes."""
-    problems = defaultdict(list)
-    for i, inspection in enumerate(split.inspections):
-        for kind, path, remark in inspection.problems:
+    problems, modes = defaultdict(list), defaultdict(list)
+    for i, (pair, item) in enumerate(zip(split.pairs, split.inspections, strict=True)):
+        for kind, path, remark in item.problems:
             problems[kind].append((path, remark))
             if ISSUE_TYPES[kind].severity == "error":
                 split.invalid.add(i)
+        if item.image_mode not in ("", "RGB"):
+            modes["image", item.image_mode].append(pair.image)
+        if item.label_mode == "P":
+            modes["label", "P"].append(split.label(i))
     for kind in ISSUE_TYPES:
         found.add(kind, problems[kind])
-    shown = set(split.thumbnails()[0].tolist())
-    found.add(
-        "blank",
-        (
-            split.pairs[i].image
-            for i, inspection in enumerate(split.inspections)
-            if inspection.thumbnail is not None and i not in shown
-        ),
-    )
-    pairs = list(zip(split.pairs, split.inspections, strict=True))
-    for mode in split.modes("image"):
-        if mode != "RGB":
-            images = [pair.image for pair, inspection in pairs if inspection.image_mode == mode]
-            found.add("mode", images, noun="image", mode=mode, reading=_reading(mode))
-    palettes = [split.label(i) for i, (_, item) in enumerate(pairs) if item.label_mode == "P"]
-    found.add("mode", palettes, noun="label", mode="P", reading="values are palette indices")
-    if len(split.sizes) > 1:
-        sizes = sorted(split.sizes, key=lambda size: size[0] * size[1])
-        smallest, largest = ("{}x{}".format(*sizes[i]) for i in (0, -1))
-        found.add_message("sizes", f"images of {len(sizes)} sizes, {smallest} to {largest}")
-
-
-def _reading(mode: str) -> str:
-    if mode.startswith("I;16"):
-        return "values are reduced to 8 bits"
-    return "transparency is dropped" if mode.endswith("A") else "it is converted to RGB"
+    for (noun, mode), files in modes.items():
+        reading = "it is converted to RGB"
+        if noun == "label":
+            reading = "values are palette indices"
+        elif mode.startswith("I;16"):
+            reading = "values are reduced to 8 bits"
+        elif mode.endswith("A"):
+            reading = "transparency is dropped"
+        found.add("mode", files, noun=noun, mode=mode, reading=reading)
+    if len(sizes := {i.image_size for i in split.inspections if i.image_size}) > 1:
+        smallest, *_, largest = sorted(sizes, key=np.prod)
+        range_ = "{}x{} to {}x{}".format(*smallest, *largest)
+        found.add_message("sizes", f"images of {len(sizes)} sizes, {range_}")
 
 
 def _check_values(split: Split, found: IssueCollector) -> None:
@@ -160,9 +151,9 @@ def _other_encoding(split: Split) -> tuple[set[int], str]:
     expected = "labelTrainIds" if IGNORE_INDEX in split.scheme.file_ids else "labelIds"
     if split.scheme.name != "Cityscapes":
         return set(), expected
-    present = split.histograms > 0
+    present: np.ndarray = split.histograms > 0
     ids, train_ids = present[:, 19:34].any(axis=1), present[:, IGNORE_INDEX]
-    readable = present.sum(axis=1) > 0
+    readable = present.any(axis=1)
     other = ids & ~train_ids if expected == "labelTrainIds" else train_ids & ~ids
     if expected == "labelIds" and readable.sum() > 2 and not ids.any():
         other = readable
@@ -174,36 +165,34 @@ def _check_classes(split: Split, found: IssueCollector) -> None:
     counts = split.class_counts
     if not counts.any():
         return
-    empty = (counts[:, :-1].sum(axis=1) == 0) & (counts[:, -1] > 0)
-    found.add("all-void", map(split.label, np.flatnonzero(empty).tolist()))
-    void = counts[:, -1].sum() / counts.sum()
-    if void > MAX_VOID:
-        found.add_message("void", f"{100 * void:.0f} % of the labels' pixels are void")
-    pixels = counts[:, :-1].sum(axis=0)
-    absent = [split.scheme.classes[i] for i in np.flatnonzero(pixels == 0)]
+    pixels, void = counts[:, :-1], counts[:, -1]
+    found.add(
+        "all-void", map(split.label, np.flatnonzero(~pixels.any(axis=1) & (void > 0)).tolist())
+    )
+    if (share := void.sum() / counts.sum()) > MAX_VOID:
+        found.add_message("void", f"{100 * share:.0f} % of the labels' pixels are void")
+    absent = [split.scheme.classes[i] for i in np.flatnonzero(~pixels.any(axis=0))]
     if absent:
-        kind = "unscored" if split.is_heldout else "absent"
-        names = list_examples(absent, _MAX_NAMES)
-        found.add_message(kind, f"{counted(len(absent), 'class')} without a pixel ({names})",
-                          files=absent)  # fmt: skip
+        sentence = f"{counted(len(absent), 'class')} without a pixel"
+        sentence += f" ({list_examples(absent, _MAX_NAMES)})"
+        found.add_message("unscored" if split.is_heldout else "absent", sentence, files=absent)
 
 
 def _check_alignment(split: Split, found: IssueCollector) -> None:
     """Compute `Split.alignment` and `Split.better_share`, and report mixed-up pairs."""
     split.alignment = np.full(len(split.pairs), np.nan, np.float32)
     split.better_share = split.alignment.copy()
-    complete = [
-        (i, item.thumbnail, item.regions)
+    complete = {
+        i: (item.thumbnail, item.regions)
         for i, item in enumerate(split.inspections)
         if item.thumbnail is not None and item.regions is not None
-    ]
+    }
     if not complete:
         return
-    indices, thumbnails, regions = zip(*complete, strict=True)
-    scores = edge_alignment(np.stack(thumbnails), np.stack(regions))
-    split.alignment[list(indices)], split.better_share[list(indices)] = scores
+    scores = edge_alignment(*map(np.stack, zip(*complete.values(), strict=True)))
+    split.alignment[[*complete]], split.better_share[[*complete]] = scores
     misaligned = np.flatnonzero(split.better_share > 0.5)
-    if len(indices) >= _MIN_PAIRS and len(misaligned) > MAX_MISALIGNED * len(indices):
+    if len(complete) >= _MIN_PAIRS and len(misaligned) > MAX_MISALIGNED * len(complete):
         found.add("mixed-up", (split.pairs[i].image for i in misaligned))
 
 

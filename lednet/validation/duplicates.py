@@ -41,9 +41,9 @@ class NearDuplicate(NamedTuple):
 
     Attributes:
         image, other: indices; `other` is the most similar image.
-        similarity: of the two, up to 1.
-        direct: whether the similarity exceeds the threshold. Otherwise the image is linked to one
-            for which it does by a chain of similar images in its own split.
+        similarity: similarity of the two, up to 1.
+        direct: whether the similarity exceeds the threshold. Otherwise a chain of similar images
+            in its own split links the image to one for which it does.
     """
 
     image: int
@@ -55,18 +55,17 @@ class NearDuplicate(NamedTuple):
 def find_near_duplicates(images: np.ndarray, others: np.ndarray) -> list[NearDuplicate]:
     """Find the images of one split that show the same place as an image of another split.
 
-    Shows a progress bar.
-
     Args:
         images, others: thumbnails of the two splits, (N, *THUMBNAIL) uint8.
     """
     if not len(images) or not len(others):
         return []
     similarity = similarities(images, others)
-    least = _threshold(similarity)
+    median = np.median(similarity)
+    deviation = 1.4826 * np.median(np.abs(similarity - median))  # robust standard deviation
+    least = np.clip(median + MIN_DEVIATIONS * deviation, MIN_SIMILARITY, COPY_SIMILARITY)
     nearest, best = similarity.argmax(axis=1), similarity.max(axis=1)
-    direct = best >= least
-    found = direct
+    found = direct = best >= least
     if direct.any():
         linked = similarities(images, images) >= least
         while (more := found | linked[:, found].any(axis=1)).sum() > found.sum():
@@ -93,21 +92,18 @@ def find_copies(images: np.ndarray) -> list[tuple[int, int]]:
         return []
     whole = _crops(_normalize_contrast(images), [_WHOLE])[:, 0]
     pairs = []
-    for start in range(0, len(whole), _BLOCK):
-        rows = whole[start : start + _BLOCK] @ whole[: start + _BLOCK].T
-        for i, similar in enumerate((rows >= COPY_SIMILARITY).numpy(), start):
-            before = similar[:i].nonzero()[0]
-            if len(before):
-                pairs.append((int(before[-1]), i))
+    for i, image in enumerate(whole):
+        previous = (whole[:i] @ image >= COPY_SIMILARITY).nonzero()
+        if len(previous):
+            pairs.append((int(previous[-1]), i))
     return pairs
 
 
 def similarities(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Pairwise similarities, (len(images), len(others)) float32."""
+    """Pairwise similarities, (len(images), len(others)) float32. Shows a progress bar."""
     mine, theirs = _normalize_contrast(images), _normalize_contrast(others)
     with tqdm(total=len(mine) + len(theirs), desc="comparing", unit="image", leave=False) as bar:
-        forward = _best_crop(theirs, mine, bar).T
-        return np.maximum(forward, _best_crop(mine, theirs, bar))
+        return np.maximum(_best_crop(theirs, mine, bar).T, _best_crop(mine, theirs, bar))
 
 
 def _best_crop(images: Tensor, others: Tensor, bar: tqdm) -> np.ndarray:
@@ -119,12 +115,6 @@ def _best_crop(images: Tensor, others: Tensor, bar: tqdm) -> np.ndarray:
         columns.append(torch.stack([(whole @ k.T).amax(1) for k in crops], dim=1))
         bar.update(len(block))
     return torch.cat(columns, dim=1).numpy()
-
-
-def _threshold(similarity: np.ndarray) -> float:
-    median = np.median(similarity)
-    deviation = 1.4826 * np.median(np.abs(similarity - median))  # robust standard deviation
-    return float(np.clip(median + MIN_DEVIATIONS * deviation, MIN_SIMILARITY, COPY_SIMILARITY))
 
 
 def _normalize_contrast(thumbnails: np.ndarray) -> Tensor:

@@ -14,11 +14,9 @@ from lednet.data.pairs import Sample, require_file
 from lednet.errors import UserError
 from lednet.validation.duplicates import THUMBNAIL
 
-LABEL_MODES = ("L", "P")
-
 _SIZE = THUMBNAIL[::-1]  # (width, height), the order of PIL
-_MIN_JPEG_SIZE = (256, 192)
-"""JPEGs are decoded at the smallest scale that is not below this size."""
+_MAX_BLANK_RANGE = 3  # grey levels of a blank thumbnail, darkest to lightest
+_MIN_JPEG_SIZE = (256, 192)  # JPEGs are decoded at the smallest scale that is not below this size
 
 
 @dataclass
@@ -31,6 +29,7 @@ class FileInspection:
         image_mode, label_mode: PIL modes; "" if unreadable.
         histogram: (256,) int64, pixels of each label value.
         thumbnail: the image, (*THUMBNAIL) uint8 grey; None if unreadable.
+        is_blank: whether the image has a single colour.
         regions: label values at the thumbnail's pixels, (*THUMBNAIL) uint8; None if unreadable.
     """
 
@@ -41,6 +40,7 @@ class FileInspection:
     label_mode: str = ""
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     thumbnail: np.ndarray | None = None
+    is_blank: bool = False
     regions: np.ndarray | None = None
 
 
@@ -77,13 +77,16 @@ def _inspect_image(result: FileInspection, file: Path) -> None:
                 return
         grey = readable.resize(_SIZE, Image.Resampling.BOX).convert("L")
     result.image_size, result.image_mode, result.thumbnail = size, mode, np.array(grey)
+    result.is_blank = bool(np.ptp(result.thumbnail) <= _MAX_BLANK_RANGE)
+    if result.is_blank:
+        result.problems.append(("blank", file, ""))
 
 
 def _inspect_label(result: FileInspection, file: Path) -> None:
     with open_header(file) as label:
         label.load()
         result.label_size, result.label_mode = label.size, label.mode
-        if label.mode not in LABEL_MODES:
+        if label.mode not in ("L", "P"):
             result.problems.append(("label-mode", file, label.mode))
             return
         result.histogram = np.array(label.histogram())
@@ -91,12 +94,7 @@ def _inspect_label(result: FileInspection, file: Path) -> None:
 
 
 def inspect_pairs(pairs: Sequence[Sample], workers: int) -> Iterator[FileInspection]:
-    """Inspect pairs in order, with a progress bar.
-
-    Args:
-        pairs: files to inspect.
-        workers: decoding processes; 0 decodes in this one.
-    """
+    """Inspect pairs in order with `workers` decoding processes (0: this one). Shows a bar."""
     # Without batches, `collate_fn` is applied to each item in the worker process.
     loader: DataLoader = DataLoader(
         list(pairs),  # type: ignore[arg-type]

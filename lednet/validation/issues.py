@@ -107,15 +107,13 @@ class IssueCollector(list[Issue]):
         Args:
             kind: key of `ISSUE_TYPES`.
             files: paths, or paths with a remark.
-            values: for the placeholders in the type's message.
+            values: placeholders in the type's message.
         """
         entries = [(file, "") if isinstance(file, Path) else file for file in files]
         if not entries:
             return
-        named = [
-            relative_name(path, self.root) + (f": {remark}" if remark else "")
-            for path, remark in entries
-        ]
+        named = [f"{relative_name(path, self.root)}: {remark}".removesuffix(": ")
+                 for path, remark in entries]  # fmt: skip
         _, noun, what, next_step = (part.format(**values) for part in ISSUE_TYPES[kind])
         sentence = f"{counted(len(named), noun)} {what} ({list_examples(named)})"
         self.add_message(kind, sentence, next_step, named)

@@ -2,32 +2,31 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from lednet.data.dataset import SegmentationDataset
 from lednet.data.image_io import read_image
 from lednet.data.labels import IGNORE_INDEX
-from lednet.html import Column, Figure, write_page
+from lednet.html import Column, Figure, image_uri, write_page
 from lednet.plots import tile_sheet
 from lednet.validation.checks import ValidationReport
 from lednet.validation.duplicates import NearDuplicate, most_similar
 from lednet.validation.issues import SEVERITIES, counted, relative_name
 from lednet.validation.splits import Split
-from lednet.visualization import data_uri, overlay, shrink
+from lednet.visualization import overlay, shrink
 
 _WIDTH = 480  # of an image, in pixels
 _MAX_DUPLICATES = 6  # pairs shown for two splits
 
 Weights = Mapping[str, Sequence[float]]
-"""Column heading, such as "c = 1.10" -> one weight a class."""
+"""Column heading, such as "c = 1.10" -> one weight for each class."""
 
 
 class AlignmentRow(NamedTuple):
-    """A row of the contact sheet: an image, and its label laid over it."""
+    """A row of the contact sheet: an image, and the image with its label as an overlay."""
 
     name: str
     remark: str
@@ -36,7 +35,7 @@ class AlignmentRow(NamedTuple):
 
 
 def worst_aligned(report: ValidationReport, count: int) -> list[AlignmentRow]:
-    """The pairs whose labels are aligned worst with their images, over all splits.
+    """The pairs with the worst alignment of label and image, over all splits.
 
     They are sorted by the share of other labels that are aligned better, then by the alignment
     score. Images are at most 480 pixels wide.
@@ -91,19 +90,18 @@ def write_dataset_page(
         rows: from `worst_aligned`.
         weights: suggested class weights.
     """
-    scheme = report.splits[0].scheme
     write_page(
         path,
         "dataset.html",
         title=title,
         headline=_headline(report),
-        tables=_tables(report),
-        issues=report.issues,
-        classes=list(zip(scheme.classes, scheme.colors, strict=True)),
+        scheme=report.splits[0].scheme,
         columns=_columns(report, weights),
+        tables={name: table for s in report.splits for name, table in _tables(s) if table},
+        issues=report.issues,
         has_duplicates=any(report.near_duplicates.values()),
         duplicates=_duplicate_images(report),
-        rows=((row.name, row.remark, _encode(row.image), _encode(row.overlaid)) for row in rows),
+        rows=((r.name, r.remark, image_uri(r.image), image_uri(r.overlaid)) for r in rows),
     )
 
 
@@ -134,27 +132,39 @@ def summary(report: ValidationReport, weights: Weights) -> dict[str, Any]:
 
 
 def _split_summary(split: Split) -> dict[str, Any]:
-    counts, total = split.class_counts, int(split.class_counts.sum())
+    counts = split.class_counts
+    total = int(counts.sum())
+
+    def share(pixels: np.ndarray) -> float | None:
+        return pixels.sum() / total if total else None
+
     return {
         "pairs": len(split.pairs),
-        "image_sizes": {_size(size): n for size, n in split.sizes.most_common()},
+        "image_sizes": dict(split.sizes.most_common()),
         "image_modes": dict(split.modes("image")),
         "label_modes": dict(split.modes("label")),
         "label_values": {
-            value: {"pixels": pixels, "labels": labels, "meaning": _meaning(split, value)}
-            for value, (pixels, labels) in enumerate(split.id_counts.tolist())
-            if labels
+            value: {"pixels": pixels, "labels": labels, "meaning": meaning}
+            for value, meaning, pixels, labels in _label_values(split)
         },
-        "void_share": counts[:, -1].sum() / total if total else None,
+        "void_share": share(counts[:, -1]),
         "classes": {
             name: {
                 "pixels": int(column.sum()),
-                "share": column.sum() / total if total else None,
+                "share": share(column),
                 "labels": int((column > 0).sum()),
             }
             for name, column in zip(split.scheme.classes, counts.T, strict=False)
         },
     }
+
+
+def _label_values(split: Split) -> Iterator[tuple[int, str, int, int]]:
+    """Values that occur in labels, with their meaning, pixels, and labels that contain them."""
+    meanings = {-1: "unknown", IGNORE_INDEX: "void", **dict(enumerate(split.scheme.classes))}
+    for value, (pixels, labels) in enumerate(split.id_counts.tolist()):
+        if labels:
+            yield value, meanings[int(split.scheme.lut[value])], pixels, labels
 
 
 def _near_duplicates(
@@ -166,17 +176,6 @@ def _near_duplicates(
             yield by_name[split], by_name[other], duplicates
 
 
-def _size(size: tuple[int, int]) -> str:
-    return "{}x{}".format(*size)
-
-
-def _meaning(split: Split, value: int) -> str:
-    index = split.scheme.lut[value]
-    if index < 0:
-        return "unknown"
-    return "void" if index == IGNORE_INDEX else split.scheme.classes[index]
-
-
 def _headline(report: ValidationReport) -> list[Figure]:
     pairs = ", ".join(f"{len(split.pairs):,} {split.name}" for split in report.splits)
     total = sum(len(split.pairs) for split in report.splits)
@@ -185,10 +184,10 @@ def _headline(report: ValidationReport) -> list[Figure]:
         Figure("findings", f"{len(report.issues)}", severities),
         Figure("pairs", f"{total:,}", pairs),
     ]
-    sizes = sum((split.sizes for split in report.splits), Counter())
+    sizes = sum((split.sizes for split in report.splits), Counter[str]())
     if sizes:
         more = f"and {counted(len(sizes) - 1, 'other size')}" if len(sizes) > 1 else "every image"
-        figures.append(Figure("size", _size(sizes.most_common(1)[0][0]), more))
+        figures.append(Figure("size", sizes.most_common(1)[0][0], more))
     if report.shares is not None:
         figures.append(Figure("void", f"{report.shares[-1]:.1%}", "of the training pixels"))
     return figures
@@ -198,53 +197,47 @@ def _columns(report: ValidationReport, weights: Weights) -> list[Column]:
     columns = []
     for split in report.splits:
         counts = split.class_counts
-        if not counts.any():
-            continue
-        shares = (counts.sum(axis=0) / counts.sum())[:-1].tolist()
-        images = (counts > 0).sum(axis=0)[:-1].tolist()
-        columns.append(Column(f"pixels, {split.name}", shares, [_percent(s) for s in shares]))
-        columns.append(Column(f"images, {split.name}", images, [f"{n:,}" for n in images]))
-    return columns + [
-        Column(f"weight, {heading}", values, [f"{value:.2f}" for value in values])
-        for heading, values in weights.items()
-    ]
+        if counts.any():
+            shares = (counts.sum(axis=0) / counts.sum())[:-1].tolist()
+            images = (counts > 0).sum(axis=0)[:-1].tolist()
+            columns.append(Column(f"pixels, {split.name}", shares, [*map(_percent, shares)]))
+            columns.append(Column(f"images, {split.name}", images, [f"{n:,}" for n in images]))
+    for heading, values in weights.items():
+        columns.append(Column(f"weight, {heading}", values, [f"{value:.2f}" for value in values]))
+    return columns
 
 
-def _tables(report: ValidationReport) -> dict[str, list[tuple[str, str]]]:
-    """Files and label values of each split as key-value tables."""
-    tables = {}
-    for split in report.splits:
-        counts = split.id_counts
-        total = counts[:, 0].sum()
-        tables[f"Files of {split.name}"] = [
+def _tables(split: Split) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Titles and key-value rows of a split's files and label values."""
+    yield (
+        f"Files of {split.name}",
+        [
             ("pairs", f"{len(split.pairs):,}"),
-            ("image sizes", _list(map(_size, split.sizes.elements()))),
-            ("image modes", _list(split.modes("image").elements())),
-            ("label modes", _list(split.modes("label").elements())),
-        ]
-        tables[f"Label values of {split.name}"] = [
+            ("image sizes", _most_common(split.sizes)),
+            ("image modes", _most_common(split.modes("image"))),
+            ("label modes", _most_common(split.modes("label"))),
+        ],
+    )
+    total = split.histograms.sum()
+    yield (
+        f"Label values of {split.name}",
+        [
             (
-                f"{value}: {_meaning(split, value)}",
+                f"{value}: {meaning}",
                 f"{_percent(pixels / total)} of the pixels, in {counted(labels, 'label')}",
             )
-            for value, (pixels, labels) in enumerate(counts.tolist())
-            if labels
-        ]
-    return {title: rows for title, rows in tables.items() if rows}
+            for value, meaning, pixels, labels in _label_values(split)
+        ],
+    )
 
 
 def _percent(share: float) -> str:
     return "<0.01%" if 0 < share < 5e-5 else f"{share:.2%}"
 
 
-def _list(values: Iterable[str], limit: int = 8) -> str:
-    counts = Counter(values)
+def _most_common(counts: Counter[str], limit: int = 8) -> str:
     text = ", ".join(f"{value} ({count:,})" for value, count in counts.most_common(limit))
     return text + (f" and {len(counts) - limit} more" if len(counts) > limit else "") or "none"
-
-
-def _encode(pixels: np.ndarray) -> str:
-    return data_uri(Image.fromarray(pixels), "WEBP", quality=80)
 
 
 def _duplicate_images(report: ValidationReport) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -255,5 +248,5 @@ def _duplicate_images(report: ValidationReport) -> Iterator[tuple[str, list[tupl
             for side, i in ((split, one.image), (other, one.other)):
                 path = side.pairs[i].image
                 (image,) = shrink(read_image(path), width=_WIDTH)
-                sides.append((f"{side.name}: {path.name}", _encode(image)))
+                sides.append((f"{side.name}: {path.name}", image_uri(image)))
             yield f"{one.similarity:.2f}", sides

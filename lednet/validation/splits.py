@@ -1,4 +1,4 @@
-"""Splits of a data set as they are found on disk: matched pairs and their inspections."""
+"""Splits of a data set: matched pairs of files and their inspections."""
 
 import os
 import re
@@ -26,19 +26,16 @@ CHECKED = {
 }
 """Splits to check for each kind of annotations."""
 
-MAX_BLANK_RANGE = 3
-"""Difference of the darkest and lightest grey level of a thumbnail up to which it is blank."""
-
 
 @dataclass
 class Split:
-    """Pairs of a split and what their inspection found.
+    """Pairs of a split and the results of their inspection.
 
     Attributes:
-        name: of the split; "all" for data without splits.
+        name: name of the split; "all" for data without splits.
         scheme: classes and label values.
         pairs: image and label files.
-        inspections: one a pair.
+        inspections: one for each pair.
         invalid: indices of the pairs that training cannot read.
         alignment, better_share: (len(pairs),) float32, from
             `lednet.validation.alignment.edge_alignment`; NaN if a file of the pair is unreadable.
@@ -57,9 +54,9 @@ class Split:
         return self.name in HELDOUT
 
     @property
-    def sizes(self) -> Counter[tuple[int, int]]:
-        """Number of images of each (width, height)."""
-        return Counter(item.image_size for item in self.inspections if item.image_size)
+    def sizes(self) -> Counter[str]:
+        """Number of images of each size, such as "2048x1024"."""
+        return Counter("{}x{}".format(*i.image_size) for i in self.inspections if i.image_size)
 
     def modes(self, what: str) -> Counter[str]:
         """Number of files of each PIL mode; what: "image" or "label"."""
@@ -90,21 +87,12 @@ class Split:
 
     def thumbnails(self) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the readable images that are not blank, and their thumbnails."""
-        shown = [
-            (i, item.thumbnail)
+        found = {
+            i: item.thumbnail
             for i, item in enumerate(self.inspections)
-            if item.thumbnail is not None and np.ptp(item.thumbnail) > MAX_BLANK_RANGE
-        ]
-        indices, thumbnails = zip(*shown, strict=True) if shown else ((), ())
-        return np.array(indices, dtype=int), np.array(thumbnails, dtype=np.uint8)
-
-
-def existing_splits(name: str, root: Path, annotations: str, holds_out: bool) -> list[str]:
-    """Names of a data set's splits on disk; [""] for own data without splits."""
-    if holds_out:
-        return ["train", "val"]
-    splits = [s for s in CHECKED[annotations] if DATASETS[name].place(root, s).exists()]
-    return splits or ([""] if name == "folders" else ["train"])
+            if item.thumbnail is not None and not item.is_blank
+        }
+        return np.array([*found], dtype=int), np.array([*found.values()], dtype=np.uint8)
 
 
 def open_splits(
@@ -134,15 +122,18 @@ def open_splits(
     splits: list[Split] = []
     issues: list[Issue] = []
     errors: list[UserError] = []
-    for folder in existing_splits(name, root, annotations, holds_out):
+    if holds_out:
+        names = ["train", "val"]
+    else:
+        names = [s for s in CHECKED[annotations] if DATASETS[name].place(root, s).exists()]
+    for folder in names or ["" if name == "folders" else "train"]:
         found = IssueCollector(root, folder or "all")
         try:
             scheme, index = list_split(
                 name, root, folder, annotations=annotations, holds_out=holds_out, **options
             )
-            pairs = hold_out_split(
-                match_pairs(index, found), folder, val_stride, val_prefix, str(root)
-            )
+            pairs = match_pairs(index, found)
+            pairs = hold_out_split(pairs, folder, val_stride, val_prefix, str(root))
             splits.append(Split(found.split, scheme, pairs))
         except UserError as error:
             errors.append(error)

@@ -149,7 +149,7 @@ class TrainingData:
     ):
         step = -(-len(whole) // max_images)
         self.files = SegmentationDataset(whole.pairs[::step], whole.scheme, size)
-        self.world = DistributedContext(0, 1, device)
+        self.dist_context = DistributedContext(0, 1, device)
         self.folder, self.workers = folder, workers
 
     @cached_property
@@ -160,8 +160,8 @@ class TrainingData:
 
     @cached_property
     def on_device(self) -> DeviceLoader:
-        loader = make_loaders(self.files, self.files, self.world, 1, self.workers, seed=1)[0]
-        return load_to_device(loader, loader.sampler, self.world.device)  # type: ignore[arg-type]
+        loader = make_loaders(self.files, self.files, self.dist_context, 1, self.workers, seed=1)[0]
+        return load_to_device(loader, loader.sampler, self.dist_context.device)  # type: ignore[arg-type]
 
     def loader(self, source: str, batch: int, steps: int, workers: int | None = None) -> Any:
         """A loader of `steps` batches from "files", "cache" or "device"."""
@@ -171,7 +171,7 @@ class TrainingData:
             return DeviceLoader(stored.dataset, indices, batch, stored.images, stored.targets)
         data = Repeated(self.files if source == "files" else self.cache, batch * steps)
         workers = self.workers if workers is None else workers
-        return make_loaders(data, data, self.world, batch, workers, seed=1)[0]
+        return make_loaders(data, data, self.dist_context, batch, workers, seed=1)[0]
 
 
 def time_steps(trainer: Trainer, loader: Any) -> list[float]:

@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,11 @@ class LoadReport:
         skipped: keys outside the requested part of the network.
     """
 
-    loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple, tuple]]
+    skipped: list[str]
 
     @property
     def complete(self) -> bool:
@@ -224,21 +224,22 @@ def compare_keys(net: nn.Module, state: dict[str, Tensor], part: str = "") -> Lo
         part: prefix of the keys to compare, for instance "encoder."; other keys of `state` are
             reported as skipped.
     """
-    report = LoadReport()
-    wanted = {key: value for key, value in net.state_dict().items() if key.startswith(part)}
-    for key, value in state.items():
-        if not key.startswith(part):
-            report.skipped.append(key)
-        elif key not in wanted:
-            report.unexpected.append(key)
-        elif wanted[key].shape != value.shape:
-            report.mismatched.append((key, tuple(wanted[key].shape), tuple(value.shape)))
-        else:
-            report.loaded.append(key)
+    wanted = {key: value.shape for key, value in net.state_dict().items() if key.startswith(part)}
+    found = {key: value.shape for key, value in state.items() if key.startswith(part)}
+    known = [key for key in found if key in wanted]
     # PyTorch before 0.4.1 wrote no batch counters, and batch norm with a fixed momentum needs none.
-    needed = (key for key in wanted if not key.endswith(".num_batches_tracked"))
-    report.missing = [key for key in needed if key not in state]
-    return report
+    needed = [key for key in wanted if not key.endswith(".num_batches_tracked")]
+    return LoadReport(
+        loaded=[key for key in known if found[key] == wanted[key]],
+        missing=[key for key in needed if key not in found],
+        unexpected=[key for key in found if key not in wanted],
+        mismatched=[
+            (key, tuple(wanted[key]), tuple(found[key]))
+            for key in known
+            if found[key] != wanted[key]
+        ],
+        skipped=[key for key in state if key not in found],
+    )
 
 
 def require_fit(

@@ -40,41 +40,40 @@ def write_atomically(path: str | os.PathLike, durable: bool = True) -> Iterator[
         UserError: the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path, "free some space") as temporary:
         yield temporary
         if durable:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise _write_error(path, error, "free some space") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def write_folder_atomically(path: str | os.PathLike) -> Iterator[Path]:
     """`write_atomically` for a folder: the folder filled in the block replaces `path`."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
+    with _temporary(path, "remove it") as temporary:
+        temporary.mkdir()
         yield temporary
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, advice: str) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
     except OSError as error:
-        raise _write_error(path, error, "remove it") from error
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot write {path}: {reason}; {advice} or choose another folder"
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_error(path: Path, error: OSError, advice: str) -> UserError:
-    reason = error.strerror or error
-    return UserError(f"cannot write {path}: {reason}; {advice} or choose another folder")
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
 
 def require_space(folder: Path, needed: int, what: str, flag: str) -> None:

@@ -7,8 +7,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from fuzzing import Trap
 from PIL import Image
-from test_weights import Bomb
 
 from lednet import LEDNet
 from lednet.checkpoint import save_checkpoint
@@ -118,7 +118,7 @@ def test_scoring_with_the_classes_of_another_data_set(score, tmp_path):
 
 def test_pickled_code_is_not_run(score, tmp_path):
     trap = tmp_path / "sprung"
-    (tmp_path / "w.pth").write_bytes(pickle.dumps({"state_dict": Bomb(trap)}))
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({"state_dict": Trap(trap, 0)}))
     assert_refused(score(tmp_path / "w.pth"), "w.pth", "never run")
     assert not trap.exists()
 

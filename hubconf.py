@@ -11,11 +11,11 @@ def lednet(
     pyramid_channels: int | None = None,
     pretrained: str | None = None,
 ) -> LEDNet:
-    """LEDNet with random weights or, with `pretrained`, with released ones.
+    """LEDNet with random or, if `pretrained` is given, released weights.
 
     Args:
-        num_classes, variant, pyramid_channels: as of `LEDNet`; ignored with `pretrained`.
-        pretrained: as the name of `LEDNet.from_pretrained`.
+        num_classes, variant, pyramid_channels: as for `LEDNet`; ignored with `pretrained`.
+        pretrained: name or path as for `LEDNet.from_pretrained`.
     """
     if pretrained is not None:
         return LEDNet.from_pretrained(pretrained)

@@ -1,6 +1,6 @@
 """LEDNet: real-time semantic segmentation.
 
-Importing this package is quick: PyTorch is imported with the first name that needs it.
+Names are imported on first use, so that importing the package does not import PyTorch.
 """
 
 from importlib import import_module

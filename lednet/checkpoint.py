@@ -1,7 +1,7 @@
-"""Weights on disk: strict, safe loading with a report of every key.
+"""Checkpoints and released weights: strict, safe reading and atomic writing.
 
-Opens this project's checkpoints and released weights, bare state dicts, and the files of the
-original release (their key names, checkpoint bundle and `module.` prefix).
+Reads this project's checkpoints and released folders, plain state dicts, and the files of the
+original release (its key names, bundled checkpoints and `module.` prefix).
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from lednet.errors import UserError
 from lednet.io import max_pixels, read_json, write_atomically, write_json
 
-# What stands before a key: DataParallel and DDP, torch.compile, the release's classifier.
+# Prefixes of keys: DataParallel and DDP, torch.compile, the release's classifier.
 _PREFIXES = ("module.", "_orig_mod.", "features.")
 
-# Key names of the original release -> ours, tried in order. In its pairs of
-# convolutions the left half starts with 3x1, the right half with 1x3.
+# Key names of the original release -> ours, applied in order. The left branch of a block starts
+# with a 3x1 convolution, the right branch with a 1x3.
 _REFERENCE_NAMES: tuple[tuple[str, Any], ...] = (
     (r"^encoder\.initial_block\.bn\.", "encoder.0.norm."),
     (r"^encoder\.initial_block\.", "encoder.0."),
@@ -56,24 +56,31 @@ _REFERENCE_NAMES: tuple[tuple[str, Any], ...] = (
     (r"^classifier\.linear\.", "classifier."),
 )
 
+CONFIG = "config.json"
+TENSORS = "model.safetensors"
+"""Files in a folder of released weights."""
+
+NETWORK = ("num_classes", "variant", "pyramid_channels")
+"""Arguments of `LEDNet` in `CONFIG`."""
+
 
 @dataclass
 class LoadReport:
-    """What became of each key when weights met a network.
+    """Result of comparing the keys of a state dict with those of a network.
 
     Attributes:
-        loaded: keys whose values are now in the network.
+        loaded: keys whose values were copied into the network.
         missing: keys of the network that the file lacks.
         unexpected: keys of the file that the network lacks.
         mismatched: (key, shape in the network, shape in the file).
-        skipped: keys outside the part of the network that was asked for.
+        skipped: keys outside the requested part of the network.
     """
 
-    loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple, tuple]]
+    skipped: list[str]
 
     @property
     def complete(self) -> bool:
@@ -88,39 +95,36 @@ class LoadReport:
 
     def examples(self) -> str:
         """The first key of each kind that did not fit."""
-        found = []
-        if self.mismatched:
-            key, ours, theirs = self.mismatched[0]
-            found.append(f"{key} is {theirs} in the file and {ours} in the network")
-        if self.missing:
-            found.append(f"{self.missing[0]} is missing")
-        if self.unexpected:
-            found.append(f"{self.unexpected[0]} is unknown")
+        found = [
+            *(f"{k} is {theirs} in the file and {ours} in the network"
+              for k, ours, theirs in self.mismatched[:1]),
+            *(f"{key} is missing" for key in self.missing[:1]),
+            *(f"{key} is unknown" for key in self.unexpected[:1]),
+        ]  # fmt: skip
         return "; ".join(found)
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Open a checkpoint on the CPU with PyTorch's safe loader, which runs no code.
+    """Read a checkpoint to the CPU with a loader that runs no code.
 
     Returns:
-        A dictionary with at least "state_dict", its keys without wrappers' prefixes
-        and under this project's names.
+        A dictionary with at least "state_dict", its keys without wrappers' prefixes and under
+        this project's names.
 
     Raises:
-        UserError: no such file, not a checkpoint, or one that holds more than
-            tensors, numbers, strings and plain containers.
+        UserError: the file is missing, damaged or no checkpoint, or contains more than tensors,
+            numbers, strings and plain containers.
     """
     path = Path(path)
-    content = read_pretrained(path.parent) if path.name == TENSORS else _read_bundle(path)
+    content = _read_released(path.parent) if path.name == TENSORS else _read_torch_file(path)
     if "meta" in content:
         require_meta(content["meta"], path)
     return content
 
 
-def _read_bundle(path: Path) -> dict[str, Any]:
-    """`load_checkpoint` of a file that `torch.save` wrote."""
+def _read_torch_file(path: Path) -> dict[str, Any]:
     try:
-        require_intact(path)
+        _require_intact(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"no weights at {path}: check the path") from error
@@ -129,43 +133,37 @@ def _read_bundle(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of plain tensors, and code in it is never run: "
             "save it again as a state dict"
         ) from error
-    except Exception as error:  # the reader of old files lets damaged bytes raise anything
+    except Exception as error:  # the legacy reader raises anything on damaged bytes
         raise UserError(
             f"{path} is damaged or no PyTorch checkpoint: copy or download it again"
         ) from error
-    if isinstance(content, dict) and "state_dict" not in content:
-        content = {"state_dict": content}
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not _all_tensors(state):
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not _is_plain_state(state):
         raise UserError(f"{path} holds no state dict: give a file written by training")
-    if sum(value.numel() * value.element_size() for value in state.values()) > _size(path):
+    if sum(value.nbytes for value in state.values()) > path.stat().st_size:  # expanded tensors
         raise UserError(f"{path} has tensors larger than the file: save it again as a state dict")
-    content["state_dict"] = {_our_name(key): value for key, value in state.items()}
-    return content
+    entries = content if "state_dict" in content else {}
+    return {**entries, "state_dict": {_our_name(key): value for key, value in state.items()}}
 
 
-def require_intact(path: Path) -> None:
-    """Compare the parts of a checkpoint with the CRC-32 that each carries, which PyTorch
-    writes and does not read.
+def _require_intact(path: Path) -> None:
+    """Check the CRC-32 of each member of the file, which PyTorch writes but does not check.
+
+    Files from before PyTorch 1.6 have none.
 
     Raises:
-        zipfile.BadZipFile: they differ, or are together larger than the file: PyTorch
-            compresses none. Files from before PyTorch 1.6 carry none.
+        zipfile.BadZipFile: a checksum differs, or the members are compressed, which PyTorch's
+            never are: they could expand to more than the memory holds.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist()) > _size(path):
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
                 raise zipfile.BadZipFile("compressed")
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(damaged)
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
-
-
-def _all_tensors(state: dict) -> bool:
+def _is_plain_state(state: dict) -> bool:
     return all(
         isinstance(key, str)
         and isinstance(value, Tensor)
@@ -173,51 +171,6 @@ def _all_tensors(state: dict) -> bool:
         and not (value.is_quantized or value.is_meta or value.is_complex())
         for key, value in state.items()
     )
-
-
-def require_meta(meta: Any, source: str | os.PathLike) -> None:
-    """
-    Raises:
-        UserError: `meta` is no dictionary, or what a network is run and shown with has
-            another form than training wrote.
-    """
-    if not isinstance(meta, dict):
-        raise UserError(f'the "meta" of {source} is no dictionary: give a file written by training')
-    for key, is_sound in _META.items():
-        if key in meta and not is_sound(meta[key]):
-            raise UserError(
-                f'the "{key}" of {source} is damaged or of another kind: give a file written by '
-                "training"
-            )
-
-
-def _is_list(value: Any, is_sound: Callable[[Any], bool], count: int | None = None) -> bool:
-    fits = isinstance(value, list | tuple) and count in (None, len(value))
-    return fits and all(map(is_sound, value))
-
-
-def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, int) and least <= value <= most
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e6
-
-
-_META: dict[str, Callable[[Any], bool]] = {
-    "size": lambda value: (
-        _is_list(value, lambda side: _is_whole(side, 1), 2) and math.prod(value) <= max_pixels()
-    ),
-    "classes": lambda value: _is_list(value, lambda name: isinstance(name, str)),
-    "colors": lambda value: _is_list(value, _is_color),
-    "mean": lambda value: _is_list(value, _is_finite, 3),
-    "std": lambda value: _is_list(value, lambda v: _is_finite(v) and v > 0, 3),
-}
-"""What entries of "meta" must be like, as far as there is code that relies on it."""
-
-
-def _is_color(value: Any) -> bool:
-    return _is_list(value, lambda part: _is_whole(part, 0, 255), 3)
 
 
 def _our_name(key: str) -> str:
@@ -228,28 +181,78 @@ def _our_name(key: str) -> str:
     return key
 
 
+def _is_list(value: Any, is_valid: Callable[[Any], bool], length: int | None = None) -> bool:
+    fits = isinstance(value, list | tuple) and length in (None, len(value))
+    return fits and all(map(is_valid, value))
+
+
+def _in_range(low: float, high: float, types: Any = int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types) and low <= value <= high
+
+
+_META: dict[str, Callable[[Any], bool]] = {
+    "size": lambda v: _is_list(v, _in_range(1, 1e9), 2) and math.prod(v) <= max_pixels(),
+    "classes": lambda v: _is_list(v, lambda name: isinstance(name, str)),
+    "colors": lambda v: _is_list(v, lambda color: _is_list(color, _in_range(0, 255), 3)),
+    "mean": lambda v: _is_list(v, _in_range(-1e6, 1e6, int | float), 3),
+    "std": lambda v: _is_list(v, _in_range(1e-6, 1e6, int | float), 3),
+}
+"""Validators of the entries of "meta" that code relies on."""
+
+
+def require_meta(meta: Any, source: str | os.PathLike) -> None:
+    """Check "meta", the description of data and training that goes with weights.
+
+    Raises:
+        UserError: `meta` is no dictionary, or one of its entries has another form than training
+            writes; names `source`.
+    """
+    if not isinstance(meta, dict):
+        raise UserError(f'the "meta" of {source} is no dictionary: give a file written by training')
+    for key, is_valid in _META.items():
+        if key in meta and not is_valid(meta[key]):
+            raise UserError(
+                f'the "{key}" of {source} is damaged or of another kind: give a file written by '
+                "training"
+            )
+
+
 def compare_keys(net: nn.Module, state: dict[str, Tensor], part: str = "") -> LoadReport:
-    """Hold the keys and shapes of `state` against those of `net`; changes nothing.
+    """Compare the keys and shapes of `state` with those of `net`, which is not changed.
 
     Args:
-        part: prefix of the keys asked for, "encoder." for instance; keys of the file
-            outside it are listed as skipped.
+        part: prefix of the keys to compare, for instance "encoder."; other keys of `state` are
+            reported as skipped.
     """
-    report = LoadReport()
-    wanted = {k: v for k, v in net.state_dict().items() if k.startswith(part)}
-    for key, value in state.items():
-        if not key.startswith(part):
-            report.skipped.append(key)
-        elif key not in wanted:
-            report.unexpected.append(key)
-        elif wanted[key].shape != value.shape:
-            shapes = tuple(wanted[key].shape), tuple(value.shape)
-            report.mismatched.append((key, *shapes))
-        else:
-            report.loaded.append(key)
-    # PyTorch before 0.4.1 wrote no such counters; a fixed momentum has no use for them.
-    needed = (k for k in wanted if not k.endswith(".num_batches_tracked"))
-    report.missing = [key for key in needed if key not in state]
+    wanted = {key: value.shape for key, value in net.state_dict().items() if key.startswith(part)}
+    found = {key: value.shape for key, value in state.items() if key.startswith(part)}
+    known = [key for key in found if key in wanted]
+    # PyTorch before 0.4.1 wrote no batch counters, and batch norm with a fixed momentum needs none.
+    needed = [key for key in wanted if not key.endswith(".num_batches_tracked")]
+    return LoadReport(
+        loaded=[key for key in known if found[key] == wanted[key]],
+        missing=[key for key in needed if key not in found],
+        unexpected=[key for key in found if key not in wanted],
+        mismatched=[
+            (key, tuple(wanted[key]), tuple(found[key]))
+            for key in known
+            if found[key] != wanted[key]
+        ],
+        skipped=[key for key in state if key not in found],
+    )
+
+
+def require_fit(
+    net: nn.Module, state: dict[str, Tensor], source: str | os.PathLike, part: str = ""
+) -> LoadReport:
+    """`compare_keys` that raises a `UserError` naming `source` unless all keys fit."""
+    report = compare_keys(net, state, part)
+    if not report.complete:
+        raise UserError(
+            f"{source} does not fit {type(net).__name__}({net.extra_repr()}) ({report}): "
+            f"{report.examples()}; choose the weights' own variant and number of classes, or "
+            "other weights"
+        )
     return report
 
 
@@ -266,51 +269,25 @@ def load_state(
     return report
 
 
-def require_fit(
-    net: nn.Module, state: dict[str, Tensor], source: str | os.PathLike, part: str = ""
-) -> LoadReport:
-    report = compare_keys(net, state, part)
-    if not report.complete:
-        raise UserError(
-            f"{source} does not fit {_describe(net)} ({report}): {report.examples()}; choose the "
-            "weights' own variant and number of classes, or other weights"
-        )
-    return report
-
-
 def save_checkpoint(path: str | os.PathLike, net: nn.Module, meta: dict, **extra: Any) -> None:
-    """Write `net`'s weights, `meta` and `extra` to `path`, atomically.
+    """Write the weights of `net`, `meta` and `extra` to `path`, atomically.
 
-    `meta` and `extra` hold tensors, numbers, strings and plain containers only, so
-    that the safe loader opens them again.
+    `meta` and `extra` may contain tensors, numbers, strings and plain containers only, which the
+    safe loader reads.
     """
     state = {key: value.detach().cpu() for key, value in net.state_dict().items()}
-    content = io.BytesIO()  # writing to a file, torch.save does not say why it fails
+    content = io.BytesIO()  # torch.save to a file hides the reason of a failure
     torch.save({"state_dict": state, "meta": meta, **extra}, content)
     # CPython 3.12.1 crashes if the view is left to the garbage collector.
     with write_atomically(path) as temporary, content.getbuffer() as view:
         temporary.write_bytes(view)
 
 
-def _describe(net: nn.Module) -> str:
-    return f"{type(net).__name__}({net.extra_repr()})"
-
-
-CONFIG = "config.json"
-
-
-TENSORS = "model.safetensors"
-
-
-NETWORK = ("num_classes", "variant", "pyramid_channels")
-"""What `LEDNet` is built from."""
-
-
 def save_pretrained(folder: str | os.PathLike, net: nn.Module, meta: dict[str, Any]) -> None:
-    """Write `net` and what is known of it to `folder`.
+    """Write a `LEDNet` to a folder in Hugging Face's layout: `CONFIG` and `TENSORS`.
 
     Args:
-        meta: about data and training, ready for JSON, as `load_model` returns it.
+        meta: about data and training, as `load_model` returns it, in JSON's types.
     """
     folder = Path(folder)
     state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
@@ -320,22 +297,14 @@ def save_pretrained(folder: str | os.PathLike, net: nn.Module, meta: dict[str, A
     network = {key: getattr(net, key) for key in NETWORK}
     if network["variant"] == "d20":
         network["pyramid_channels"] = None
-    config = {
-        "model_type": "lednet",
-        "network": network,
-        "meta": meta,
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
+    checksum = hashlib.sha256(content).hexdigest()
+    config = {"model_type": "lednet", "network": network, "meta": meta, "sha256": checksum}
     write_json(folder / CONFIG, config)
 
 
-def read_pretrained(folder: str | os.PathLike) -> dict[str, Any]:
-    """What `save_pretrained` wrote: "network", "meta" and "state_dict".
-
-    Raises:
-        UserError: a file is missing, damaged, or of another kind.
-    """
-    config_path, path = Path(folder) / CONFIG, Path(folder) / TENSORS
+def _read_released(folder: Path) -> dict[str, Any]:
+    """Read "network", "meta" and "state_dict" from a folder that `save_pretrained` wrote."""
+    config_path, path = folder / CONFIG, folder / TENSORS
     config = read_json(config_path)
     if not isinstance(config, dict) or config.get("model_type") != "lednet":
         raise UserError(f"{config_path} does not describe a LEDNet: give a folder of its weights")
@@ -344,15 +313,12 @@ def read_pretrained(folder: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{config_path} lacks `network` or `meta`: download the folder again")
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): download it again") from error
-    if hashlib.sha256(content).hexdigest() != config.get("sha256"):
-        raise UserError(
-            f"{path} is not the file that {config_path} was written for (its SHA-256 differs): "
-            "download both again"
-        )
-    try:
-        state = load(content)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): download it again") from error
-    return {"network": network, "meta": meta, "state_dict": state}
+        if hashlib.sha256(content).hexdigest() != config.get("sha256"):
+            raise UserError(
+                f"{path} is not the file that {config_path} was written for (its SHA-256 "
+                "differs): download both again"
+            )
+        return {"network": network, "meta": meta, "state_dict": load(content)}
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}): download it again") from error

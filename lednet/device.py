@@ -1,4 +1,4 @@
-"""Devices and the number formats that they compute in."""
+"""Devices and precisions."""
 
 import contextlib
 import platform
@@ -12,15 +12,15 @@ import torch
 from lednet.errors import UserError
 
 AMP_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precision's name -> autocast type; None computes in float32 throughout.
+"""Precision -> autocast type; None: float32 everywhere.
 
-"fp32" is IEEE single precision; "tf32" permits TF32 tensor cores, with 10 bits of mantissa, in
-convolutions and matrix products. PyTorch's own default is TF32 in convolutions alone.
+"fp32" is IEEE single precision; "tf32" allows TF32 (10 bits of mantissa) in convolutions and
+matrix products. PyTorch's default is TF32 in convolutions alone.
 """
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Permit or forbid TF32 in convolutions and matrix products of this process."""
+    """Allow or forbid TF32 in convolutions and matrix products of this process."""
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
@@ -29,12 +29,11 @@ def allow_tf32(allowed: bool) -> None:
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Autocast context for a precision of `AMP_DTYPES` on `device`.
 
-    On CUDA, TF32 is forbidden inside for "fp32" and permitted for the others. A backward pass
-    takes place outside: set `allow_tf32` for training.
+    On CUDA, TF32 is forbidden inside for "fp32" and allowed for the others. The backward pass runs
+    outside of it: call `allow_tf32` for training.
 
     Raises:
-        UserError: fp16 on a CPU, where its range overflows and nothing is gained, or tf32 on a
-            device that does not have it.
+        UserError: fp16 on a CPU, where it overflows and is not faster, or tf32 without CUDA.
     """
     if precision == "fp16" and device.type == "cpu":
         raise UserError("fp16 needs a GPU: choose --precision bf16 or fp32 on a CPU")
@@ -54,7 +53,7 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 
 
 def fast_precisions(device: torch.device) -> tuple[str, ...]:
-    """Those besides fp32 that `device` has instructions for; others it would imitate."""
+    """Precisions besides fp32 that `device` has instructions for."""
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16" if bf16 else "fp16",)
@@ -64,10 +63,10 @@ def fast_precisions(device: torch.device) -> tuple[str, ...]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes CUDA, then MPS (Apple), then the CPU.
+    """The device `name`; "auto" is the first available of CUDA, MPS (Apple) and the CPU.
 
     Raises:
-        UserError: it is not there.
+        UserError: the device is not available.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -75,14 +74,14 @@ def choose_device(name: str) -> torch.device:
         else:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA GPU can be used here: choose --device cpu, or mend the driver")
+        raise UserError("no CUDA GPU can be used here: choose --device cpu, or repair the driver")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("no Apple GPU can be used here: choose --device cpu")
     return torch.device(name)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has finished what it was given."""
+    """Wait until `device` has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -90,12 +89,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """On CUDA the most that tensors took since the last reset; elsewhere the most that
-    the whole process ever took. In MB (10^6 bytes)."""
+    """Peak memory in MB (10^6 bytes): of tensors since the last reset on CUDA, elsewhere of the
+    whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux's ru_maxrss also knows what the parent process took
+    if status.is_file():  # Linux's ru_maxrss includes the parent process
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024 / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
@@ -119,7 +118,7 @@ def _processor_name() -> str:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free memory of `device` in bytes; None if it is not known."""
+    """Free memory of `device` in bytes; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""One exception for everything a user can mend, and the way scripts report it."""
+"""The exception for errors that a user can correct, and how scripts report it."""
 
 import contextlib
 import sys
@@ -8,10 +8,10 @@ EXIT_STATUS = 2
 
 
 class UserError(Exception):
-    """Bad input or set-up: one sentence that names the thing and the next step.
+    """Bad input or set-up: one sentence that names the object and the next step.
 
-    A data loader's worker process wraps the message of what it raises in a
-    traceback; only the sentence at its end is kept.
+    A data loader's worker process wraps the message in a traceback, of which only the last
+    sentence is kept.
     """
 
     def __init__(self, message: str):
@@ -19,20 +19,15 @@ class UserError(Exception):
 
 
 def raise_if_problems(problems: Sequence[str], limit: int = 3) -> None:
-    """Report what went wrong beside work that went on.
-
-    Raises:
-        UserError: there are `problems`, sentences of which the first ones are told.
-    """
+    """Raise a `UserError` of the first `limit` sentences if there are `problems`."""
     if problems:
-        more = len(problems) - limit
-        told = [*problems[:limit], *([f"and {more} more"] if more > 0 else [])]
-        raise UserError(". ".join(told))
+        more = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
+        raise UserError(". ".join([*problems[:limit], *more]))
 
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Print a `UserError` as `error: sentence` on standard error and exit with status 2.
+    """Print a `UserError` as `error: sentence` to standard error and exit with status 2.
 
     An interrupt from the keyboard exits with status 130, as shells expect.
     """

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Atomic writing, and safe reading of JSON and YAML."""
 
 import contextlib
 import json
@@ -16,74 +16,77 @@ import yaml
 from lednet.errors import UserError
 
 MAX_YAML = 256 * 2**10
-"""Bytes of what is written by hand: 254 classes take a tenth; parsing slows down with size."""
+"""Largest YAML file in bytes: 254 classes take a tenth of it, and parsing is slow."""
+
+LIMIT = "LEDNET_MAX_PIXELS"
+"""Environment variable: number of pixels above which no image is decoded."""
+DEFAULT_LIMIT = 100_000_000
+
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, moved over `path` when the block ends well.
+    """Yield a temporary path in the folder of `path`, renamed to `path` after the block.
 
-    Nothing is left behind when the block fails; an existing file stays as it was.
-    The temporary name keeps the suffix, so that libraries which choose a format
-    by it still do.
+    If the block fails, the temporary file is removed and an existing file is kept. The temporary
+    name has the same suffix, from which some libraries choose a format.
 
     Args:
-        durable: also when the power fails right after. Waiting for the disk takes some
-            milliseconds, too many for thousands of files that can be made again.
+        durable: wait until the data is on disk (fsync), so that it survives a power failure. It
+            takes some milliseconds per file.
 
     Raises:
-        UserError: the folder cannot be written, or the disk is full.
+        UserError: the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path, "free some space") as temporary:
         yield temporary
         if durable:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; "
-            "free some space or choose another folder"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def write_folder_atomically(path: str | os.PathLike) -> Iterator[Path]:
-    """`write_atomically` for a folder: what is filled in the block takes the place of `path`."""
+    """`write_atomically` for a folder: the folder filled in the block replaces `path`."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
+    with _temporary(path, "remove it") as temporary:
+        temporary.mkdir()
         yield temporary
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, advice: str) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
     except OSError as error:
+        reason = error.strerror or error
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; remove it or choose another folder"
+            f"cannot write {path}: {reason}; {advice} or choose another folder"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
 
 def require_space(folder: Path, needed: int, what: str, flag: str) -> None:
-    """Refuse to begin what would not fit on the disk of `folder`, which need not be there yet.
+    """Check that the disk of `folder`, which may not exist yet, has `needed` bytes left.
 
     Args:
-        needed: bytes.
-        what, flag: that needs them, and that names the folder, for the message.
+        what, flag: what needs the space, and the flag that names the folder, for the message.
 
     Raises:
         UserError: the disk has less.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
             f"{what} needs {needed / 1e9:.1f} GB, and the disk of {folder} has "
@@ -92,10 +95,7 @@ def require_space(folder: Path, needed: int, what: str, flag: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of processes that were killed inside `write_atomically`.
-
-    Nobody else may be writing to `folder`.
-    """
+    """Delete temporary files of killed processes; no other process may be writing to `folder`."""
     for path in folder.iterdir():
         if re.fullmatch(r"\..+\.\d+(\.\w+)?", path.name):
             path.unlink(missing_ok=True)
@@ -108,37 +108,36 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` to `path` as indented JSON, atomically. NaN is refused by `json`."""
+    """Write `value` to `path` as indented JSON, atomically; NaN is a `ValueError`."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_between_marks(path: str | os.PathLike, script: str, text: str) -> None:
-    """Replace what `script` has written into the page at `path` by `text`.
+    """Replace the text between the marks of `script` in the Markdown page at `path`.
 
     Raises:
-        UserError: the page does not hold both marks, in order.
+        UserError: the page does not contain both marks, in order.
     """
     marks = f"<!-- {script} writes from here -->", "<!-- to here -->"
     path = Path(path)
     content = path.read_text(encoding="utf-8") if path.is_file() else ""
-    start = content.find(marks[0])
-    end = content.find(marks[1], max(start, 0))
-    if not 0 <= start < end:
+    before, start, rest = content.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (start and end):
         raise UserError(f"{path} has no line `{marks[0]}` with `{marks[1]}` below: add them")
-    before = content[: start + len(marks[0])]
-    write_text(path, f"{before}\n\n{text.strip()}\n\n{content[end:]}")
+    write_text(path, f"{before}{start}\n\n{text.strip()}\n\n{end}{after}")
 
 
 def plain_values(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as JSON can hold them: paths become text."""
+    """Options in JSON's types: paths become strings."""
     return {key: str(v) if isinstance(v, Path) else v for key, v in options.items()}
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Parse the JSON file at `path`.
+    """Parse a JSON file.
 
     Raises:
-        UserError: no such file, or not JSON.
+        UserError: the file is missing or not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -149,65 +148,52 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML of trees alone: a few aliases of aliases stand for more than any memory holds."""
+    """Safe loader without aliases: nested ones expand to more than the memory holds."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has aliases (*name), which are not taken")
+            raise yaml.YAMLError("it has aliases (*name), which are not supported")
         return super().compose_node(parent, index)
 
 
 def read_yaml(path: str | os.PathLike) -> Any:
-    """Parse the YAML or JSON file at `path`, without aliases, of at most `MAX_YAML` bytes.
+    """Parse a YAML or JSON file of at most `MAX_YAML` bytes, without aliases.
 
     Raises:
-        UserError: no such file, too large, or not YAML.
+        UserError: the file is missing, too large or not YAML.
     """
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_YAML + 1)
-        if len(content) > MAX_YAML:
-            raise UserError(
-                f"{path} is over {MAX_YAML >> 10} KiB, too large to be read: shorten it"
-            )
-        return yaml.load(content.decode(), Loader=_PlainLoader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except UserError:
-        raise
-    except Exception as error:  # a tag such as !!timestamp before another word raises anything
+    if len(content) > MAX_YAML:
+        raise UserError(f"{path} is over {MAX_YAML >> 10} KiB, too large to be read: shorten it")
+    try:
+        return yaml.load(content.decode(), Loader=_PlainLoader)
+    except Exception as error:  # an invalid !!timestamp, for instance, raises a plain TypeError
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UserError(f"{path} is neither YAML nor JSON ({reason}{where}): correct it") from error
 
 
-LIMIT = "LEDNET_MAX_PIXELS"
-"""Environment variable: pixels above which no image is decoded."""
-
-
-DEFAULT_LIMIT = 100_000_000
-
-
 def max_pixels() -> int:
-    """Pixels that an image may have.
+    """Largest number of pixels of an image.
 
     Raises:
-        UserError: the environment variable is no number.
+        UserError: the environment variable `LIMIT` is not a positive number.
     """
-    told = os.environ.get(LIMIT, str(DEFAULT_LIMIT))
-    if not (told.isdecimal() and told.isascii() and len(told) < 19 and int(told)):
-        raise UserError(f"{LIMIT} is {told!r}: give a number of pixels")
-    return int(told)
-
-
-Result = TypeVar("Result")
+    value = os.environ.get(LIMIT, str(DEFAULT_LIMIT))
+    if not re.fullmatch("[0-9]{1,18}", value) or int(value) == 0:
+        raise UserError(f"{LIMIT} is {value!r}: give a number of pixels")
+    return int(value)
 
 
 def map_ordered(
     pool: Executor, jobs: Iterable[Callable[[], Result]], ahead: int
 ) -> Iterator[Result]:
-    """Results of `jobs` in their order, at most `ahead` of them begun before they are needed."""
+    """Run `jobs` in `pool` and yield their results in order, at most `ahead` of them in advance."""
     pending: deque[Future] = deque()
     for job in jobs:
         pending.append(pool.submit(job))

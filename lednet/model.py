@@ -9,13 +9,13 @@ open-source project for real-time image semantic segmentation" (SCIS 2019,
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lednet.hub import PretrainedMixin
+from lednet.hub import load_network
 
 NORM_EPS = 1e-3
 FEATURE_CHANNELS = 128
@@ -49,8 +49,8 @@ VARIANTS = ("d20", "d128")
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     """Interleave `groups` equal runs of channels: (a0 a1 .. b0 b1 ..) -> (a0 b0 a1 b1 ..).
 
-    Done in the memory format of `x`: a plain reshape would answer a channels_last
-    tensor in the contiguous format and slow down every convolution behind it.
+    The memory format of `x` is kept: a plain reshape would return a channels_last tensor in the
+    contiguous format, which slows down every following convolution.
 
     x: (N, C, H, W) -> (N, C, H, W), C a multiple of `groups`
     """
@@ -67,15 +67,17 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     x: (N, C, h, w) -> (N, C, *size)
     """
     if x.shape[-2] == 1 and x.shape[-1] == 1:
-        return x.expand(-1, -1, *size)  # the same answer, and torch.compile can differentiate it
+        return x.expand(
+            -1, -1, *size
+        )  # the same values; torch.compile cannot differentiate the other
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm with the network's eps; one value a channel is no error in training.
+    """Batch norm with the network's eps that accepts one value per channel in training.
 
-    A batch of one image has a single value a channel behind the global pooling. It
-    has no variance, so the running statistics, left as they are, normalise it.
+    After the global pooling a batch of one image has a single value per channel and no variance:
+    the running statistics normalise it, and are not updated.
     """
 
     running_mean: Tensor
@@ -107,9 +109,9 @@ class ConvNormReLU(nn.Sequential):
 
 
 class Downsampler(nn.Module):
-    """3x3 stride-2 convolution beside a 2x2 max-pool, concatenated (paper section 2.1).
+    """3x3 stride-2 convolution and 2x2 max-pool, concatenated (paper section 2.1).
 
-    The pool rounds up, so that an odd size gives both halves the same size.
+    The pool rounds odd sizes up, as the convolution does.
 
     x: (N, in_channels, H, W) -> (N, out_channels, ceil(H/2), ceil(W/2))
     """
@@ -130,11 +132,11 @@ def _factorized_branch(
 ) -> nn.Sequential:
     """Two pairs of one-dimensional convolutions, the second pair dilated.
 
-    `first` is the kernel that opens each pair, (3, 1) or (1, 3); the other one closes it.
+    `first` is the first kernel of each pair, (3, 1) or (1, 3).
     """
 
     def conv(kernel: tuple[int, int], rate: int) -> nn.Conv2d:
-        # "Same" padding along the long side; the short side needs none.
+        # "Same" padding along the kernel's long side.
         height, width = kernel
         padding = rate * (height // 2), rate * (width // 2)
         rates = rate if height > 1 else 1, rate if width > 1 else 1
@@ -202,9 +204,9 @@ class AttentionPyramid(nn.Module):
     the global-pooling branch is added. Every convolution ends in a ReLU, so the
     logits are >= 0.
 
-    The two released networks differ in the pyramid. The lighter one is a single
-    channel wide and its laterals keep the kernels of their level; in the heavier one
-    a 1x1 takes each level of `pyramid_channels` to the classes.
+    The two released networks differ in the pyramid. The light one has a single channel, and its
+    lateral convolutions have the kernel sizes of their level; in the heavy one, 1x1 convolutions
+    map each level from `pyramid_channels` to the classes.
 
     x: (N, 128, h, w) -> (N, num_classes, h, w)
     """
@@ -239,7 +241,7 @@ class AttentionPyramid(nn.Module):
 
 
 class EncoderStage(nn.Module):
-    """What the first training stage trains: an encoder and a 1x1 head on its features.
+    """Network of the first training stage: an encoder and a 1x1 head on its features.
 
     x: (N, 3, H, W) -> logits (N, num_classes, ceil(H/8), ceil(W/8))
     """
@@ -253,7 +255,7 @@ class EncoderStage(nn.Module):
         return self.encoder_head(self.encoder(x))
 
 
-class LEDNet(PretrainedMixin):
+class LEDNet(nn.Module):
     """LEDNet as released, in its lighter ("d20") and heavier ("d128") variant.
 
     Parameters at 20 classes: d20 925,663; d128 2,288,140.
@@ -261,11 +263,9 @@ class LEDNet(PretrainedMixin):
     Args:
         num_classes: output channels; for Cityscapes 20, the 19 classes and void.
         variant: "d20" or "d128".
-        pyramid_channels: another width for the pyramid of the heavier structure,
-            instead of its 128; only with variant "d128".
+        pyramid_channels: width of the pyramid of variant "d128" (default: 128).
 
-    x: (N, 3, H, W) in the normalisation of the training -> logits (N, num_classes, H, W).
-    Any H and W.
+    x: (N, 3, H, W), normalised as in training -> logits (N, num_classes, H, W), any H and W
     """
 
     def __init__(
@@ -295,12 +295,42 @@ class LEDNet(PretrainedMixin):
         return EncoderStage(self.encoder, self.encoder_head)
 
     @classmethod
-    def arguments_from_state(cls, state: dict[str, Tensor]) -> dict[str, Any]:
+    def from_state(cls, state: dict[str, Tensor]) -> Self:
+        """A network with random weights and the sizes of a state dict.
+
+        Raises:
+            KeyError, IndexError, ValueError: the state dict is of another kind of network.
+        """
         num_classes = state["decoder.mid.0.weight"].shape[0]
         if state["decoder.lateral1.0.weight"].shape[-1] > 1:
-            return {"num_classes": num_classes, "variant": "d20"}
-        width = state["decoder.down1.0.weight"].shape[0]
-        return {"num_classes": num_classes, "variant": "d128", "pyramid_channels": width}
+            return cls(num_classes, "d20")
+        return cls(num_classes, "d128", state["decoder.down1.0.weight"].shape[0])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> tuple[Self, dict[str, Any]]:
+        """The network that the weights at `path` belong to, and their "meta".
+
+        Args:
+            path: weights file, run folder, folder of released weights, or name of such.
+
+        Raises:
+            UserError: the weights cannot be read safely, or are of another kind of network.
+        """
+        return load_network(path, cls.from_state)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike) -> Self:
+        """The network with its weights, in evaluation mode.
+
+        Args:
+            name: of released weights ("camvid-d20"), or a path as for `load`. Nothing is
+                downloaded.
+
+        Raises:
+            UserError: there are no such weights, their checksum differs, or they are of another
+                kind of network.
+        """
+        return cls.load(name)[0]
 
     def extra_repr(self) -> str:
         return (
@@ -310,11 +340,10 @@ class LEDNet(PretrainedMixin):
 
 
 class EncoderClassifier(nn.Module):
-    """What pretraining on ImageNet trains: the encoder, pooled to one vector an image.
+    """Image classifier for pretraining on ImageNet: the encoder, global pooling, a linear layer.
 
-    The release averages 14x14 cells, all that it has at 224x224 px; averaging the
-    whole map gives the same there, and answers any size. 1,040,436 parameters at
-    1,000 classes.
+    The release averages 14x14 cells, the whole feature map at 224x224 px; averaging the whole map
+    is the same there and works at any size. 1,040,436 parameters at 1,000 classes.
 
     x: (N, 3, H, W) -> logits (N, num_classes)
     """
@@ -337,17 +366,17 @@ class EncoderClassifier(nn.Module):
 
 
 def load_model(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
-    """The network that the weights at `path` belong to, and their "meta"; see `LEDNet.load`."""
+    """Short for `LEDNet.load(path)`: the network and its "meta"."""
     return LEDNet.load(path)
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of trained values in `module`."""
+    """Number of trainable values in `module`."""
     return sum(p.numel() for p in module.parameters())
 
 
 def upsample_scores(scores: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear interpolation of scores to the size at which they are compared.
+    """Bilinear interpolation of scores to `size`, as evaluation does it.
 
     scores: (N, C, h, w) -> (N, C, *size)
     """
@@ -357,7 +386,7 @@ def upsample_scores(scores: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def argmax_at(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Class of every pixel at `size`: the logits are enlarged before the argmax.
+    """Class of every pixel at `size`: upsampling of the logits, then argmax.
 
     logits: (N, C, h, w) -> (N, *size) int64
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import Result
 from hypothesis import HealthCheck, settings
 from make_toy_cityscapes import write_toy_cityscapes
 from PIL import Image
@@ -51,31 +52,26 @@ def real_data() -> Path:
 
 @pytest.fixture
 def run_script(tmp_path):
-    """Run a script of the repository in a process of its own, from another folder.
+    """Run a script, given by its path in the repository, in a process and folder of its own."""
 
-    Call it with the script's path below the root and its arguments; returns the
-    finished process with its text output.
-    """
-
-    def run(script: str, *args: object, launcher: tuple[str, ...] = (), env: dict | None = None):
+    def run(
+        script: str, *args: object, launcher: tuple[str, ...] = (), env: dict | None = None
+    ) -> Result:
         command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
-        return subprocess.run(
-            command,
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=600,
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
         )
+        return Result(command, done.returncode, done.stdout, done.stderr)
 
     return run
 
 
 @pytest.fixture
 def run_inside(monkeypatch, capsys):
-    """`run_script` without a process of its own: some seconds faster, for refusals and the like."""
+    """`run_script` in the process of the test, which is some seconds faster."""
 
-    def run(script: str, *args: object) -> subprocess.CompletedProcess:
+    def run(script: str, *args: object) -> Result:
         command = [str(ROOT / script), *map(str, args)]
         monkeypatch.setattr(sys, "argv", command)
         capsys.readouterr()
@@ -84,7 +80,7 @@ def run_inside(monkeypatch, capsys):
             runpy.run_path(command[0], run_name="__main__")
         except SystemExit as stop:
             status = stop.code or 0
-        return subprocess.CompletedProcess(command, status, *capsys.readouterr())
+        return Result(command, status, *capsys.readouterr())
 
     return run
 

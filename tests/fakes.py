@@ -1,4 +1,6 @@
-"""Stand-ins for parts that tests do not exercise."""
+"""Stand-ins for parts that tests do not exercise, and checks that tests share."""
+
+import subprocess
 
 import contextlib
 import io
@@ -32,6 +34,18 @@ from lednet.training.signals import Action, CheckpointTimer
 from lednet.training.stages import Stage
 from lednet.training.tasks import Segmentation
 from lednet.training.trainer import Trainer, TrainerConfig
+
+
+class Result(subprocess.CompletedProcess):
+    """A finished script with its text output."""
+
+    def assert_error(self, *words: str) -> None:
+        """It ended with status 2 and an error of one line that contains all `words`."""
+        assert self.returncode == 2, self.stdout + self.stderr
+        errors = [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in self.stderr, self.stderr
+        for word in words:
+            assert word in errors[0]
 
 
 class FakeLoggerBackend:

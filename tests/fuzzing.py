@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hypothesis import settings, strategies as st
+from hypothesis import strategies as st
 
 from lednet import UserError
 
@@ -19,12 +19,6 @@ SECONDS = 60
 """What is not done by then hangs."""
 MOST_MEMORY = 1 << 30
 """Bytes that reading a small file may take."""
-
-
-def fewer(divisor: int) -> settings:
-    """For a property whose inputs take long."""
-    assert settings.default is not None
-    return settings(max_examples=max(1, settings.default.max_examples // divisor))
 
 
 class Hang(BaseException):
@@ -42,7 +36,7 @@ def ends_well(call: Callable[[], Any], *names: object) -> Any:
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     previous = signal.signal(signal.SIGALRM, _hang)
-    signal.alarm(SECONDS)
+    outer = signal.alarm(SECONDS)
     try:
         return call()
     except UserError as error:
@@ -51,7 +45,7 @@ def ends_well(call: Callable[[], Any], *names: object) -> Any:
         assert any(str(name) in sentence for name in names), sentence
         return None
     finally:
-        signal.alarm(0)
+        signal.alarm(outer)
         signal.signal(signal.SIGALRM, previous)
         taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         assert taken * 1024 < MOST_MEMORY

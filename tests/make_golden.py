@@ -1,9 +1,9 @@
-"""Write tests/golden/*.npz: the network's answers under weights made by formula, and released.
+"""Write tests/golden/*.npz: outputs of networks with weights by formula, and of released weights.
 
     python tests/make_golden.py
 
-To be run only on a network that has passed the conformance test against the released
-one (tests/test_conformance.py): the files then keep it there for everybody.
+Run it only on a network that has passed the conformance test with the original release's outputs
+(tests/test_conformance.py, which needs real data): the files replace them elsewhere.
 """
 
 from pathlib import Path
@@ -21,13 +21,13 @@ SIZE = (64, 96)
 
 
 def formula_values(shape: tuple[int, ...], salt: int) -> np.ndarray:
-    """Values in [-1, 1) that look random and are the same everywhere."""
+    """Pseudorandom values in [-1, 1), the same on every machine."""
     index = np.arange(int(np.prod(shape)), dtype=np.float64)
     return (np.modf(np.sin(index * 12.9898 + salt * 78.233) * 43758.5453)[0]).reshape(shape)
 
 
 def formula_state(net: LEDNet) -> dict[str, torch.Tensor]:
-    """A full state dict by formula, scaled so that the signal neither dies nor grows."""
+    """A full state dict by formula, scaled so that activations neither vanish nor explode."""
     state = {}
     for salt, (name, value) in enumerate(net.state_dict().items()):
         noise = formula_values(tuple(value.shape), salt)
@@ -50,14 +50,14 @@ def formula_image() -> torch.Tensor:
     return torch.from_numpy(formula_values((1, 3, *SIZE), 1)).float().abs()
 
 
-def released_answer(name: str) -> dict[str, np.ndarray]:
-    """Logits of released weights on the image by formula."""
+def released_outputs(name: str) -> dict[str, np.ndarray]:
+    """Logits of released weights for the image by formula."""
     with torch.inference_mode():
         return {"logits": LEDNet.from_pretrained(name)(formula_image()).numpy()[:, :, ::4, ::4]}
 
 
-def answers(variant: str) -> dict[str, np.ndarray]:
-    """Logits, loss and gradient norms of one variant on one image by formula."""
+def formula_outputs(variant: str) -> dict[str, np.ndarray]:
+    """Logits, loss and gradient norms of a variant for the image by formula."""
     net = LEDNet(20, variant).eval()
     load_state(net, formula_state(net), "formula")
     image = formula_image()
@@ -78,6 +78,6 @@ def answers(variant: str) -> dict[str, np.ndarray]:
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for variant in ("d20", "d128"):
-        np.savez_compressed(GOLDEN / f"{variant}.npz", **answers(variant))
+        np.savez_compressed(GOLDEN / f"{variant}.npz", **formula_outputs(variant))
     for name in list_pretrained():
-        np.savez_compressed(GOLDEN / f"{name}.npz", **released_answer(name))
+        np.savez_compressed(GOLDEN / f"{name}.npz", **released_outputs(name))

@@ -37,7 +37,7 @@ def test_help_does_not_import_torch(script):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "False")
-    assert done.stdout.startswith("usage: ")
+    assert done.stdout.startswith("usage: ") and "python " + script in done.stdout
 
 
 def test_package_import_does_not_import_torch():
@@ -51,8 +51,7 @@ def test_flags_have_one_spelling_and_show_their_defaults(script):
     parser = runpy.run_path(str(ROOT / script))["build_parser"]()
     for action in parser._actions:
         if action.default not in (None, False, "==SUPPRESS==") and action.option_strings:
-            shown = parser._get_formatter()._expand_help(action)
-            assert "(default: " in shown, action.option_strings
+            assert "(default: " in parser._get_formatter()._expand_help(action), action.dest
     old = {"--val-every", "--val-names", "--what", "--photo", "--at", "--sheet", "--workers"}
     assert not set(re.findall(r"--[\w-]+", parser.format_help())) & old
 

@@ -1,10 +1,10 @@
-"""The network answers as the released one does, to rounding."""
+"""Outputs and gradients equal those of the original release, to rounding."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from make_golden import GOLDEN, answers
+from make_golden import GOLDEN, formula_outputs
 from PIL import Image
 
 from lednet import LEDNet, load_weights
@@ -15,34 +15,33 @@ VARIANTS = ("d20", "d128")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_answers_are_those_of_the_golden_file(variant):
-    golden, now = np.load(GOLDEN / f"{variant}.npz"), answers(variant)
-    assert golden["logits"].std() > 0.05  # the file itself must say something
+def test_lednet_outputs_and_gradients_equal_the_golden_file(variant):
+    golden, now = np.load(GOLDEN / f"{variant}.npz"), formula_outputs(variant)
+    assert golden["logits"].std() > 0.05
     for key in ("logits", "encoder_logits", "loss"):
-        rounding = 1e-5 * np.abs(golden[key]).max()  # CPUs add up in other orders
+        rounding = 1e-5 * np.abs(golden[key]).max()  # the order of summation depends on the CPU
         np.testing.assert_allclose(now[key], golden[key], rtol=0, atol=rounding)
     np.testing.assert_allclose(now["grad_norms"], golden["grad_norms"], rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_released_network_is_met(real_data, variant):
+def test_lednet_outputs_and_gradients_equal_the_original_release(real_data, variant):
     folder = real_data / "golden"
     reference = np.load(folder / f"official_{variant}_outputs.npz")
     net = LEDNet(20, variant)
     report = load_weights(net, folder / f"official_{variant}_model_best.pth")
-    print(report)
     assert report.complete and len(report.loaded) == 547
     net.eval()
 
     pixels = np.array(Image.open(folder / "input_512x1024.png").convert("RGB"))
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
     features = net.encoder(image)
-    for answer, key in (
+    for output, key in (
         (net.encoder_head(features), "encoder_logits"),
         (net.decoder(features), "apn_logits"),
         ((logits := net(image))[:, :, ::4, ::4], "logits_4x4_stride"),
     ):
-        np.testing.assert_allclose(answer.detach().numpy(), reference[key], atol=1e-4)
+        np.testing.assert_allclose(output.detach().numpy(), reference[key], atol=1e-4)
     assert (logits.argmax(1).numpy() == reference["argmax"]).mean() >= 0.9999
 
     generator = torch.Generator().manual_seed(3)
@@ -56,6 +55,6 @@ def test_released_network_is_met(real_data, variant):
         assert ours == pytest.approx(norm, rel=1e-3, abs=1e-9), name
 
 
-def test_released_checkpoint_bundle_opens(real_data):
+def test_load_model_original_checkpoint_is_rebuilt(real_data):
     net, meta = load_model(real_data / "golden" / "official_d20_checkpoint.pth.tar")
     assert (net.variant, net.num_classes, meta) == ("d20", 20, {})

@@ -1,4 +1,4 @@
-"""Weights that are handed on: their layout, their checksum, the names they go by."""
+"""Released weights: layout, checksum, names and model cards."""
 
 import json
 
@@ -6,20 +6,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from make_golden import GOLDEN, released_answer
+from make_golden import GOLDEN, released_outputs
 
 from lednet import LEDNet, UserError, load_model
 from lednet.checkpoint import CONFIG, TENSORS, save_checkpoint, save_pretrained
 from lednet.data.labels import camvid_scheme, cityscapes_scheme
-from lednet.hub import RELEASED as RELEASED_FOLDER, list_pretrained
+from lednet.hub import list_pretrained
 from lednet.model import count_parameters
 
 META = {"dataset": "CamVid", "classes": ["sky", "car"], "size": [32, 64], "mean": [0, 0, 0]}
+CLASSES = camvid_scheme().classes
+RELEASED = {
+    "camvid-d20": (922_535, CLASSES),
+    "cityscapes-d20": (925_663, cityscapes_scheme().classes),
+    "cityscapes-demo-d20": (925_663, cityscapes_scheme().classes),
+}
+"""Parameters and classes of all released weights, as in their cards."""
 
 
-def network(variant: str = "d20", num_classes: int = 3, **options) -> LEDNet:
+def network(num_classes: int = 3, *arguments) -> LEDNet:
     torch.manual_seed(5)
-    return LEDNet(num_classes, variant, **options).eval()
+    return LEDNet(num_classes, *arguments).eval()
 
 
 @pytest.fixture
@@ -29,54 +36,42 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "options"), [("d20", {}), ("d128", {}), ("d128", {"pyramid_channels": 24})]
+    ("save", "arguments"),
+    [
+        (save_pretrained, (7,)),
+        (save_pretrained, (3, "d128")),
+        (save_checkpoint, (3, "d128", 24)),
+    ],
 )
-def test_comes_back_as_it_was(tmp_path, variant, options):
-    net = network(variant, **options)
-    save_pretrained(tmp_path, net, META)
-    back, meta = load_model(tmp_path)
-    assert meta == META and not back.training
-    assert back.state_dict().keys() == net.state_dict().keys()
-    assert all(torch.equal(v, net.state_dict()[k]) for k, v in back.state_dict().items())
-    again = LEDNet.from_pretrained(tmp_path)
-    x = torch.rand(1, 3, 32, 64)
-    with torch.inference_mode():
-        assert torch.equal(again(x), net(x))
-
-
-def test_every_damaged_byte_is_noticed(folder):
-    path = folder / TENSORS
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.safetensors is not the file.*download both again"):
-        LEDNet.from_pretrained(folder)
-
-
-def test_missing_tensors(folder):
-    (folder / TENSORS).unlink()
-    with pytest.raises(UserError, match=r"holds no best\.pth"):
-        LEDNet.from_pretrained(folder)
+def test_load_model_saved_network_is_rebuilt(tmp_path, save, arguments):
+    net = network(*arguments)
+    path = tmp_path / "best.pth" if save is save_checkpoint else tmp_path
+    save(path, net, META)
+    loaded, meta = load_model(tmp_path)
+    assert meta == META and not loaded.training
+    assert loaded.extra_repr() == net.extra_repr()
+    assert loaded.state_dict().keys() == net.state_dict().keys()
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("name", "content", "words"),
     [
-        ("{", "config.json"),
-        ("[]", "does not describe a LEDNet"),
-        ('{"model_type": "bert"}', "does not describe a LEDNet"),
-        ('{"model_type": "lednet"}', "lacks `network`"),
-        ('{"model_type": "lednet", "network": {}, "meta": {}}', "its SHA-256 differs"),
+        (TENSORS, b"damaged", r"model\.safetensors is not the file.*download both again"),
+        (TENSORS, None, r"holds no best\.pth"),
+        (CONFIG, b"{", r"config\.json is not valid JSON"),
+        (CONFIG, b'{"model_type": "bert"}', "does not describe a LEDNet"),
+        (CONFIG, b'{"model_type": "lednet"}', "lacks `network`"),
     ],
 )
-def test_strange_config(folder, content, words):
-    (folder / CONFIG).write_text(content)
+def test_from_pretrained_damaged_folder_is_refused(folder, name, content, words):
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
         LEDNet.from_pretrained(folder)
 
 
-def test_unknown_name():
-    with pytest.raises(UserError, match=r"no weights at nothing-d20: .*released name \("):
+def test_from_pretrained_unknown_name_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"no weights at nothing-d20: .*released name \(camvid-d20"):
         LEDNet.from_pretrained("nothing-d20")
 
 
@@ -87,71 +82,80 @@ def test_torch_hub_builds_and_loads(folder):
     assert (wide.num_classes, wide.variant) == (5, "d128")
 
 
+def test_list_pretrained_is_complete():
+    assert list_pretrained() == sorted(RELEASED)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_weights_outputs_equal_the_stored_ones(name):
+    parameters, classes = RELEASED[name]
+    net, meta = load_model(name)
+    assert count_parameters(net) == parameters
+    assert tuple(meta["classes"]) == classes
+    stored, now = np.load(GOLDEN / f"{name}.npz")["logits"], released_outputs(name)["logits"]
+    assert stored.std() > 0.05
+    np.testing.assert_allclose(now, stored, rtol=0, atol=1e-4 * np.abs(stored).max())
+
+
 @pytest.fixture
-def run(tmp_path):
-    """A run's folder, with all that a card is made of."""
-    scheme = camvid_scheme()
-    folder = tmp_path / "run"
-    meta = {"dataset": "CamVid", "classes": list(scheme.classes), "size": [32, 64],
-            "mean": [0, 0, 0], "std": [1, 1, 1]}  # fmt: skip
-    save_checkpoint(folder / "best.pth", network(num_classes=scheme.num_outputs), meta)
+def release(run_inside, tmp_path):
+    """Release runs; returns the result, the card and the page."""
+    page, val = tmp_path / "results.md", tmp_path / "val.json"
+    page.write_text("# R\n\n<!-- utils/release_weights.py writes from here -->\n<!-- to here -->\n")
+
+    def run(*runs, classes=CLASSES):
+        ious = {name: i / 20 for i, name in enumerate(classes)} | {classes[-1]: None}
+        content = {"class_iou": ious, "miou": 0.34567, "pixel_accuracy": 0.8, "subset": "val",
+                   "images": 7, "network_size": [32, 64], "scored_at": "full",
+                   "command": "python test/eval_iou.py"}  # fmt: skip
+        val.write_text(json.dumps(content))
+        result = run_inside("utils/release_weights.py", "--name", "new", "--runs", *runs,
+                            "--scores", val, "--out", tmp_path / "out", "--page", page)  # fmt: skip
+        card = tmp_path / "out/new/README.md"
+        return result, card.read_text() if card.exists() else "", page.read_text()
+
+    return run
+
+
+def test_release_run_writes_weights_card_and_table(release, tmp_path):
+    run = tmp_path / "run"
+    meta = META | {"classes": list(CLASSES), "std": [1, 1, 1]}
+    save_checkpoint(run / "best.pth", network(12), meta)
     options = {
         "command": ["python", "train/main.py", "--dataset", "camvid"],
         "options": {"height": 32, "width": 64},
         "environment": {"commit": "abc123", "torch": "9.9"},
         "hardware": "2 x abacus",
     }
-    (folder / "options.json").write_text(json.dumps(options))
+    (run / "options.json").write_text(json.dumps(options))
     stages = ("8x16-1", "8x16-1", "decoder")
-    (folder / "log.jsonl").write_text("".join(f'{{"stage": "{s}"}}\n' for s in stages))
-    return folder
+    (run / "log.jsonl").write_text("".join(f'{{"stage": "{s}"}}\n' for s in stages))
 
-
-def scores(path, classes):
-    ious = {name: i / 20 for i, name in enumerate(classes)} | {classes[-1]: None}
-    content = {"class_iou": ious, "miou": 0.34567, "pixel_accuracy": 0.8, "subset": "val",
-               "images": 7, "network_size": [32, 64], "scored_at": "full",
-               "command": "python test/eval_iou.py"}  # fmt: skip
-    path.write_text(json.dumps(content))
-    return path
-
-
-def test_release_from_a_run(run, run_script, tmp_path):
-    page = tmp_path / "results.md"
-    page.write_text("# R\n\n<!-- utils/release_weights.py writes from here -->\n<!-- to here -->\n")
-    flags = ("--name", "toy", "--runs", run, "--out", tmp_path / "out", "--page", page)
-    classes = camvid_scheme().classes
-    val = scores(tmp_path / "val.json", classes)
-    result = run_script("utils/release_weights.py", *flags, "--scores", val)
+    result, card, _ = release(run, classes=["a", "b"])
+    result.assert_error("holds no scores of CamVid")
+    result, card, page = release(run)
     assert result.returncode == 0, result.stderr
-    card = (tmp_path / "out/toy/README.md").read_text()
-    config = json.loads((tmp_path / "out/toy" / CONFIG).read_text())
     for words in (
         "0.3457",
         "2 epochs at 8x16, then 1 epochs at 32x64",
-        config["sha256"],
+        json.loads((tmp_path / "out/new" / CONFIG).read_text())["sha256"],
+        "| class | val |\n|---|---|\n| sky | 0.000 |",
         "| pole | 0.100 |",
-        f"| {classes[-1]} | absent |",
+        f"| {CLASSES[-1]} | absent |",
         "From scratch, 2 epochs",
         "`python train/main.py --dataset camvid` (commit abc123, torch 9.9, 2 x abacus)",
     ):
         assert words in card
-    assert "| CamVid | 0.3457 | 0.8000 | val, 7 images" in page.read_text()
-    assert LEDNet.from_pretrained(tmp_path / "out/toy").num_classes == 12
-
-    other = scores(tmp_path / "other.json", ["a", "b"])
-    result = run_script("utils/release_weights.py", *flags, "--scores", other)
-    assert result.returncode == 2 and "holds no scores of CamVid" in result.stderr
+    assert "| CamVid | 0.3457 | 0.8000 | val, 7 images" in page
+    assert LEDNet.from_pretrained(tmp_path / "out/new").num_classes == 12
 
 
-def test_training_goes_on_from_released_weights_and_says_so(run_inside, camvid, tmp_path):
-    """What they came from is carried into the next card, and through runs in between."""
-    classes = camvid_scheme().classes
+def test_release_run_from_released_weights_keeps_history(release, run_inside, camvid, tmp_path):
     earlier = [{"command": "first", "stages": ["7 epochs at 9x9"], "commit": "c", "torch": "t",
                 "hardware": "h"}]  # fmt: skip
-    meta = {"dataset": "CamVid", "classes": list(classes), "training": earlier}
-    save_pretrained(tmp_path / "old", network(num_classes=12), meta)
+    meta = {"dataset": "CamVid", "classes": list(CLASSES), "training": earlier}
     state = tmp_path / "old"
+    save_pretrained(state, network(12), meta)
     for name in ("one", "two"):
         flags = ("--dataset", "camvid", "--datadir", camvid, "--height", 16, "--width", 24,
                  "--num-workers", 0, "--device", "cpu", "--num-epochs", 1, "--with-val",
@@ -160,38 +164,7 @@ def test_training_goes_on_from_released_weights_and_says_so(run_inside, camvid, 
         assert result.returncode == 0, result.stderr
         state = tmp_path / name
     assert load_model(state)[1]["earlier"] == earlier
-    page = tmp_path / "results.md"
-    page.write_text("<!-- utils/release_weights.py writes from here -->\n<!-- to here -->\n")
-    val = scores(tmp_path / "val.json", classes)
-    result = run_inside("utils/release_weights.py", "--name", "new", "--runs", tmp_path / "one",
-                        state, "--scores", val, "--out", tmp_path / "out",
-                        "--page", page)  # fmt: skip
+    result, card, _ = release(tmp_path / "one", state)
     assert result.returncode == 0, result.stderr
-    card = (tmp_path / "out/new/README.md").read_text()
     assert "7 epochs at 9x9, then 1 epochs at 16x24, then 1 epochs at 16x24" in card
     assert "val (trained on), 7 images" in card and "Trained on train and val." in card
-
-
-RELEASED = {
-    "camvid-d20": (922_535, camvid_scheme().classes),
-    "cityscapes-d20": (925_663, cityscapes_scheme().classes),
-    "cityscapes-demo-d20": (925_663, cityscapes_scheme().classes),
-}
-"""Parameters and classes of each, as its card states them."""
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_weights(name):
-    """Its answer is the one that tests/make_golden.py stored when it was released."""
-    parameters, classes = RELEASED[name]
-    net, meta = load_model(name)
-    assert count_parameters(net) == parameters
-    assert tuple(meta["classes"]) == classes
-    stored, now = np.load(GOLDEN / f"{name}.npz")["logits"], released_answer(name)["logits"]
-    assert stored.std() > 0.05  # the file itself must say something
-    np.testing.assert_allclose(now, stored, rtol=0, atol=1e-4 * np.abs(stored).max())
-    assert (RELEASED_FOLDER / name / TENSORS).stat().st_size < 10e6
-
-
-def test_all_released_weights_are_tested():
-    assert list_pretrained() == sorted(RELEASED)

@@ -1,4 +1,4 @@
-"""What the benchmark scripts make of runs: sums and tables."""
+"""Sums and tables of the benchmark scripts."""
 
 import json
 
@@ -16,25 +16,25 @@ def write_run(folder, *epochs):
     return folder
 
 
-def test_hours_are_those_of_all_epochs_and_runs(tmp_path):
+def test_timeline_sums_all_epochs_and_runs(tmp_path):
     one = write_run(tmp_path / "one", ("encoder", 1800, 0.9), ("8x8-1", 1800, 0.3))
     two = write_run(tmp_path / "two", ("decoder", 900, None), ("decoder", 900, 0.6))
     times = time_to_accuracy.timeline([one, two])
-    assert times == [(1.0, 0.3), (1.5, 0.6)]  # stage 1 is no network yet, and costs time
+    assert times == [(1.0, 0.3), (1.5, 0.6)]  # stage 1 has no full network
     reached = [time_to_accuracy.first_reached(times, t) for t in (0.3, 0.31, 0.61)]
     assert reached == [1.0, 1.5, None]
     result = {"hardware": "h", "reached": {"0.31": 1.5, "0.61": None}, "timeline": times}
     assert "| h | 1.50 h | not reached | 0.600 in 1.50 h |" in time_to_accuracy.table(result)
 
 
-def test_logs_without_seconds_are_refused(tmp_path):
+def test_timeline_log_without_seconds_is_refused(tmp_path):
     folder = write_run(tmp_path / "old")
     (folder / "log.jsonl").write_text('{"stage": "decoder", "val_miou": 0.5}\n')
     with pytest.raises(UserError, match="train anew"):
         time_to_accuracy.timeline([folder])
 
 
-def test_ways_are_compared_with_the_first_seed_by_seed():
+def test_ways_table_compares_with_the_first_seed_by_seed():
     found = {
         "as it is": ways.summary([[0.1, 0.3], [0.1, 0.5]]),
         "other": ways.summary([[0.9, 0.29], [0.2, 0.53]]),

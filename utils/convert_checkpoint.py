@@ -3,10 +3,10 @@
     python utils/convert_checkpoint.py --weights model_best.pth --out lednet-cityscapes.pth
     python utils/convert_checkpoint.py --weights save/cityscapes-d20 --out lednet-cityscapes
 
-Prints what became of every kind of key. A name that ends in .pth or .pt becomes one file, any
-other a folder in Hugging Face's layout (config.json, model.safetensors); both hold the classes,
-their colours, the normalisation and the input size beside the weights, and the optimizer's
-state no more. Takes a second.
+Prints how many keys were loaded, missing or unexpected. An output name that ends in .pth or .pt is
+one file, any other a folder in Hugging Face's layout (config.json, model.safetensors). Both contain
+the weights, classes, colours, normalisation and input size, without the state of the optimizer.
+Takes a second.
 """
 
 import argparse
@@ -40,14 +40,14 @@ from lednet.model import LEDNet, count_parameters, load_model
 from lednet.visualization import output_scheme
 
 NO_NORMALIZATION = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
-"""What weights that say nothing of it were trained with: the release's raw [0, 1] images."""
+"""Of weights without this entry: the original release trained on raw [0, 1] images."""
 
 
 def complete_meta(net: LEDNet, meta: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """What is known of the weights, with what foreign files leave out.
+    """`meta`, completed with the entries that files of other projects lack.
 
     Raises:
-        UserError: neither the weights nor the flags tell the classes or the size.
+        UserError: neither the weights nor the flags give the classes or the size.
     """
     scheme = output_scheme(meta, net.num_classes, args.weights)
     default = DEFAULT_SIZES.get(scheme.name.lower())
@@ -64,19 +64,17 @@ def complete_meta(net: LEDNet, meta: dict[str, Any], args: argparse.Namespace) -
 
 def main() -> None:
     args = build_parser().parse_args()
-    if args.out.exists() and not args.overwrite:
-        raise UserError(f"{args.out} exists: add --overwrite, or choose another --out")
     as_file = args.out.suffix in (".pth", ".pt")
-    if args.out.exists() and args.out.is_dir() == as_file:
-        kind = "a folder" if as_file else "a file"
-        raise UserError(f"{args.out} is {kind}: choose another --out")
+    if args.out.exists():
+        if not args.overwrite:
+            raise UserError(f"{args.out} exists: add --overwrite, or choose another --out")
+        if args.out.is_dir() == as_file:
+            kind = "a folder" if as_file else "a file"
+            raise UserError(f"{args.out} is {kind}: choose another --out")
     net, meta = load_model(args.weights)
     state = load_checkpoint(resolve_weights(args.weights))["state_dict"]
     meta = complete_meta(net, meta, args)
-    if as_file:
-        save_checkpoint(args.out, net, meta)
-    else:
-        save_pretrained(args.out, net, meta)
+    (save_checkpoint if as_file else save_pretrained)(args.out, net, meta)
     print(f"{args.weights}: {compare_keys(net, state)}")
     height, width = meta["size"]
     print(

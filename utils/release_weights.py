@@ -1,12 +1,13 @@
-"""Make released weights out of runs: config.json, model.safetensors and a model card.
+"""Release the weights of a run: config.json, model.safetensors and a model card.
 
     python test/eval_iou.py --weights save/camvid-full --dataset camvid \
         --datadir /data/camvid --json val.json
     python utils/release_weights.py --name camvid-d20 --runs save/camvid-half save/camvid-full \
         --scores val.json
 
-The last run's best weights go to save/released/<name>; every figure in the card comes from the
-runs' folders and the score files. All cards together make the page docs/results.md.
+The best weights of the last run are written to save/released/<name>. All numbers in the card come
+from the run folders and the score files. The table of all released weights in docs/results.md is
+updated.
 """
 
 import argparse
@@ -28,12 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=ROOT / "save/released",
                         help="folder of all released weights (default: save/released)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md",
-                        help="page whose table of released weights is updated (default: "
-                             "docs/results.md)")
-    parser.add_argument("--images", help="images it was trained on (default: the splits, from the "
+                        help="page with the table of released weights (default: docs/results.md)")
+    parser.add_argument("--images", help="training images, in words (default: the splits in the "
                                          "options of the runs)")
     parser.add_argument("--limits", default="", metavar="SENTENCE",
-                        help="a sentence about what to expect of these weights")
+                        help="a sentence on the limits of these weights")
     # fmt: on
     return parser
 
@@ -45,9 +45,12 @@ import shlex
 from collections import Counter
 from typing import Any
 
+import jinja2
+
 from lednet.checkpoint import CONFIG, TENSORS, save_pretrained
 from lednet.data.labels import camvid_scheme, cityscapes_scheme, require_classes
 from lednet.errors import UserError, exit_on_user_error
+from lednet.html import format_score
 from lednet.hub import list_pretrained
 from lednet.io import read_json, write_between_marks, write_text
 from lednet.model import count_parameters, load_model
@@ -68,161 +71,60 @@ DATA = {
 }
 """Label scheme and terms of the data sets that released weights may come from."""
 
-CARD = """# {name}
 
-LEDNet {variant}, {parameters:,} parameters, for {outputs} outputs: {classes}, and void.
-
-    from lednet import LEDNet
-    net = LEDNet.from_pretrained("{name}")
-
-Input: RGB in [0, 1], normalised with mean {mean} and standard deviation {std}; trained at
-{height}x{width} pixels.
-
-## Data and terms
-
-{terms} Trained on {images}.
-
-## Training
-
-{start}, {epochs}, one after the other:
-
-{commands}
-
-## Scores
-
-{scores}
-
-Intersection over union of each class:
-
-{class_table}
-
-## Use and limits
-
-For research and demonstrations of real-time street-scene segmentation, on images like those it
-was trained on. Not for anything on which somebody's safety depends. Other cameras, countries,
-weather and night were not tried; classes with a low figure above are not recognised
-reliably.{limits}
-
-## Checksum
-
-SHA-256 of `{file}`: `{sha256}`
-"""
-
-
-def training_of(runs: list[Path]) -> list[dict[str, Any]]:
-    """Command, commit, versions and epochs of each run."""
-    trained = []
-    for run in runs:
-        content = read_json(run / "options.json")
-        size = f"{content['options']['height']}x{content['options']['width']}"
-        stages = Counter(record["stage"] for record in read_records(run))
-        trained.append(
-            {
-                "command": shlex.join(content["command"]),
-                "stages": [
-                    f"{count} epochs at {name.partition('-')[0] if name[0].isdigit() else size}"
-                    for name, count in stages.items()
-                ],
-                "hardware": content["hardware"],
-                **content["environment"],
-            }
-        )
-    return trained
+def describe_training(run: Path) -> dict[str, Any]:
+    """Command, commit, versions, hardware and epochs of a run."""
+    content = read_json(run / "options.json")
+    size = f"{content['options']['height']}x{content['options']['width']}"
+    stages = Counter(record["stage"] for record in read_records(run))
+    return {
+        "command": shlex.join(content["command"]),
+        "stages": [
+            f"{count} epochs at {name.partition('-')[0] if name[0].isdigit() else size}"
+            for name, count in stages.items()
+        ],
+        "hardware": content["hardware"],
+        **content["environment"],
+    }
 
 
 def training_images(runs: list[Path]) -> str:
-    """What the runs trained on, in words."""
+    """Splits that the runs trained on, in words."""
     options = [read_options(run) for run in runs]
     splits = "train and val" if any(o.get("with_val") for o in options) else "train"
     held_out = {o["val_prefix"] for o in options if o.get("val_prefix")}
     return splits + "".join(f", without {name}*" for name in sorted(held_out))
 
 
-def scores_of(files: list[Path], meta: dict[str, Any]) -> list[dict[str, Any]]:
-    """
-    Raises:
-        UserError: a file holds the scores of other classes.
-    """
-    scores = [read_json(path) for path in files]
-    for path, score in zip(files, scores, strict=True):
-        if list(score.get("class_iou", ())) != list(meta["classes"]):
-            raise UserError(f"{path} holds no scores of {meta['dataset']}: give eval_iou's JSON")
-    return scores
+def read_scores(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    score = read_json(path)
+    if list(score.get("class_iou", ())) != list(meta["classes"]):
+        raise UserError(f"{path} holds no scores of {meta['dataset']}: give eval_iou's JSON")
+    return score
 
 
-def heading(score: dict[str, Any]) -> str:
-    averaged = score.get("flip") or score.get("scales", [1.0]) != [1.0]
-    return score["subset"] + (", scales averaged" if averaged else "")
+def augmented(score: dict[str, Any]) -> bool:
+    """Whether a score was measured with test-time augmentation."""
+    return score.get("flip") or score.get("scales", [1.0]) != [1.0]
 
 
-def figure(value: float | None) -> str:
-    return "absent" if value is None else f"{value:.3f}"
-
-
-def describe(score: dict[str, Any], splits: str) -> str:
-    """On what and how a score was measured.
-
-    Args:
-        splits: what `training_images` says.
-    """
+def describe(score: dict[str, Any], images: str) -> str:
+    """How a score was measured, given the training images in words."""
     height, width = score["network_size"]
-    at = "the label files'" if score["scored_at"] == "full" else "the network's"
     scales = score.get("scales", [1.0])
-    ways = f", scales {' '.join(f'{s:g}' for s in scales)}" if scales != [1.0] else ""
-    ways += ", mirrored too" if score.get("flip") else ""
-    trained = " (trained on)" if score["subset"] in splits.split() else ""
+    at = "the label files'" if score["scored_at"] == "full" else "the network's"
     return (
-        f"{score['subset']}{trained}, {score['images']} images, network {height}x{width}{ways}, "
-        f"at {at} size"
-    )
-
-
-def card(name: str, config: dict[str, Any], parameters: int) -> str:
-    meta = config["meta"]
-    training, scores, encoder = meta["training"], meta["scores"], meta["encoder_from"]
-    start = f"From the encoder of {encoder}" if encoder else "From scratch"
-    if state := meta.get("started_from"):
-        start = f"From the weights {state}"
-    rows = [
-        "| " + " | ".join(["class", *map(heading, scores)]) + " |",
-        "|---" * (1 + len(scores)) + "|",
-        *(
-            "| " + " | ".join([c, *(figure(score["class_iou"][c]) for score in scores)]) + " |"
-            for c in meta["classes"]
-        ),
-    ]
-    return CARD.format(
-        name=name,
-        variant=config["network"]["variant"],
-        parameters=parameters,
-        outputs=config["network"]["num_classes"],
-        classes=", ".join(meta["classes"]),
-        mean=meta["mean"],
-        std=meta["std"],
-        height=meta["size"][0],
-        width=meta["size"][1],
-        terms=meta["terms"],
-        images=meta["images"],
-        start=start,
-        epochs=", then ".join(stage for t in training for stage in t["stages"]),
-        commands="\n".join(
-            f"- `{t['command']}` (commit {t['commit']}, torch {t['torch']}, {t['hardware']})"
-            for t in training
-        ),
-        scores="\n".join(
-            f"- **mIoU {score['miou']:.4f}**, pixel accuracy {score['pixel_accuracy']:.4f}: "
-            f"{describe(score, meta['images'])}; `{score['command']}`"
-            for score in scores
-        ),
-        class_table="\n".join(rows),
-        limits=f" {meta['limits']}" if meta["limits"] else "",
-        file=TENSORS,
-        sha256=config["sha256"],
+        score["subset"]
+        + (" (trained on)" if score["subset"] in images.split() else "")
+        + f", {score['images']} images, network {height}x{width}"
+        + (f", scales {' '.join(f'{s:g}' for s in scales)}" if scales != [1.0] else "")
+        + (", mirrored too" if score.get("flip") else "")
+        + f", at {at} size"
     )
 
 
 def results_table(released: Path) -> str:
-    """Every network in the folder `released` and its scores, a row each."""
+    """Markdown table of all released weights, one row per score."""
     rows = ["| weights | data | mIoU | pixel accuracy | measured on |", "|---|---|---|---|---|"]
     for name in list_pretrained(released):
         meta = read_json(released / name / CONFIG)["meta"]
@@ -233,6 +135,21 @@ def results_table(released: Path) -> str:
             for score in meta["scores"]
         ]
     return "\n".join(rows)
+
+
+def render_card(config: dict[str, Any], name: str, parameters: int) -> str:
+    """The model card of the weights that `config` describes, in Markdown."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROOT / "lednet/templates"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+    )
+    environment.filters["score"] = format_score
+    return environment.get_template("model_card.md").render(
+        config, name=name, parameters=parameters, tensors=TENSORS, describe=describe,
+        augmented=augmented,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -248,18 +165,19 @@ def main() -> None:
     scheme, terms = DATA[meta["dataset"]]
     require_classes(net, meta, scheme(), args.runs[-1])
     earlier = meta.pop("earlier", [])
+    first = read_options(args.runs[0])
     meta |= {
-        "training": earlier + training_of(args.runs),
-        "scores": scores_of(args.scores, meta),
+        "training": [*earlier, *map(describe_training, args.runs)],
+        "scores": [read_scores(path, meta) for path in args.scores],
         "terms": terms,
-        "encoder_from": read_options(args.runs[0]).get("pretrained_encoder"),
-        "started_from": None if earlier else read_options(args.runs[0]).get("state"),
+        "encoder_from": first.get("pretrained_encoder"),
+        "started_from": None if earlier else first.get("state"),
         "images": args.images or training_images(args.runs),
         "limits": args.limits,
     }
     folder = args.out / args.name
     save_pretrained(folder, net, meta)
-    text = card(args.name, read_json(folder / CONFIG), count_parameters(net))
+    text = render_card(read_json(folder / CONFIG), args.name, count_parameters(net))
     write_text(folder / "README.md", text)
     write_between_marks(args.page, "utils/release_weights.py", results_table(args.out))
     print(f"wrote {folder} and {args.page}")

@@ -42,7 +42,6 @@ from benchmarks._common import (
     write_record,
 )
 from lednet.data.image_io import read_image
-from lednet.files import IMAGE_SUFFIXES
 from lednet.device import (
     autocast,
     choose_device,
@@ -55,6 +54,7 @@ from lednet.errors import UserError, exit_on_user_error
 from lednet.export.common import import_optional
 from lednet.export.exporter import export
 from lednet.export.formats import compile_openvino, missing_packages
+from lednet.files import IMAGE_SUFFIXES
 from lednet.inference.backends import BACKENDS, is_available
 from lednet.inference.benchmark import count_macs
 from lednet.inference.predictor import Predictor

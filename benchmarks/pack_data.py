@@ -26,8 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from lednet.data.image_io import open_header, open_image, read_image, to_rgb
-from lednet.files import IMAGE_SUFFIXES
 from lednet.errors import UserError, exit_on_user_error
+from lednet.files import IMAGE_SUFFIXES
 from lednet.io import read_json, write_atomically, write_json
 
 

@@ -2,8 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Sized
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,7 +15,7 @@ class _ProgressLines(tqdm):
     """A bar that writes whole lines, for log files; the last state is not repeated at the end."""
 
     @staticmethod
-    def status_printer(file: TextIO) -> Callable[[str], None]:
+    def status_printer(file: Any) -> Callable[[str], None]:
         def write(line: str) -> None:
             if line:
                 file.write(line + "\n")
@@ -26,7 +26,7 @@ class _ProgressLines(tqdm):
     def close(self) -> None:
         if not self.disable:
             self.disable = True
-            self._decr_instances(self)
+            self._decr_instances(self)  # type: ignore[attr-defined]  # not in tqdm's stubs
 
 
 def progress_bar(
@@ -42,7 +42,7 @@ def progress_bar(
         options: of `tqdm`.
     """
     if total is None and iterable is not None:
-        total = len(iterable) if hasattr(iterable, "__len__") else None
+        total = len(iterable) if isinstance(iterable, Sized) else None
     options = {"leave": False, "dynamic_ncols": True, **options}
     if sys.stderr.isatty():
         return tqdm(iterable, total=total, **options)

@@ -1,11 +1,10 @@
 """Stand-ins for parts that tests do not exercise, and checks that tests share."""
 
-import subprocess
-
 import contextlib
 import io
 import runpy
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from itertools import chain

@@ -97,7 +97,8 @@ def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -
 
 def _raw_mode(image: Image.Image) -> str:
     """How the file stores pixels, for example "L;4" for greyscale of 4 bits; "" if unknown."""
-    arguments = image.tile[0][3] if image.tile else ""
+    tiles = getattr(image, "tile", ())
+    arguments = tiles[0][3] if tiles else ""
     mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return mode if isinstance(mode, str) else ""
 

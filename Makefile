@@ -1,33 +1,39 @@
-# make demo    set up, then train and score on toy streets
-# make test    set up, then run the tests
-# make docs    set up, then build the documentation site
+# make demo    set up, then train and evaluate on toy street scenes
+# make test    set up with the packages for development, then run the tests
+# make docs    set up with the packages for development, then build the documentation site
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?=
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: setup demo test docs lint test-oldest clean-demo
+.PHONY: setup setup-dev demo test docs lint test-oldest clean-demo
 
 setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
 
-$(VENV)/.installed: $(wildcard requirements*.txt) third_party/visdom/pyproject.toml pyproject.toml
+$(VENV)/.installed: requirements.txt third_party/visdom/pyproject.toml pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: $(PYTHON) is older than 3.11: name another with PYTHON=..." >&2; exit 2; }
+		{ echo "error: $(PYTHON) is older than 3.11: specify another one with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check $(TORCH) -e . -r requirements.txt -r requirements-dev.txt
+	$(PIP) $(TORCH) -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) $(TORCH) -e ".[dev]"
 	touch $@
 
 demo: setup
 	$(BIN)/python utils/run_demo.py
 
-test: setup
+test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-docs: setup
+docs: setup-dev
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
-lint: setup
+lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -37,7 +37,7 @@ def official():
         np.in1d = np.isin  # it calls the old name, which NumPy 2.4 took away
     module = pytest.importorskip(
         "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling",
-        reason="needs cityscapesscripts, which requirements-dev.txt installs",
+        reason="needs cityscapesscripts, which the extra dev installs",
     )
     module.args.quiet, module.args.JSONOutput = True, False
     return module

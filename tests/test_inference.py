@@ -323,7 +323,7 @@ def test_time_runs_excludes_warmup():
 def need(backend: str) -> None:
     packages = ("onnx", "onnxscript", backend) if backend in ("onnxruntime", "openvino") else ()
     for package in packages:
-        pytest.importorskip(package, reason=f"needs {package} (requirements-deploy.txt)")
+        pytest.importorskip(package, reason=f"needs {package}: pip install '.[deploy]'")
 
 
 def test_backends_send_no_usage_reports(tmp_path):

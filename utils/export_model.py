@@ -6,7 +6,7 @@
     python utils/export_model.py --weights save/camvid-d20 --format openvino --output logits \\
         --precision int8 --calibrate /data/camvid/train --dataset camvid --datadir /data/camvid
 
-    pip install -r requirements-deploy.txt   # packages of the formats; torch needs none
+    pip install ".[deploy]"   # packages of the formats; torch needs none
 
 The file takes RGB images (N, H, W, 3) uint8 of the network's size and returns class indices
 (N, H, W) uint8. Files exported with --output logits can be given as --weights to the other

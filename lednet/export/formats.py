@@ -1,6 +1,6 @@
 """Registry of file formats, each with a writer and its own runtime.
 
-The packages of a format are imported when it is used: see requirements-deploy.txt.
+The packages of a format are imported when it is used: see the extra "deploy" in pyproject.toml.
 """
 
 import importlib.util

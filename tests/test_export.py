@@ -52,7 +52,7 @@ every_format = pytest.mark.parametrize("format", tuple(FORMATS))
 
 def need(format: str, *extra: str, dynamic: bool = False) -> None:
     for package in (*FORMATS[format].packages, *extra):
-        pytest.importorskip(package, reason=f"needs {package}: see the extra deploy in pyproject.toml")
+        pytest.importorskip(package, reason=f"needs {package}: pip install '.[deploy]'")
     if dynamic and torch.__version__.startswith("2.6."):
         pytest.skip("--dynamic needs a torch newer than 2.6")
 

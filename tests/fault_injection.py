@@ -499,7 +499,7 @@ FAULTS = (
     Fault("SIGTERM in validation, to the whole group", stop(TERM, True, LAST), 143, BY_TERM,
           struck=in_validation),
     Fault("a write fails half-way through a checkpoint", limit_file_size, 2, NO_CHECKPOINT),
-    Fault("an image vanishes", remove_image, 2, r"error: no file \S+\.png: .*restore it"),
+    Fault("an image vanishes", remove_image, 2, r"error: no file \S+\.png: check the path"),
     Fault("a loading process is killed", kill_worker, 2, NO_WORKER),
     Fault("a loading process is killed while a checkpoint is written", kill_worker_in_writing, 2,
           NO_WORKER),

@@ -212,7 +212,7 @@ def copy_as(name: str):
 PREDICTION_FAULTS = {
     "size": (save("L", (64, 32)), "{path.name}: .*is 128x64, the prediction for it 64x32"),
     "id 34": (save("L", value=34), "{path} holds the id 34, which Cityscapes does not have"),
-    "mode": (save("RGB"), "{path} has mode RGB"),
+    "mode": (save("RGB"), r"{path} is a color image \(mode RGB\)"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:90]), "{path} is damaged"),
     "missing": (Path.unlink, "1 of 3 frames have no prediction"),
     "without ground truth": (

@@ -49,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     net.add_argument("--state", type=Path,
                      help="start from the weights of a full network: a file, a run folder or a "
                           "released name")
+    net.add_argument("--reset-head", action="store_true",
+                     help="with --state: keep new random weights in the layers of the classes, for "
+                          "other classes than those of the weights")
     net.add_argument("--pretrainedEncoder", type=Path, dest="pretrained_encoder",
                      help="weights to take the encoder and its normalization from; skips stage 1")
     net.add_argument("--decoder", action="store_true", help="start with stage 2")
@@ -85,12 +88,13 @@ import functools
 import math
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lednet.checkpoint import load_checkpoint, load_state
+from lednet.checkpoint import compare_keys, load_checkpoint, load_state
 from lednet.data.cache import CachedDataset, command_line
 from lednet.data.dataset import SegmentationDataset, SkipCorruptDataset, pixel_shares
-from lednet.data.loaders import make_loaders
+from lednet.data.loaders import make_loaders, require_common_class
 from lednet.data.registry import cache_split, open_training_data
 from lednet.data.transforms import Augmentation
 from lednet.distributed import DistributedContext
@@ -99,7 +103,7 @@ from lednet.hub import resolve_weights
 from lednet.model import LEDNet, count_parameters
 from lednet.training import losses
 from lednet.training.launch import config_from_args, launch, open_run, prepare_net
-from lednet.training.loop import StageComponents, TrainingRun, train_stages
+from lednet.training.loop import StageComponents, TrainingRun, report_result, train_stages
 from lednet.training.signals import CheckpointTimer
 from lednet.training.stages import Stage, parse_curriculum, parse_sizes, plan_stages
 from lednet.training.tasks import Segmentation
@@ -114,6 +118,8 @@ def parse_options() -> argparse.Namespace:
     args = train_args.parse_flags(build_parser(), run_path, ROOT / "train/recipes")
     if args.pyramid_channels and args.variant != "d128":
         raise UserError("--pyramid-channels goes with --variant d128: give both or neither")
+    if args.reset_head and not args.state:
+        raise UserError("--reset-head goes with --state: give both or neither")
     if args.val_stride == 1:
         raise UserError("--val-stride 1 leaves nothing to train on: give 2 or more")
     if args.class_uniform is not None and not 0 < args.class_uniform <= 1:
@@ -184,6 +190,29 @@ def weights_for(args: argparse.Namespace, stage: Stage, data: Data) -> list[floa
     return losses.class_weights(shares, losses.WEIGHT_OFFSETS[stage.part]).tolist()
 
 
+def replace_head(net: LEDNet, state: dict[str, Tensor], path: Path, reset: bool) -> dict:
+    """`state` with the layers of the classes of `net`, if `reset`.
+
+    Raises:
+        UserError: not `reset`, but `state` differs from `net` in the number of classes only.
+    """
+    own, channels = net.state_dict(), net.pyramid_channels if net.variant == "d128" else None
+    with torch.device("meta"):
+        larger = LEDNet(net.num_classes + 1, net.variant, channels).state_dict()
+    head = {key for key, value in own.items() if value.shape != larger[key].shape}
+    if reset:
+        return {key: own[key] if key in head else value for key, value in state.items()}
+    report = compare_keys(net, state)
+    mismatched = {key for key, *_ in report.mismatched}
+    if mismatched and mismatched <= head and not report.missing and not report.unexpected:
+        raise UserError(
+            f"--state {path} has {report.mismatched[0][2][0]} outputs, and these classes need "
+            f"{net.num_classes}: add --reset-head to train new layers of the classes, or take the "
+            "encoder only with --pretrainedEncoder"
+        )
+    return state
+
+
 def load_initial_weights(args: argparse.Namespace, run: TrainingRun) -> None:
     """Load the weights of --state and --pretrainedEncoder into a new run's network, with their
     normalization and, for the model card, the description of their training."""
@@ -193,12 +222,17 @@ def load_initial_weights(args: argparse.Namespace, run: TrainingRun) -> None:
     ):
         if path:
             content = load_checkpoint(resolve_weights(path))
-            report = load_state(run.net, content["state_dict"], path, part)
-            meta = content.get("meta", {})
+            state, meta = content["state_dict"], content.get("meta", {})
+            if isinstance(run.net, LEDNet) and not part:
+                state = replace_head(run.net, state, path, args.reset_head)
+            report = load_state(run.net, state, path, part)
             run.meta |= {key: meta[key] for key in ("mean", "std") if key in meta}
             if flag == "--state" and (earlier := meta.get("training", meta.get("earlier"))):
                 run.meta["earlier"] = earlier
-            run.run_dir.log(f"{flag}: {report}")
+            kept = ", except the layers of the classes, which are new" * (
+                args.reset_head and not part
+            )
+            run.run_dir.log(f"{flag}: {report}{kept}")
 
 
 def train(
@@ -214,6 +248,7 @@ def train(
         "model": f"LEDNet {args.variant}",
         "dataset": scheme.name,
         "classes": list(scheme.classes),
+        "label_values": sorted(map(list, scheme.file_ids.items())),
         "colors": [list(color) for color in scheme.colors],
         "mean": [0.0, 0.0, 0.0],  # the paper trains on raw [0, 1] images
         "std": [1.0, 1.0, 1.0],
@@ -226,6 +261,8 @@ def train(
     state = run.resume() if args.resume else ()
     if not args.resume:
         load_initial_weights(args, run)
+        if not scheme.has_void:
+            net.disable_last_class()
     prepare_net(args, run, ROOT)
 
     def build_stage(stage: Stage) -> StageComponents:
@@ -243,6 +280,7 @@ def train(
             pretrained = FinetuneConfig(net.encoder, args.encoder_lr_factor, args.freeze_encoder)
         # The head of stage 1 has no part in stage 2.
         net.encoder_head.requires_grad_(stage.part == "encoder")
+        require_common_class(data.train, data.val)
         task = Segmentation(
             losses.WeightedCrossEntropy(weights_for(args, stage, data), scheme.num_outputs),
             Augmentation(args.augment, run.meta["mean"], run.meta["std"], stage.size),
@@ -265,8 +303,7 @@ def train(
         f"{dist_context.device}; {run.run_dir.path}"
     )
     progress = train_stages(run, build_stage, *state)
-    best, curves = (run.run_dir.path / name for name in (stages[-1].best_file, "curves.png"))
-    log(f"done: best val mIoU {progress.best_score:.3f}; weights {best}, curves {curves}")
+    report_result(run, progress, "mIoU", stages[-1].best_file)
 
 
 if __name__ == "__main__":

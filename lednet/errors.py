@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 EXIT_STATUS = 2
@@ -34,7 +34,7 @@ def raise_if_problems(problems: Sequence[str], limit: int = 3) -> None:
 def shared_memory_error(error: Exception) -> UserError | None:
     """A `UserError` if `error` of PyTorch or multiprocessing says that /dev/shm is full."""
     text = str(error)
-    full = "shared memory" in text or "Bus error" in text
+    full = "shared memory(shm)" in text or "Bus error" in text
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and os.path.isdir("/dev/shm"):
         full = shutil.disk_usage("/dev/shm").free < 2**20
     if not full:
@@ -46,13 +46,18 @@ def shared_memory_error(error: Exception) -> UserError | None:
 
 
 def exit_when_interrupted() -> None:
-    """Exit at SIGINT with status 130 and no traceback, outside of `exit_on_user_error` too."""
+    """Exit at SIGINT with status 130 and no traceback, before `exit_on_user_error` begins."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         os.write(2, b"interrupted\n")
         os._exit(INTERRUPTED)
 
-    signal.signal(signal.SIGINT, stop)
+    _handle_sigint(stop)
+
+
+def _handle_sigint(handler: Callable[[int, FrameType | None], None]) -> None:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in background jobs of a shell
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager
@@ -69,7 +74,7 @@ def exit_on_user_error() -> Iterator[None]:
             os._exit(0)  # for any other status, PyTorch raises an error in the main process
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    _handle_sigint(interrupt)
     try:
         yield
     except KeyboardInterrupt:
@@ -84,4 +89,4 @@ def exit_on_user_error() -> Iterator[None]:
             sys.exit(EXIT_STATUS)
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        _handle_sigint(signal.default_int_handler)

@@ -267,6 +267,7 @@ def train(
 
     def build_stage(stage: Stage) -> StageComponents:
         data = open_data(stage.annotations)
+        require_common_class(data.train, data.val)
         height, width = stage.size or (args.height, args.width)
         epochs = f"{stage.epochs} epochs" if args.max_minutes is None else "epochs"
         log(
@@ -280,7 +281,6 @@ def train(
             pretrained = FinetuneConfig(net.encoder, args.encoder_lr_factor, args.freeze_encoder)
         # The head of stage 1 has no part in stage 2.
         net.encoder_head.requires_grad_(stage.part == "encoder")
-        require_common_class(data.train, data.val)
         task = Segmentation(
             losses.WeightedCrossEntropy(weights_for(args, stage, data), scheme.num_outputs),
             Augmentation(args.augment, run.meta["mean"], run.meta["std"], stage.size),

@@ -13,7 +13,7 @@ from fuzzing import Trap
 from PIL import Image
 
 from lednet import LEDNet, UserError
-from lednet.checkpoint import save_checkpoint
+from lednet.checkpoint import load_checkpoint, save_checkpoint
 
 assert_refused = Result.assert_error
 
@@ -76,6 +76,7 @@ def test_train_damaged_data_is_refused(train, own_camvid, tmp_path, damage, word
     [
         (("--datadir", "nowhere"), "nowhere"),
         (("--savedir", "/dev/null/run"), "--savedir"),
+        (("--savedir", "x" * 300), "File name too long; choose another --savedir"),
         (("--resume",), "start without --resume"),
         (("--state", "d128.pth"), "d128.pth does not fit LEDNet(num_classes=12, variant='d20'"),
         (("--state", "20.pth"), "20 outputs, and these classes need 12: add --reset-head"),
@@ -167,6 +168,18 @@ def test_train_invalid_checkpoint_is_not_resumed(train, tmp_path, content, words
         path.write_bytes(content)
     (tmp_path / "run/options.json").write_text('{"options": {}}')
     train("--resume").assert_error(path.name, *words)
+
+
+def test_train_reset_head_keeps_all_other_layers(train, tmp_path):
+    net = LEDNet(5)
+    save_checkpoint(tmp_path / "w.pth", net, {})
+    result = train("--state", tmp_path / "w.pth", "--reset-head", "--lr", 0, "--decoder")
+    assert result.returncode == 0, result.stderr
+    assert "are new (decoder.mid, decoder.pooled, encoder_head)" in result.stdout
+    found = load_checkpoint(tmp_path / "run/best.pth")["state_dict"]
+    kept = {key for key, value in net.named_parameters() if torch.equal(value, found[key])}
+    heads = ("decoder.mid", "decoder.pooled", "encoder_head")
+    assert kept == {key for key, _ in net.named_parameters() if not key.startswith(heads)}
 
 
 def test_train_in_a_process_reports_the_same_error(run_script, tmp_path):

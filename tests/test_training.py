@@ -598,7 +598,7 @@ def test_resume_from_a_checkpoint_without_label_values_compares_names_only(score
 
 
 def test_report_result_names_only_files_that_exist(scores, tmp_path, capsys):
-    for score, words in ((None, "no s0_best.pth, because"), (0.5, "0.500; weights")):
+    for score, words in ((None, "no s0_best.pth (no epoch has"), (0.5, "0.500; weights")):
         scores.append(score)
         folder = tmp_path / str(score)
         run, progress = tiny_run(folder, epochs=(1,), return_run=True)

@@ -190,31 +190,28 @@ def weights_for(args: argparse.Namespace, stage: Stage, data: Data) -> list[floa
     return losses.class_weights(shares, losses.WEIGHT_OFFSETS[stage.part]).tolist()
 
 
-def replace_head(net: LEDNet, state: dict[str, Tensor], path: Path, reset: bool) -> dict:
-    """`state` with the layers of the classes of `net`, if `reset`.
-
-    Raises:
-        UserError: not `reset`, but `state` differs from `net` in the number of classes only.
-    """
+def head_keys(net: LEDNet) -> set[str]:
+    """Keys of the tensors of `net` whose shape depends on the number of classes."""
     own, channels = net.state_dict(), net.pyramid_channels if net.variant == "d128" else None
     with torch.device("meta"):
         larger = LEDNet(net.num_classes + 1, net.variant, channels).state_dict()
-    head = {key for key, value in own.items() if value.shape != larger[key].shape}
-    if reset:
-        return {key: own[key] if key in head else value for key, value in state.items()}
+    return {key for key, value in own.items() if value.shape != larger[key].shape}
+
+
+def require_outputs(net: LEDNet, state: dict[str, Tensor], path: Path) -> None:
+    """Raise a `UserError` if `state` differs from `net` in the number of classes, and only so."""
     report = compare_keys(net, state)
     mismatched = {key for key, *_ in report.mismatched}
-    if mismatched and mismatched <= head and not report.missing and not report.unexpected:
+    if mismatched and mismatched <= head_keys(net) and not report.missing + report.unexpected:
         raise UserError(
             f"--state {path} has {report.mismatched[0][2][0]} outputs, and these classes need "
             f"{net.num_classes}: add --reset-head to train new layers of the classes, or take the "
             "encoder only with --pretrainedEncoder"
         )
-    return state
 
 
-def load_initial_weights(args: argparse.Namespace, run: TrainingRun) -> None:
-    """Load the weights of --state and --pretrainedEncoder into a new run's network, with their
+def load_initial_weights(args: argparse.Namespace, run: TrainingRun, net: LEDNet) -> None:
+    """Load the weights of --state and --pretrainedEncoder into `net` of a new run, with their
     normalization and, for the model card, the description of their training."""
     for flag, path, part in (
         ("--state", args.state, ""),
@@ -223,15 +220,16 @@ def load_initial_weights(args: argparse.Namespace, run: TrainingRun) -> None:
         if path:
             content = load_checkpoint(resolve_weights(path))
             state, meta = content["state_dict"], content.get("meta", {})
-            if isinstance(run.net, LEDNet) and not part:
-                state = replace_head(run.net, state, path, args.reset_head)
-            report = load_state(run.net, state, path, part)
+            new = head_keys(net) if args.reset_head and not part else ()
+            state |= {key: net.state_dict()[key] for key in new if key in state}
+            if not part:
+                require_outputs(net, state, path)
+            report = load_state(net, state, path, part)
             run.meta |= {key: meta[key] for key in ("mean", "std") if key in meta}
             if flag == "--state" and (earlier := meta.get("training", meta.get("earlier"))):
                 run.meta["earlier"] = earlier
-            kept = ", except the layers of the classes, which are new" * (
-                args.reset_head and not part
-            )
+            layers = sorted({key.rsplit(".", 2 if "decoder" in key else 1)[0] for key in new})
+            kept = f", of which {len(new)} are new ({', '.join(layers)})" if new else ""
             run.run_dir.log(f"{flag}: {report}{kept}")
 
 
@@ -260,7 +258,7 @@ def train(
     log = run.run_dir.log
     state = run.resume() if args.resume else ()
     if not args.resume:
-        load_initial_weights(args, run)
+        load_initial_weights(args, run, net)
         if not scheme.has_void:
             net.disable_last_class()
     prepare_net(args, run, ROOT)

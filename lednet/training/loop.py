@@ -241,7 +241,8 @@ def report_result(run: TrainingRun, progress: Progress, score: str, file: str) -
     folder, log = run.run_dir.path, run.run_dir.log
     if progress.best_score < 0 or not (folder / file).exists():
         last = next(iter(run.checkpoints.paths()), folder)
-        log(f"done: no {file}, because no epoch has a val {score}; the last weights are in {last}")
+        reason = f"no epoch has a val {score}" if progress.best_score < 0 else "it was removed"
+        log(f"done: there is no {file} ({reason}); the last weights are in {last}")
     else:
         best, curves = folder / file, folder / "curves.png"
         log(f"done: best val {score} {progress.best_score:.3f}; weights {best}, curves {curves}")

@@ -47,11 +47,11 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image
 from toy_scene import Scene, annotate, draw_scene
-from tqdm import tqdm
 
 from lednet.data.labels import cityscapes_id_scheme
 from lednet.errors import UserError, exit_on_user_error
 from lednet.io import read_json, write_atomically, write_json, write_text
+from lednet.progress import progress_bar
 
 DRAWING = 1
 """Version of the drawing; increased when the same seed gives other images."""
@@ -172,7 +172,7 @@ def write_toy_cityscapes(
     work = functools.partial(write_scene, root, seed, width, height)
     with multiprocessing.Pool(workers) if workers > 1 else contextlib.nullcontext() as pool:
         done = pool.imap_unordered(work, items, chunksize=2) if pool else map(work, items)
-        for _ in tqdm(done, total=len(items), unit="scene"):
+        for _ in progress_bar(done, total=len(items), desc="draw", unit="scene"):
             pass
     write_json(root / "toy.json", {"options": options, "complete": True})
     return True

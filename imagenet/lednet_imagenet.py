@@ -77,7 +77,7 @@ from lednet.errors import UserError, exit_on_user_error
 from lednet.hub import load_weights
 from lednet.model import EncoderClassifier, count_parameters
 from lednet.training.launch import config_from_args, launch, open_run, prepare_net
-from lednet.training.loop import StageComponents, train_stages
+from lednet.training.loop import StageComponents, report_result, train_stages
 from lednet.training.run_dir import environment
 from lednet.training.signals import CheckpointTimer
 from lednet.training.stages import Stage
@@ -191,8 +191,7 @@ def train(
         f"{dist_context.device}; {run.run_dir.path}"
     )
     progress = train_stages(run, build_stage, *state)
-    encoder, curves = (run.run_dir.path / name for name in (ENCODER_FILE, "curves.png"))
-    log(f"done: best val top-1 {progress.best_score:.3f}; encoder {encoder}, curves {curves}")
+    report_result(run, progress, "top-1", ENCODER_FILE)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,7 @@ def _in_range(low: float, high: float, types: Any = int) -> Callable[[Any], bool
 _META: dict[str, Callable[[Any], bool]] = {
     "size": lambda v: _is_list(v, _in_range(1, 1e9), 2) and math.prod(v) <= max_pixels(),
     "classes": lambda v: _is_list(v, lambda name: isinstance(name, str)),
+    "label_values": lambda v: _is_list(v, lambda pair: _is_list(pair, _in_range(0, 255), 2)),
     "colors": lambda v: _is_list(v, lambda color: _is_list(color, _in_range(0, 255), 3)),
     "mean": lambda v: _is_list(v, _in_range(-1e6, 1e6, int | float), 3),
     "std": lambda v: _is_list(v, _in_range(1e-6, 1e6, int | float), 3),

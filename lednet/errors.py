@@ -1,10 +1,16 @@
 """The exception for errors that a user can correct, and how scripts report it."""
 
 import contextlib
+import errno
+import os
+import shutil
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 EXIT_STATUS = 2
+INTERRUPTED = 130
 
 
 class UserError(Exception):
@@ -25,17 +31,62 @@ def raise_if_problems(problems: Sequence[str], limit: int = 3) -> None:
         raise UserError(". ".join([*problems[:limit], *more]))
 
 
+def shared_memory_error(error: Exception) -> UserError | None:
+    """A `UserError` if `error` of PyTorch or multiprocessing says that /dev/shm is full."""
+    text = str(error)
+    full = "shared memory(shm)" in text or "Bus error" in text
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and os.path.isdir("/dev/shm"):
+        full = shutil.disk_usage("/dev/shm").free < 2**20
+    if not full:
+        return None
+    return UserError(
+        "/dev/shm is too small for the loading processes: load in one process with --num-workers "
+        "0, or make it larger (docker run --shm-size=8g)"
+    )
+
+
+def exit_when_interrupted() -> None:
+    """Exit at SIGINT with status 130 and no traceback, before `exit_on_user_error` begins."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(INTERRUPTED)
+
+    _handle_sigint(stop)
+
+
+def _handle_sigint(handler: Callable[[int, FrameType | None], None]) -> None:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in background jobs of a shell
+        signal.signal(signal.SIGINT, handler)
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Print a `UserError` as `error: sentence` to standard error and exit with status 2.
 
-    An interrupt from the keyboard exits with status 130, as shells expect.
+    An interrupt from the keyboard exits with status 130, as shells expect; child processes end
+    without a message.
     """
+    process = os.getpid()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            os._exit(0)  # for any other status, PyTorch raises an error in the main process
+        raise KeyboardInterrupt
+
+    _handle_sigint(interrupt)
     try:
         yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_STATUS)
+    except (RuntimeError, OSError) as error:
+        if full := shared_memory_error(error):
+            print(f"error: {full}", file=sys.stderr)
+            sys.exit(EXIT_STATUS)
+        raise
+    finally:
+        _handle_sigint(signal.default_int_handler)

@@ -290,6 +290,17 @@ class LEDNet(nn.Module):
         logits = self.decoder(self.encoder(x))  # (N, num_classes, H/8, W/8)
         return resize(logits, x.shape[-2:])
 
+    def disable_last_class(self) -> None:
+        """Make the last logit of the decoder 0, which is the minimum, before and during training.
+
+        Of equal logits the first class is predicted, so the last class is not. The zeros have no
+        gradient, because they precede a ReLU.
+        """
+        with torch.no_grad():
+            for branch in (self.decoder.mid, self.decoder.pooled):
+                for parameter in branch[1].parameters():
+                    parameter[-1] = 0
+
     def encoder_stage(self) -> EncoderStage:
         """The encoder with its 1x1 head, sharing this network's parameters."""
         return EncoderStage(self.encoder, self.encoder_head)

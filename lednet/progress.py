@@ -46,6 +46,8 @@ def progress_bar(
     options = {"leave": False, "dynamic_ncols": True, **options}
     if sys.stderr.isatty():
         return tqdm(iterable, total=total, **options)
+    unit = options.get("unit", "it")
+    units = {"B": "B", "batch": "batches"}.get(unit, f"{unit}s")
     return _ProgressLines(
         iterable,
         total=total,
@@ -57,9 +59,9 @@ def progress_bar(
             "mininterval": MIN_INTERVAL,
             "maxinterval": math.inf,
             "miniters": max(1, (total or 0) // (lines + 1)),
-            "bar_format": "{desc}: {percentage:.0f}% of {total_fmt} {unit}s, {rate_fmt}, "
+            "bar_format": f"{{desc}}: {{percentage:.0f}}% of {{total_fmt}} {units}, {{rate_fmt}}, "
             "{remaining} left{postfix}"
             if total
-            else "{desc}: {n_fmt} {unit}s, {rate_fmt}",
+            else f"{{desc}}: {{n_fmt}} {units}, {{rate_fmt}}",
         },
     )

@@ -39,14 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     common.print_help_early(build_parser)
 
-from tqdm import tqdm
-
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.device import choose_device
 from lednet.errors import UserError, exit_on_user_error, raise_if_problems
 from lednet.inference.inputs import find_inputs
 from lednet.inference.predictor import Predictor
 from lednet.inference.writers import PredictionJob, PredictionWriter, errors_of, predict_images
+from lednet.progress import progress_bar
 from lednet.visualization import Visualizer, output_scheme
 
 
@@ -68,7 +67,7 @@ def main() -> None:
             files = {kind: file for kind, file in files.items() if not file.exists()}
         if files:
             tasks.append(PredictionJob(name, path, files))
-    with tqdm(total=len(tasks), desc="draw", unit="image", dynamic_ncols=True) as bar:
+    with progress_bar(total=len(tasks), desc="draw", unit="image") as bar:
         entries = predict_images(predictor, tasks, output, bar.update)
     errors = errors_of(entries)
     drawn = len(entries) - len(errors)

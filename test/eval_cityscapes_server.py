@@ -85,8 +85,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from lednet.data.image_io import read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
 from lednet.data.pairs import require_file
@@ -102,6 +100,7 @@ from lednet.inference.benchmark import benchmark, benchmark_rows
 from lednet.inference.predictor import Predictor
 from lednet.inference.progress_log import ProgressLog
 from lednet.io import plain_values, write_json
+from lednet.progress import progress_bar
 
 
 def parse_options() -> argparse.Namespace:
@@ -141,7 +140,7 @@ def gather_results(
     size = dist_context.size
     name = subset if size == 1 else f"{subset} (process 1 of {size})"
     hidden = not dist_context.is_main
-    bar = tqdm(results, name, total, unit="image", dynamic_ncols=True, disable=hidden)
+    bar = progress_bar(results, total=total, desc=name, unit="image", disable=hidden)
     return dist_context.all_gather(list(bar))
 
 

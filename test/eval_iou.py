@@ -61,7 +61,6 @@ import shlex
 import sys
 
 from torch.utils.data import DataLoader, default_collate
-from tqdm import tqdm
 
 from lednet.data.registry import DEFAULT_SIZES, open_dataset
 from lednet.device import choose_device
@@ -71,6 +70,7 @@ from lednet.inference.predictor import Predictor
 from lednet.inference.writers import sample_sheet
 from lednet.io import write_json
 from lednet.plots import plot_class_iou
+from lednet.progress import progress_bar
 
 
 def collate(samples: list) -> list:
@@ -106,7 +106,7 @@ def main() -> None:
     loader: DataLoader = DataLoader(
         data, args.batch_size, num_workers=args.num_workers, collate_fn=collate
     )
-    batches = tqdm(loader, args.subset, unit="batch", dynamic_ncols=True)
+    batches = progress_bar(loader, desc=args.subset, unit="batch")
     confusion = evaluate(predictor.label_maps, batches, data.scheme.num_classes, predictor.device)
     where = f"{root} {args.subset}"
     require_labels(confusion, where)

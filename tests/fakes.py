@@ -181,23 +181,27 @@ def tiny_run(
     epochs: tuple[int, ...] = (2, 2),
     loading: Mapping = MappingProxyType({}),
     run_options: Mapping = MappingProxyType({}),
+    meta: Mapping = MappingProxyType({}),
+    return_run: bool = False,
     **options,
-) -> tuple[nn.Module, Progress]:
+) -> tuple[nn.Module | TrainingRun, Progress]:
     """Train `tiny_net` in the run folder `folder`, 7 images in batches of 2.
 
     Args:
         change: called with the trainer of each stage.
         epochs: epochs of each stage.
+        meta: further entries of the run's.
+        return_run: return the run instead of its network.
         loading, run_options, options: of `make_loaders`, `TrainingRun` and `small_trainer`.
     """
     timer = timer or StopAt(ALONE)
     context = timer.dist_context
     net = tiny_net()
     stages = [Stage(f"s{i}", f"Stage {i}", n, f"s{i}_best.pth") for i, n in enumerate(epochs)]
-    meta = {"model": "tiny", "dataset": "noise", "mean": [0.0] * 3, "std": [1.0] * 3}
+    about = {"model": "tiny", "dataset": "noise", "mean": [0.0] * 3, "std": [1.0] * 3, **meta}
     run_dir = RunDir(folder, resume, context.is_main)
     checkpoints = Checkpoints(folder)
-    run = TrainingRun(net, stages, run_dir, checkpoints, meta, 1, timer, **run_options)
+    run = TrainingRun(net, stages, run_dir, checkpoints, about, 1, timer, **run_options)
     state = run.resume() if resume else ()
 
     def build_stage(stage: Stage) -> StageComponents:
@@ -206,7 +210,8 @@ def tiny_run(
         data = NoiseDataset(7), NoiseDataset(7)
         return StageComponents(trainer, *make_loaders(*data, context, 2, 0, 1, **loading))
 
-    return net, train_stages(run, build_stage, *state)
+    progress = train_stages(run, build_stage, *state)
+    return run if return_run else net, progress
 
 
 def assert_same_tensors(first: Mapping, second: Mapping) -> None:

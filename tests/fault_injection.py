@@ -480,7 +480,8 @@ TEMPORARY = r"\..+"
 """Names of files that a process could not remove; the next one does."""
 
 TERM, INT, KILLED = signal.SIGTERM, signal.SIGINT, -signal.SIGKILL
-BY_TERM, BY_INT = (f"stopped by {name}; continue with --resume" for name in ("SIGTERM", "SIGINT"))
+BY_TERM = "stopped by SIGTERM; continue with --resume"
+BY_INT = "interrupted by SIGINT; continue with --resume"
 NO_CHECKPOINT = r"error: cannot write \S+/checkpoint_\d+\.pth: .*; free some space or choose .*"
 NO_WORKER = "error: a loading process died .*: continue with --resume, perhaps with fewer .*"
 IN_LOSS = r"error: the loss is nan in step \d of \w+ \d/\d, of \w+\.png, \w+\.png; "

@@ -1,6 +1,7 @@
 """Bad input ends in one sentence, exit status 2, and nothing half-written."""
 
 import errno
+import json
 import os
 import pickle
 
@@ -12,7 +13,7 @@ from fuzzing import Trap
 from PIL import Image
 
 from lednet import LEDNet, UserError
-from lednet.checkpoint import save_checkpoint
+from lednet.checkpoint import load_checkpoint, save_checkpoint
 
 assert_refused = Result.assert_error
 
@@ -75,9 +76,13 @@ def test_train_damaged_data_is_refused(train, own_camvid, tmp_path, damage, word
     [
         (("--datadir", "nowhere"), "nowhere"),
         (("--savedir", "/dev/null/run"), "--savedir"),
+        (("--savedir", "x" * 300), "File name too long; choose another --savedir"),
         (("--resume",), "start without --resume"),
         (("--state", "d128.pth"), "d128.pth does not fit LEDNet(num_classes=12, variant='d20'"),
-        (("--state", "20.pth"), "20.pth does not fit"),
+        (("--state", "20.pth"), "20 outputs, and these classes need 12: add --reset-head"),
+        (("--state", "20.pth"), "--pretrainedEncoder"),
+        (("--state", "d128.pth", "--reset-head"), "d128.pth does not fit"),
+        (("--reset-head",), "--reset-head goes with --state"),
         (("--num-epochs", 0), "--num-epochs: '0' is not a whole number"),
         (("--val-stride", 1), "--val-stride 1"),
         (("--precision", "fp16"), "fp16 needs a GPU"),
@@ -104,6 +109,47 @@ def test_train_invalid_flag_is_refused(train, tmp_path, monkeypatch, flags, word
     assert flags[0] not in ("--datadir", "--resume") or not (tmp_path / "run").exists()
 
 
+VOID, SKY, CAR = 11, 0, 8
+
+
+@pytest.mark.parametrize("flags", [(), ("--class-weights", "none")])
+@pytest.mark.parametrize(
+    ("train_value", "val_value", "words"),
+    [
+        (VOID, SKY, ["the training labels of CamVid (5 files) hold void only"]),
+        (SKY, VOID, ["the validation labels of CamVid (3 files) hold void only"]),
+        (SKY, CAR, ["training labels hold sky and validation labels hold car, and no class in"]),
+    ],
+)
+def test_train_without_a_common_class_is_refused(
+    train, own_camvid, tmp_path, train_value, val_value, words, flags
+):
+    for split, value in (("train", train_value), ("val", val_value)):
+        for path in (own_camvid / f"{split}annot").iterdir():
+            Image.new("L", (64, 48), value).save(path)
+    train(*flags).assert_error(*words)
+    assert not list(tmp_path.glob("run/*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--variant", "d128"), "started with --variant d20: resume it so, not with --variant d12"),
+        (("--val-stride", 2), "started without --val-stride: resume it so"),
+        (("--dataset", "folders"), "started with --dataset camvid"),
+        (("--with-val",), "started without --with-val"),
+        (("--state", "w.pth"), "started without --state"),
+    ],
+)
+def test_train_resume_with_other_fixed_options_is_refused(train, tmp_path, flags, words):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("")
+    options = {"dataset": "camvid", "variant": "d20", "val_stride": 0, "with_val": False}
+    content = {"options": options | {"state": None}}
+    (tmp_path / "run/options.json").write_text(json.dumps(content))
+    train("--resume", *flags).assert_error(words)
+
+
 def test_train_second_run_in_a_folder_is_refused(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/log.jsonl").write_text("{}\n")
@@ -122,6 +168,18 @@ def test_train_invalid_checkpoint_is_not_resumed(train, tmp_path, content, words
         path.write_bytes(content)
     (tmp_path / "run/options.json").write_text('{"options": {}}')
     train("--resume").assert_error(path.name, *words)
+
+
+def test_train_reset_head_keeps_all_other_layers(train, tmp_path):
+    net = LEDNet(5)
+    save_checkpoint(tmp_path / "w.pth", net, {})
+    result = train("--state", tmp_path / "w.pth", "--reset-head", "--lr", 0, "--decoder")
+    assert result.returncode == 0, result.stderr
+    assert "are new (decoder.mid, decoder.pooled, encoder_head)" in result.stdout
+    found = load_checkpoint(tmp_path / "run/best.pth")["state_dict"]
+    kept = {key for key, value in net.named_parameters() if torch.equal(value, found[key])}
+    heads = ("decoder.mid", "decoder.pooled", "encoder_head")
+    assert kept == {key for key, _ in net.named_parameters() if not key.startswith(heads)}
 
 
 def test_train_in_a_process_reports_the_same_error(run_script, tmp_path):

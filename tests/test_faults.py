@@ -4,10 +4,13 @@ The faults affect one run in turn: each process resumes where the last one ended
 `benchmarks/faults.py` are proven in one process by tests/test_training.py.
 """
 
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from fault_injection import (
     FAULTS,
     LOST,
@@ -24,7 +27,7 @@ from fault_injection import (
 from make_toy_cityscapes import write_toy_cityscapes
 
 from lednet.data.loaders import worker_failures
-from lednet.errors import UserError
+from lednet.errors import UserError, exit_on_user_error
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="finds processes and sets limits as Linux does"
@@ -65,9 +68,54 @@ def test_worker_failures_reports_only_dead_processes():
     for dead in (RuntimeError("DataLoader worker (pid 7) is killed"), ConnectionResetError()):
         with pytest.raises(UserError, match="a loading process died"), worker_failures():
             raise dead
+    for full in (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."),
+        RuntimeError("unable to allocate shared memory(shm) for file </torch_7>"),
+    ):
+        with pytest.raises(UserError, match="/dev/shm is too small"), worker_failures():
+            raise full
+        with pytest.raises(SystemExit), exit_on_user_error():
+            raise full
     error = RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
     with pytest.raises(RuntimeError, match="Caught"), worker_failures():
         raise error
+
+
+SCRIPT = """
+import os, signal, sys
+from lednet.cli.common import print_help_early
+print_help_early(None)
+if sys.argv[1] == "import":
+    signal.raise_signal(signal.SIGINT)
+from lednet.errors import exit_on_user_error
+with exit_on_user_error():
+    if sys.argv[1] == "child":
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGINT)
+        print(os.waitpid(child, 0)[1], file=sys.stderr, end=" ")
+    signal.raise_signal(signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "text"),
+    [("import", "interrupted\n"), ("work", "interrupted\n"), ("child", "0 interrupted\n")],
+)
+def test_script_interrupted_at_any_moment_ends_in_a_line(moment, text):
+    command = [sys.executable, "-c", SCRIPT, moment]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, text)
+
+
+def test_script_in_the_background_keeps_ignoring_interrupts():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with exit_on_user_error():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_torchrun_restarts_a_killed_process(data, tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from fakes import (
 )
 from torch import nn
 
-from lednet import UserError, signals
+from lednet import LEDNet, UserError, signals
 from lednet.checkpoint import load_checkpoint
 from lednet.data.dataset import SkipCorruptDataset
 from lednet.data.registry import open_dataset
@@ -42,6 +43,7 @@ from lednet.device import choose_device
 from lednet.distributed import DistributedContext
 from lednet.signals import StopRequest
 from lednet.training.checkpointing import Checkpoints
+from lednet.training.loop import report_result
 from lednet.training.losses import (
     RELEASED_WEIGHTS,
     WEIGHT_OFFSETS,
@@ -566,6 +568,56 @@ def test_resume_with_other_stages_is_refused(tmp_path, scores):
     tiny_run(tmp_path, epochs=(1, 1))
     with pytest.raises(UserError, match="is in stage s1, which these options leave out"):
         tiny_run(tmp_path, epochs=(1,), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("classes", "values", "words"),
+    [
+        (["b", "a"], [[0, 0], [5, 1]], "class 0 was a, and is b"),
+        (["a"], [[0, 0], [5, 255]], "class 1 was b, and is absent"),
+        (["a", "b"], [[0, 1], [5, 0]], "label value 0 was a, and is b"),
+        (["a", "b"], [[0, 0], [5, 1], [9, 255]], "label value 9 was absent, and is void"),
+    ],
+)
+def test_resume_with_other_classes_is_refused(scores, tmp_path, classes, values, words):
+    scores += [0.1, 0.1]
+    tiny_run(tmp_path, epochs=(1,), meta={"classes": ["a", "b"], "label_values": [[0, 0], [5, 1]]})
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=rf"checkpoint_.*: {words}\. Restore"):
+        meta = {"classes": classes, "label_values": values}
+        tiny_run(tmp_path, epochs=(2,), resume=True, meta=meta)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_resume_from_a_checkpoint_without_label_values_compares_names_only(scores, tmp_path):
+    scores += [0.1, 0.1]
+    tiny_run(tmp_path, epochs=(1,), meta={"classes": ["a"]})
+    meta = {"classes": ["a"], "label_values": [[0, 0]]}
+    tiny_run(tmp_path, epochs=(2,), resume=True, meta=meta)
+    assert len(read_records(tmp_path)) == 2
+
+
+def test_report_result_names_only_files_that_exist(scores, tmp_path, capsys):
+    for score, words in ((None, "no s0_best.pth (no epoch has"), (0.5, "0.500; weights")):
+        scores.append(score)
+        folder = tmp_path / str(score)
+        run, progress = tiny_run(folder, epochs=(1,), return_run=True)
+        report_result(run, progress, "mIoU", "s0_best.pth")
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert words in line and "-1" not in line
+        names = [word.strip(";,") for word in line.split() if word.startswith(str(tmp_path))]
+        assert Path(names[0]).exists()
+
+
+def test_disabled_last_class_is_never_predicted_and_stays_disabled():
+    torch.manual_seed(0)
+    net = LEDNet(4, "d128", 4)
+    net.disable_last_class()
+    trainer = small_trainer(Unaugmented(), net, lr=0.1, weight_decay=0.1, ema_decay=0.5)
+    trainer.train_one_epoch(noise_batches(3, 4), "title", KEYS)
+    for model in (net, trainer.eval_model):
+        logits = model.eval()(torch.rand(2, 3, 32, 48))
+        assert not logits[:, -1].any() and logits[:, :-1].any()
 
 
 def test_run_of_version_0_1_is_resumed(own_camvid, tmp_path, run_inside):

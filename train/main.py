@@ -49,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     net.add_argument("--state", type=Path,
                      help="start from the weights of a full network: a file, a run folder or a "
                           "released name")
+    net.add_argument("--reset-head", action="store_true",
+                     help="with --state: keep new random weights in the layers of the classes, for "
+                          "other classes than those of the weights")
     net.add_argument("--pretrainedEncoder", type=Path, dest="pretrained_encoder",
                      help="weights to take the encoder and its normalization from; skips stage 1")
     net.add_argument("--decoder", action="store_true", help="start with stage 2")
@@ -85,12 +88,13 @@ import functools
 import math
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lednet.checkpoint import load_checkpoint, load_state
+from lednet.checkpoint import compare_keys, load_checkpoint, load_state
 from lednet.data.cache import CachedDataset, command_line
 from lednet.data.dataset import SegmentationDataset, SkipCorruptDataset, pixel_shares
-from lednet.data.loaders import make_loaders
+from lednet.data.loaders import make_loaders, require_common_class
 from lednet.data.registry import cache_split, open_training_data
 from lednet.data.transforms import Augmentation
 from lednet.distributed import DistributedContext
@@ -99,7 +103,7 @@ from lednet.hub import resolve_weights
 from lednet.model import LEDNet, count_parameters
 from lednet.training import losses
 from lednet.training.launch import config_from_args, launch, open_run, prepare_net
-from lednet.training.loop import StageComponents, TrainingRun, train_stages
+from lednet.training.loop import StageComponents, TrainingRun, report_result, train_stages
 from lednet.training.signals import CheckpointTimer
 from lednet.training.stages import Stage, parse_curriculum, parse_sizes, plan_stages
 from lednet.training.tasks import Segmentation
@@ -114,6 +118,8 @@ def parse_options() -> argparse.Namespace:
     args = train_args.parse_flags(build_parser(), run_path, ROOT / "train/recipes")
     if args.pyramid_channels and args.variant != "d128":
         raise UserError("--pyramid-channels goes with --variant d128: give both or neither")
+    if args.reset_head and not args.state:
+        raise UserError("--reset-head goes with --state: give both or neither")
     if args.val_stride == 1:
         raise UserError("--val-stride 1 leaves nothing to train on: give 2 or more")
     if args.class_uniform is not None and not 0 < args.class_uniform <= 1:
@@ -184,8 +190,28 @@ def weights_for(args: argparse.Namespace, stage: Stage, data: Data) -> list[floa
     return losses.class_weights(shares, losses.WEIGHT_OFFSETS[stage.part]).tolist()
 
 
-def load_initial_weights(args: argparse.Namespace, run: TrainingRun) -> None:
-    """Load the weights of --state and --pretrainedEncoder into a new run's network, with their
+def head_keys(net: LEDNet) -> set[str]:
+    """Keys of the tensors of `net` whose shape depends on the number of classes."""
+    own, channels = net.state_dict(), net.pyramid_channels if net.variant == "d128" else None
+    with torch.device("meta"):
+        larger = LEDNet(net.num_classes + 1, net.variant, channels).state_dict()
+    return {key for key, value in own.items() if value.shape != larger[key].shape}
+
+
+def require_outputs(net: LEDNet, state: dict[str, Tensor], path: Path) -> None:
+    """Raise a `UserError` if `state` differs from `net` in the number of classes, and only so."""
+    report = compare_keys(net, state)
+    mismatched = {key for key, *_ in report.mismatched}
+    if mismatched and mismatched <= head_keys(net) and not report.missing + report.unexpected:
+        raise UserError(
+            f"--state {path} has {report.mismatched[0][2][0]} outputs, and these classes need "
+            f"{net.num_classes}: add --reset-head to train new layers of the classes, or take the "
+            "encoder only with --pretrainedEncoder"
+        )
+
+
+def load_initial_weights(args: argparse.Namespace, run: TrainingRun, net: LEDNet) -> None:
+    """Load the weights of --state and --pretrainedEncoder into `net` of a new run, with their
     normalization and, for the model card, the description of their training."""
     for flag, path, part in (
         ("--state", args.state, ""),
@@ -193,12 +219,18 @@ def load_initial_weights(args: argparse.Namespace, run: TrainingRun) -> None:
     ):
         if path:
             content = load_checkpoint(resolve_weights(path))
-            report = load_state(run.net, content["state_dict"], path, part)
-            meta = content.get("meta", {})
+            state, meta = content["state_dict"], content.get("meta", {})
+            new = head_keys(net) if args.reset_head and not part else ()
+            state |= {key: net.state_dict()[key] for key in new if key in state}
+            if not part:
+                require_outputs(net, state, path)
+            report = load_state(net, state, path, part)
             run.meta |= {key: meta[key] for key in ("mean", "std") if key in meta}
             if flag == "--state" and (earlier := meta.get("training", meta.get("earlier"))):
                 run.meta["earlier"] = earlier
-            run.run_dir.log(f"{flag}: {report}")
+            layers = sorted({key.rsplit(".", 2 if "decoder" in key else 1)[0] for key in new})
+            kept = f", of which {len(new)} are new ({', '.join(layers)})" if new else ""
+            run.run_dir.log(f"{flag}: {report}{kept}")
 
 
 def train(
@@ -214,6 +246,7 @@ def train(
         "model": f"LEDNet {args.variant}",
         "dataset": scheme.name,
         "classes": list(scheme.classes),
+        "label_values": sorted(map(list, scheme.file_ids.items())),
         "colors": [list(color) for color in scheme.colors],
         "mean": [0.0, 0.0, 0.0],  # the paper trains on raw [0, 1] images
         "std": [1.0, 1.0, 1.0],
@@ -225,11 +258,14 @@ def train(
     log = run.run_dir.log
     state = run.resume() if args.resume else ()
     if not args.resume:
-        load_initial_weights(args, run)
+        load_initial_weights(args, run, net)
+        if not scheme.has_void:
+            net.disable_last_class()
     prepare_net(args, run, ROOT)
 
     def build_stage(stage: Stage) -> StageComponents:
         data = open_data(stage.annotations)
+        require_common_class(data.train, data.val)
         height, width = stage.size or (args.height, args.width)
         epochs = f"{stage.epochs} epochs" if args.max_minutes is None else "epochs"
         log(
@@ -265,8 +301,7 @@ def train(
         f"{dist_context.device}; {run.run_dir.path}"
     )
     progress = train_stages(run, build_stage, *state)
-    best, curves = (run.run_dir.path / name for name in (stages[-1].best_file, "curves.png"))
-    log(f"done: best val mIoU {progress.best_score:.3f}; weights {best}, curves {curves}")
+    report_result(run, progress, "mIoU", stages[-1].best_file)
 
 
 if __name__ == "__main__":

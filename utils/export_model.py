@@ -83,7 +83,6 @@ import numpy as np
 from make_toy_cityscapes import toy_scene
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import require_classes
@@ -96,6 +95,7 @@ from lednet.files import IMAGE_SUFFIXES
 from lednet.hub import input_size, resolve_weights
 from lednet.inference.predictor import Predictor
 from lednet.model import LEDNet, load_model
+from lednet.progress import progress_bar
 
 EXIT_STATUS = 1
 """The outputs of the file differ from the network's."""
@@ -122,7 +122,7 @@ def read_images(paths: list[Path] | None, name: str) -> Iterator[Image.Image]:
         scenes = (toy_scene(1, "val", i, width=512, height=256) for i in range(TOY_IMAGES))
         yield from (Image.fromarray(scene.image) for scene in scenes)
         return
-    for path in tqdm(paths, name, unit="image", leave=False, dynamic_ncols=True):
+    for path in progress_bar(paths, desc=name, unit="image"):
         yield Image.fromarray(to_rgb(open_image(path)))
 
 
@@ -153,7 +153,7 @@ def miou_gate(
     require_classes(net, meta, data.scheme, args.weights)
 
     def miou(predictor: Predictor, name: str) -> float:
-        images = tqdm(DataLoader(data), name, unit="image", leave=False, dynamic_ncols=True)
+        images = progress_bar(DataLoader(data), desc=name, unit="image")
         confusion = evaluate(
             predictor.label_maps, images, data.scheme.num_classes, predictor.device
         )

@@ -94,6 +94,7 @@ from lednet.inference.predictor import Predictor
 from lednet.inference.progress_log import ProgressLog
 from lednet.inference.video import VIDEO_SUFFIXES, VideoError, VideoReader, import_av, open_camera
 from lednet.io import write_json
+from lednet.progress import progress_bar
 from lednet.signals import StopRequest
 from lednet.visualization import Visualizer, output_scheme
 
@@ -141,7 +142,7 @@ class Run:
 
     def bar(self, total: int | None, name: str, unit: str) -> tqdm:
         hidden = total == 0 or not self.context.is_main
-        return tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, disable=hidden)
+        return progress_bar(total=total, desc=name, unit=unit, disable=hidden)
 
 
 def fingerprint(path: Path) -> list:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lednet.errors import EXIT_STATUS
+from lednet.errors import EXIT_STATUS, exit_when_interrupted
 
 DATASETS = ("cityscapes", "camvid", "voc", "ade20k", "folders")
 ANNOTATIONS = ("fine", "coarse", "both", "aug")
@@ -58,8 +58,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def print_help_early(build_parser: Callable[[], argparse.ArgumentParser]) -> None:
     """Print the help and exit, if the command line asks for it.
 
-    Scripts call this before they import PyTorch, which takes seconds.
+    Scripts call this before they import PyTorch, which takes seconds and can be interrupted.
     """
+    exit_when_interrupted()
     if {"-h", "--help"} & set(sys.argv[1:]):
         build_parser().parse_args()
 

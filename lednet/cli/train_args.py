@@ -7,6 +7,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lednet.cli.common import (
     COUNT,
@@ -154,12 +155,39 @@ def parse_flags(
             f"the run was started with the recipe {saved['recipe']}, not {args.recipe}: resume it "
             "without --recipe, and give the flags that shall change"
         )
+    if resume:
+        _require_same_options(parser, args, saved)
     for name in ("clip_norm", "max_minutes"):
         if getattr(args, name, None) == 0:
             raise UserError(f"--{name.replace('_', '-')} is 0: give more, or leave it out")
     if args.ema_decay is not None and args.ema_decay >= 1:
         raise UserError(f"--ema-decay is {args.ema_decay}: give less than 1")
     return args
+
+
+FIXED_OPTIONS = (
+    "dataset", "annotations", "val_stride", "val_prefix", "with_val", "variant",
+    "pyramid_channels", "state", "reset_head", "pretrained_encoder",
+)  # fmt: skip
+"""Options that a resumed run cannot change."""
+
+
+def _require_same_options(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, saved: dict[str, Any]
+) -> None:
+    flags = {action.dest: action.option_strings[0] for action in reversed(parser._actions)}
+
+    def describe(name: str, value: Any) -> str:
+        if not value:
+            return f"without {flags[name]}"
+        return f"with {flags[name]}" + (f" {value}" if value is not True else "")
+
+    for name in FIXED_OPTIONS:
+        if name in saved and name in vars(args) and str(saved[name]) != str(getattr(args, name)):
+            raise UserError(
+                f"the run was started {describe(name, saved[name])}: resume it so, not "
+                f"{describe(name, getattr(args, name))}, or start a new run with --state"
+            )
 
 
 def require_schedule(args: argparse.Namespace, epochs: int) -> None:

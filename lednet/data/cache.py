@@ -32,6 +32,7 @@ from lednet.data.dataset import PairDataset
 from lednet.data.pairs import Sample
 from lednet.errors import UserError
 from lednet.io import read_json, require_space, write_atomically, write_text
+from lednet.progress import progress_bar
 
 VERSION = 2
 MANIFEST = "manifest.json"
@@ -116,7 +117,7 @@ class CachedDataset(PairDataset):
 
     def verify(self) -> None:
         """Read all shards; raises a `UserError` if one differs from its checksum."""
-        for shard in tqdm(self._shards, "verifying", unit="shard"):
+        for shard in progress_bar(self._shards, desc="verifying", unit="shard"):
             shard.load(self.command, checksum=True)
 
     def __len__(self) -> int:
@@ -183,7 +184,7 @@ def build_cache(
         data = shards[0].data
         loader = DataLoader(data, batch_size=None, sampler=indices, num_workers=workers)
         samples, done = iter(loader), len(source) - len(indices)
-        with tqdm(total=len(source), initial=done, desc=name, unit="image") as bar:
+        with progress_bar(total=len(source), initial=done, desc=name, unit="image") as bar:
             for shard in shards:
                 shard.write(samples, bar)
 
@@ -318,7 +319,7 @@ def _prepare_split(
         _read_manifest(folder, source, "choose another --cache, or add --rebuild to replace it")
     step = max(shard_pairs, math.ceil(len(source) / MAX_SHARDS))
     shards, missing, kept = _list_shards(folder, source, step), [], {MANIFEST}
-    for shard in tqdm(shards, "checking", unit="shard", leave=False):
+    for shard in progress_bar(shards, desc="checking", unit="shard"):
         try:
             if not rebuild:
                 shard.load(checksum=True)

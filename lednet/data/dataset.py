@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
-from tqdm import tqdm
 
 from lednet.data.image_io import exif_transpose_op, open_image, read_ids, read_image, to_rgb
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
 from lednet.data.pairs import Sample, require_file
 from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
+from lednet.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
         with ThreadPoolExecutor(workers) as pool:
             counts = pool.map(self.count_label, range(len(self)))
             return np.stack(
-                list(tqdm(counts, "class shares", len(self), unit="label", leave=False))
+                list(progress_bar(counts, total=len(self), desc="class shares", unit="label"))
             )
 
 

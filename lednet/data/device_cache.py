@@ -6,11 +6,11 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from tqdm import tqdm
 
 from lednet.data.dataset import PairDataset
 from lednet.device import free_memory
 from lednet.errors import UserError
+from lednet.progress import progress_bar
 
 MEMORY_SHARE = 0.9
 """Largest part of the free memory that a data set may take; training needs the rest."""
@@ -94,7 +94,7 @@ def load_to_device(
         pin_memory=device.type == "cuda",
     )
     row = 0
-    with tqdm(total=count, desc=f"loading to {device}", unit="image", leave=False) as bar:
+    with progress_bar(total=count, desc=f"loading to {device}", unit="image") as bar:
         for batch in batches:
             for rows, part in zip(stored, batch, strict=True):
                 rows[row : row + len(part)].copy_(part, non_blocking=True)

@@ -103,6 +103,11 @@ class LabelScheme:
         return len(self.classes) + 1
 
     @property
+    def has_void(self) -> bool:
+        """Whether a file value stands for void."""
+        return IGNORE_INDEX in self.file_ids.values()
+
+    @property
     def palette(self) -> np.ndarray:
         """(256, 3) uint8: colour of each class index; void and the rest are black."""
         palette = np.zeros((256, 3), dtype=np.uint8)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from tqdm import tqdm
 
 from lednet.data.labels import CITYSCAPES_LABELS, IGNORE_INDEX
 from lednet.data.pairs import IMAGE_SUFFIXES, list_examples
@@ -26,6 +25,7 @@ from lednet.data.prepare.cityscapes_tree import FRAMES
 from lednet.data.prepare.zips import open_zip
 from lednet.errors import UserError
 from lednet.io import write_atomically
+from lednet.progress import progress_bar
 
 NUM_FILES = {subset: FRAMES[subset] for subset in ("test", "val")}
 """Number of images of each subset."""
@@ -182,7 +182,7 @@ def check_submission(
         pool = stack.enter_context(ThreadPoolExecutor(min(4, os.cpu_count() or 1)))
         results = pool.map(lambda image: _check_image(image, size), images)
         hidden = not progress
-        bar = tqdm(results, path.name, len(images), unit="file", disable=hidden, dynamic_ncols=True)
+        bar = progress_bar(results, total=len(images), desc=path.name, unit="file", disable=hidden)
         for image, (remarks, image_ids) in zip(images, bar, strict=True):
             ids |= image_ids
             for kind, remark in remarks.items():

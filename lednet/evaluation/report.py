@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from lednet.data.dataset import read_label
 from lednet.data.image_io import read_image
@@ -22,6 +21,7 @@ from lednet.evaluation.cityscapes_metrics import (
 )
 from lednet.html import Column, Figure, Tables, format_score, image_uri, write_page
 from lednet.metrics import none_if_nan
+from lednet.progress import progress_bar
 from lednet.visualization import shrink
 
 ERROR_COLOR: Color = (255, 96, 32)
@@ -270,5 +270,5 @@ def write_benchmark_report(
     write_report(
         path, title, _headline(full, network, card), cityscapes_scheme(), columns,
         full.class_matrix(), tables,
-        tqdm(rows, "report", len(worst), unit="image", dynamic_ncols=True),
+        progress_bar(rows, total=len(worst), desc="report", unit="image"),
     )  # fmt: skip

@@ -128,6 +128,7 @@ class TrainingRun:
                 f"{path} is in stage {meta['stage']}, which these options leave out: resume with "
                 "the original options"
             )
+        _require_same_classes(meta, self.meta, path)
         load_state(self.net, content["state_dict"], path)
         self.meta |= {key: meta[key] for key in ("mean", "std")}
         entries = (state[key] for key in PROGRESS_TYPES)
@@ -153,6 +154,37 @@ def _is_progress(meta: Any, state: Any) -> bool:
         )
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
         return False
+
+
+def _require_same_classes(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """
+    Raises:
+        UserError: the classes of a checkpoint or their label values are not the current ones;
+            names the first difference. Checkpoints of version 0.1 have no label values.
+    """
+    changed = []
+    names = [dict(enumerate(meta.get("classes", ()))) for meta in (saved, current)]
+    if "classes" in saved:
+        changed += _changes("class", *names)
+    if "label_values" in saved:
+        values = (
+            {value: name.get(index, "void") for value, index in meta.get("label_values", ())}
+            for meta, name in zip((saved, current), names, strict=True)
+        )
+        changed += _changes("label value", *values)
+    if changed:
+        raise UserError(
+            f"the classes are not those of {path}: {changed[0]}. Restore them to resume the run, "
+            "or start a new one with --state"
+        )
+
+
+def _changes(what: str, before: dict[int, str], now: dict[int, str]) -> list[str]:
+    return [
+        f"{what} {key} was {before.get(key, 'absent')}, and is {now.get(key, 'absent')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
 
 
 class StageComponents(NamedTuple):
@@ -197,6 +229,23 @@ def train_stages(
                     components.trainer.load_state_dict(trainer_state)
             StageRunner(run, stage, components, progress, budget).train()
     return progress
+
+
+def report_result(run: TrainingRun, progress: Progress, score: str, file: str) -> None:
+    """Log the best score of a finished run, and the paths of weights and curves.
+
+    Args:
+        score: name of the score.
+        file: name of the file of the weights.
+    """
+    folder, log = run.run_dir.path, run.run_dir.log
+    if progress.best_score < 0 or not (folder / file).exists():
+        last = next(iter(run.checkpoints.paths()), folder)
+        reason = f"no epoch has a val {score}" if progress.best_score < 0 else "it was removed"
+        log(f"done: there is no {file} ({reason}); the last weights are in {last}")
+    else:
+        best, curves = folder / file, folder / "curves.png"
+        log(f"done: best val {score} {progress.best_score:.3f}; weights {best}, curves {curves}")
 
 
 @contextlib.contextmanager

@@ -58,7 +58,10 @@ def environment(repository: Path) -> dict[str, Any]:
 
 def holds_run(path: Path) -> bool:
     """Whether the folder `path` contains a log or a checkpoint."""
-    return (path / "log.jsonl").exists() or any(path.glob("checkpoint_*.pth"))
+    try:
+        return (path / "log.jsonl").exists() or any(path.glob("checkpoint_*.pth"))
+    except OSError:  # the name is too long, or the folder cannot be read
+        return False
 
 
 def require_run(path: Path) -> None:

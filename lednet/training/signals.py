@@ -27,7 +27,8 @@ class TrainingStopped(Exception):
     """
 
     def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        verb = "interrupted" if number == signal.SIGINT else "stopped"
+        super().__init__(f"{verb} by {signal.Signals(number).name}")
         self.exit_status = 128 + number
 
 

@@ -20,6 +20,7 @@ from lednet.device import autocast
 from lednet.distributed import DistributedContext
 from lednet.errors import UserError
 from lednet.metrics import none_if_nan
+from lednet.progress import progress_bar
 from lednet.training.cuda_graph import CapturedStep, Recorder, record_cuda_graph
 from lednet.training.lr_schedule import lr_factor
 from lednet.training.tasks import Task
@@ -547,9 +548,8 @@ class Trainer:
 
     def _progress_bar(self, loader: Batches, title: str) -> tqdm:
         """A progress bar in images of all processes, shown by the main process."""
-        return tqdm(
-            total=len(loader.sampler) * self.dist_context.size,
-            desc=title, unit="image", leave=False, dynamic_ncols=True, mininterval=0.5,
+        return progress_bar(
+            total=len(loader.sampler) * self.dist_context.size, lines=4, desc=title, unit="image",
             disable=not self.dist_context.is_main,
         )  # fmt: skip
 

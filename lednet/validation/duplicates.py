@@ -15,6 +15,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
+from lednet.progress import progress_bar
+
 THUMBNAIL = (48, 64)
 """(height, width) of a thumbnail in pixels, for any aspect ratio of the image."""
 
@@ -102,7 +104,7 @@ def find_copies(images: np.ndarray) -> list[tuple[int, int]]:
 def similarities(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Pairwise similarities, (len(images), len(others)) float32. Shows a progress bar."""
     mine, theirs = _normalize_contrast(images), _normalize_contrast(others)
-    with tqdm(total=len(mine) + len(theirs), desc="comparing", unit="image", leave=False) as bar:
+    with progress_bar(total=len(mine) + len(theirs), desc="comparing", unit="image") as bar:
         return np.maximum(_best_crop(theirs, mine, bar).T, _best_crop(mine, theirs, bar))
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from lednet.data.image_io import exif_transpose_op, open_header, to_rgb
 from lednet.data.pairs import Sample, require_file
 from lednet.errors import UserError
+from lednet.progress import progress_bar
 from lednet.validation.duplicates import THUMBNAIL
 
 _SIZE = THUMBNAIL[::-1]  # (width, height), the order of PIL
@@ -102,4 +102,4 @@ def inspect_pairs(pairs: Sequence[Sample], workers: int) -> Iterator[FileInspect
         num_workers=workers,
         collate_fn=inspect_pair,  # type: ignore[arg-type]
     )
-    yield from tqdm(loader, "inspecting", len(pairs), unit="pair", dynamic_ncols=True)
+    yield from progress_bar(loader, total=len(pairs), desc="inspecting", unit="pair")

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from lednet.data.labels import CITYSCAPES_LABELS
 from lednet.errors import UserError
 from lednet.io import max_pixels, write_atomically
+from lednet.progress import progress_bar
 
 ENDING = "_polygons.json"
 MAX_BYTES = 16 * 2**20
@@ -119,7 +119,7 @@ def write_missing_labels(root: Path, encoding: str = "labelIds") -> tuple[int, l
     targets = [path.with_name(path.name.replace(ENDING, f"_{encoding}.png")) for path in paths]
     missing = [pair for pair in zip(paths, targets, strict=True) if not pair[1].exists()]
     problems = []
-    for path, target in tqdm(missing, encoding, unit="label", dynamic_ncols=True):
+    for path, target in progress_bar(missing, desc=encoding, unit="label"):
         try:
             label = draw_labels(read_polygons(path), encoding)
         except UserError as error:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lednet.errors import UserError
 from lednet.io import remove_leftovers, require_space, write_atomically
+from lednet.progress import progress_bar
 
 MAX_FILES, MAX_FILE_BYTES = 100_000, 2**24
 """Limits of an archive's members. The largest Cityscapes archive has 93,894 files; a colour label
@@ -126,7 +127,7 @@ def extract_all(archives: list[Archive], root: Path) -> int:
     needed = sum(m.file_size for m in members if not (root / m.filename).exists())
     require_space(root, needed, "what is to be unpacked", "--datadir")
     total, written = sum(m.file_size for m in members), 0
-    with tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+    with progress_bar(total=total, unit="B", unit_scale=True) as bar:
         for archive in archives:
             bar.set_description(archive.path.stem)
             written += archive.extract(root, bar)

@@ -274,10 +274,10 @@ def test_to_rgb_applies_exif_orientation(tmp_path):
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (np.zeros((4, 4, 3), np.float32), "uint8, not"),
-        (np.zeros((4, 4, 3), np.uint16), "uint8, not"),
+        (np.zeros((4, 4, 3), np.float32), "one pixel, not"),
+        (np.zeros((4, 4, 3), np.uint16), "one pixel, not"),
         (np.zeros((3, 4, 5), np.uint8), "channels last"),
-        (np.zeros((0, 4, 3), np.uint8), "uint8, not"),
+        (np.zeros((0, 4, 3), np.uint8), "one pixel, not"),
         (Image.new("F", (4, 4)), "32-bit"),
     ],
 )

@@ -97,7 +97,6 @@ from lednet.progress import progress_bar
 from lednet.signals import StopRequest
 from lednet.visualization import Visualizer, output_scheme
 
-
 FilesOf = Callable[[str], Iterable[Path]]
 
 

@@ -24,7 +24,15 @@ from lednet.inference.sparse_argmax import upsample_argmax
 from lednet.model import LEDNet, argmax_at, count_parameters, load_model, resize, upsample_scores
 
 ImageInput = (
-    np.ndarray | Image.Image | Tensor | str | os.PathLike | bytes | bytearray | memoryview | BinaryIO
+    np.ndarray
+    | Image.Image
+    | Tensor
+    | str
+    | os.PathLike
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryIO
 )
 """What `Predictor` is called with; see `read_input`."""
 _UINT8 = "an image has uint8 values from 0 to 255"

@@ -91,7 +91,7 @@ def plot_class_iou(
         color=[np.array(color) / 255 for color in scheme.colors],
         edgecolor="#00000040",
     )
-    axis.set_yticks(range(len(class_iou)), list(class_iou))
+    axis.set_yticks(range(len(class_iou)), list(map(drawable, class_iou)))
     texts = ["absent" if iou is None else f"{iou:.3f}" for iou in class_iou.values()]
     axis.bar_label(bars, texts, padding=4)
     axis.set(xlim=(0, 1.1), xlabel="IoU", title=title)

@@ -31,7 +31,7 @@ MIN_TRACED_SIDE = 65
 single pixel, which would be traced differently."""
 
 TRACE_LOCK = threading.RLock()
-"""Held while a graph is traced, converted or compiled: PyTorch does these in one thread at a time."""
+"""Held while a graph is traced, converted or compiled, which PyTorch does in one thread."""
 
 Bounds = tuple[int, int | None]
 """Smallest and largest length of an axis; None if it is unbounded."""

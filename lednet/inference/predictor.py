@@ -5,7 +5,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self, cast, overload
+from typing import Any, BinaryIO, NamedTuple, Self, overload
 
 import numpy as np
 import torch
@@ -250,9 +250,11 @@ class Predictor:
     @overload
     def __call__(self, image: ImageInput) -> np.ndarray: ...
     @overload
-    def __call__(self, image: Sequence[ImageInput]) -> list[np.ndarray]: ...
+    def __call__(self, image: list[Any] | tuple[Any, ...]) -> list[np.ndarray]: ...
 
-    def __call__(self, image: ImageInput | Sequence[ImageInput]) -> np.ndarray | list[np.ndarray]:
+    def __call__(
+        self, image: ImageInput | list[Any] | tuple[Any, ...]
+    ) -> np.ndarray | list[np.ndarray]:
         """Label map (H, W) uint8 of one image, at its size. Threads may share a predictor.
 
         Args:
@@ -263,7 +265,7 @@ class Predictor:
         """
         if isinstance(image, list | tuple):
             return [self._label_map(one) for one in image]
-        return self._label_map(cast(ImageInput, image))
+        return self._label_map(image)
 
     def _label_map(self, image: ImageInput) -> np.ndarray:
         images = torch.tensor(np.ascontiguousarray(read_input(image))).permute(2, 0, 1)[None]
@@ -309,7 +311,7 @@ def read_input(image: ImageInput) -> np.ndarray:
         if not os.fspath(image):
             raise UserError("the path of the image is empty: give one")
         return to_rgb(open_image(Path(os.fsdecode(image))))
-    if isinstance(image, io.TextIOBase):
+    if hasattr(image, "encoding"):  # as files opened as text have
         raise UserError("a file opened as text is no image: open it with mode 'rb'")
     if hasattr(image, "read") and hasattr(image, "seek"):
         return to_rgb(open_image(image))

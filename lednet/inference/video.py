@@ -13,9 +13,11 @@ from lednet.data import image_io
 from lednet.errors import UserError
 from lednet.io import write_atomically
 
-VIDEO_SUFFIXES = tuple(
-    [".mp4", ".m4v", ".mp4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".m2t", ".m2ts", ".mts", ".wmv", ".asf", ".flv", ".ogv", ".mxf", ".h264", ".264", ".hevc", ".265"]
-)
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mp4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi",
+    ".divx", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".m2t", ".m2ts", ".mts",
+    ".wmv", ".asf", ".flv", ".ogv", ".mxf", ".h264", ".264", ".hevc", ".265",
+)  # fmt: skip
 READ_OPTIONS = {
     "format_whitelist": "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,mxf,h264,hevc",
     "protocol_whitelist": "file",

@@ -7,10 +7,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
+from lednet.fonts import drawable, pil_font, plot_families
 from lednet.io import write_atomically
 from lednet.visualization import colorize, draw_legend
 
@@ -19,6 +21,12 @@ _TRAIN_COLOR, _VAL_COLOR = "#4c78a8", "#f58518"
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
     with write_atomically(path) as temporary, matplotlib.rc_context({"font.size": 10}):
+        texts = figure.findobj(Text)
+        for text in texts:
+            text.set_text(drawable(text.get_text()))
+        families = plot_families(text.get_text() for text in texts)
+        for text in texts:
+            text.set_fontfamily(families)
         figure.savefig(temporary, dpi=110)
 
 
@@ -78,11 +86,12 @@ def plot_class_iou(
     figure = Figure(figsize=(7, 1.2 + 0.32 * len(class_iou)), layout="constrained")
     axis = figure.subplots()
     bars = axis.barh(
-        list(class_iou),
+        range(len(class_iou)),
         [iou or 0.0 for iou in class_iou.values()],
         color=[np.array(color) / 255 for color in scheme.colors],
         edgecolor="#00000040",
     )
+    axis.set_yticks(range(len(class_iou)), list(map(drawable, class_iou)))
     texts = ["absent" if iou is None else f"{iou:.3f}" for iou in class_iou.values()]
     axis.bar_label(bars, texts, padding=4)
     axis.set(xlim=(0, 1.1), xlabel="IoU", title=title)
@@ -138,9 +147,9 @@ def tile_sheet(
     legend = draw_legend(scheme, lefts[-1] + tile_width + margin)
     height = top + sum(heights) + margin * len(rows) + legend.height
     sheet = Image.new("RGB", (legend.width, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    draw = ImageDraw.Draw(sheet)
     for left, heading in zip(lefts, headings, strict=True):
-        draw.text((left, 6), heading, "black", font)
+        draw.text((left, 6), heading, "black", pil_font(heading, 15))
     for number, (row, tile_height) in enumerate(zip(rows, heights, strict=True)):
         for left, pixels in zip(lefts, row, strict=True):
             photo = left == margin
@@ -149,7 +158,9 @@ def tile_sheet(
             sheet.paste(tile, (left, top))
         if captions:
             place = (margin + 6, top + 4)
-            draw.text(place, captions[number], "white", font, stroke_width=2, stroke_fill="black")
+            caption = drawable(captions[number])
+            font = pil_font(caption, 15)
+            draw.text(place, caption, "white", font, stroke_width=2, stroke_fill="black")
         top += tile_height + margin
     sheet.paste(legend, (0, top))
     with write_atomically(path) as temporary:

@@ -3,14 +3,15 @@
 import base64
 import io
 import os
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from lednet.data.labels import LabelScheme, camvid_scheme, cityscapes_scheme
 from lednet.errors import UserError
+from lednet.fonts import drawable, pil_font
 from lednet.io import write_atomically
 
 VISUALIZATIONS = ("color", "overlay", "side")
@@ -108,14 +109,15 @@ def draw_legend(
         font_size: in pixels.
         void: whether void is one of the entries.
     """
-    font = ImageFont.load_default(font_size)
     margin, gap, row, swatch_width, swatch_height, text_left = (
         round(length * font_size / _FONT_SIZE) for length in (8, 14, 24, 22, 15, 28)
     )
-    entries = [*zip(scheme.classes, scheme.colors, strict=True)]
+    entries = [*zip(map(drawable, scheme.classes), scheme.colors, strict=True)]
     if void:
         entries.append(("void", (0, 0, 0)))
-    needed = text_left + gap + round(max(font.getlength(name) for name, _ in entries))
+    fonts = [pil_font(name, font_size) for name, _ in entries]
+    lengths = [font.getlength(name) for font, (name, _) in zip(fonts, entries, strict=True)]
+    needed = text_left + gap + round(max(lengths))
     rows = -(-len(entries) // max(1, (width - margin) // needed))
     columns = -(-len(entries) // rows)  # as few as these rows need, to spread them evenly
     width = max(width, margin + needed)
@@ -125,7 +127,7 @@ def draw_legend(
         x = margin + (i % columns) * ((width - margin) // columns)
         y = margin + (i // columns) * row
         draw.rectangle((x, y, x + swatch_width, y + swatch_height), fill=color, outline="gray")
-        draw.text((x + text_left, y + swatch_height / 2), name, "black", font, anchor="lm")
+        draw.text((x + text_left, y + swatch_height / 2), name, "black", fonts[i], anchor="lm")
     return legend
 
 
@@ -141,7 +143,7 @@ class Visualizer:
 
     def __init__(self, scheme: LabelScheme, alpha: float = 0.5, legend: bool = True):
         self.scheme, self.alpha, self.legend = scheme, alpha, legend
-        self._legend = cache(
+        self._legend = lru_cache(maxsize=16)(
             lambda width, void: np.asarray(draw_legend(scheme, width, max(13, width / 72), void))
         )
 

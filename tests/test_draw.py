@@ -7,12 +7,12 @@ from conftest import CLASSES, COLORS
 from PIL import Image
 from test_bad_input import assert_refused
 
-from lednet import LEDNet, UserError
+from lednet import LEDNet, UserError, fonts
 from lednet.checkpoint import save_checkpoint
 from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, cityscapes_scheme
 from lednet.inference.predictor import Predictor
 from lednet.model import load_model
-from lednet.plots import contact_sheet
+from lednet.plots import contact_sheet, plot_class_iou
 from lednet.visualization import Visualizer, colorize, draw_legend, output_scheme, overlay
 
 SCHEME = camvid_scheme()
@@ -82,6 +82,38 @@ def test_draw_legend_void_is_optional(void):
     black = torch.from_numpy((pixels == 0).all(axis=2)).float()[None, None]
     # A black square of 8 pixels is more than a letter's stroke.
     assert bool((torch.nn.functional.avg_pool2d(black, 8, 1) == 1).any()) == void
+
+
+def named_scheme(*names: str) -> LabelScheme:
+    colors = tuple((9, 9, 9) for _ in names)
+    return LabelScheme("x", names, colors, {i: i for i in range(len(names))})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("\u0434\u043e\u043c", "\u043b\u0435\u0441"), ("\u8def", "\u6811")]
+)
+def test_draw_legend_tells_names_of_other_scripts_apart(one, other):
+    legends = [np.asarray(draw_legend(named_scheme(name), 200)) for name in (one, other)]
+    assert not np.array_equal(*legends)
+
+
+def test_drawable_letters_of_no_font_are_codes_and_logged(monkeypatch, caplog):
+    monkeypatch.setattr(fonts, "find_font", lambda text: None)
+    fonts._warn_missing.cache_clear()
+    assert [fonts.drawable(name) for name in ("\u9053 a", "\u8def", "a")] == [
+        "\\u9053 a", "\\u8def", "a",
+    ]  # fmt: skip
+    assert [record.getMessage().split(" letters")[0] for record in caplog.records] == [
+        "no installed font has the CJK"
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_plot_class_iou_names_of_any_script_warn_of_no_glyph(tmp_path):
+    names = ("\u9053\u8def", "\u0434\u043e\u043c", "\ub3c4\ub85c", "road")
+    iou = dict.fromkeys(names, 0.5)
+    plot_class_iou(iou, named_scheme(*names), tmp_path / "a.png", "\u9053")
+    assert (tmp_path / "a.png").stat().st_size
 
 
 def test_contact_sheet_has_columns_and_legend(tmp_path):

@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from test_inference import SHORT_STAGES, formula_net
 from torch import nn
@@ -207,6 +209,21 @@ def test_onnx_file_has_expected_graph(exported):
     assert len(resizes) == 4
     for node in resizes:
         assert any(attribute.s == b"align_corners" for attribute in node.attribute)
+
+
+@pytest.mark.parametrize("size", [(300, 400), (57, 91), SIZE, (1, 1)])
+def test_onnx_snippet_of_the_docs_equals_predictor(exported, net, tmp_path, size):
+    page = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(import json\n.*?)```", page, re.DOTALL)
+    file = exported("onnx")[1]
+    shutil.copy(file, tmp_path / "best.onnx")
+    image = Image.fromarray(street_like(1, *SIZE)[0]).resize(size[::-1])
+    image.save(tmp_path / "street.jpg", quality=95)
+    program = snippet + "\nimport sys\nassert 'torch' not in sys.modules\nnp.save('labels', labels)"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    expected = Predictor.from_weights(file)(tmp_path / "street.jpg")
+    found = np.load(tmp_path / "labels.npy")
+    assert found.shape == expected.shape and (found == expected).mean() >= 0.999
 
 
 def test_torch_archive_runs_without_repository(exported, net):

@@ -1,9 +1,15 @@
 """Fused graphs, the predictor, its backends and the benchmark."""
 
+import contextlib
 import ctypes
+import io
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -239,8 +245,118 @@ def test_predictor_image_types_equal_labels(net, tmp_path):
         torch.from_numpy(pixels).permute(2, 0, 1),
         np.dstack((pixels, np.full((50, 70), 9, np.uint8))),  # with alpha
         Image.fromarray(pixels).convert("RGBA"),
+        np.ascontiguousarray(pixels[:, :, ::-1])[:, :, ::-1],
+        np.asfortranarray(pixels),
+        (tmp_path / "a.png").read_bytes(),
+        io.BytesIO((tmp_path / "a.png").read_bytes()),
     ):
         assert np.array_equal(predictor(image), expected)
+    batch = predictor([pixels, tmp_path / "a.png"])
+    assert len(batch) == 2 and all(np.array_equal(labels, expected) for labels in batch)
+    assert predictor([]) == []
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (None, "NoneType is no image"),
+        (5, "int is no image"),
+        ([[1, 2]], "list is no image"),
+        (b"no image", "damaged"),
+        (io.StringIO("text"), "mode 'rb'"),
+        ("", "is empty"),
+        ("https://example.org/a.png", "is a URL"),
+        ("none.png", "no file none.png"),
+        ("a" * 300, "cannot read"),
+        (np.ones((4, 4, 3)), "uint8 values from 0 to 255, not an array of float64"),
+        (np.ones((2, 4, 4, 3), np.uint8), "as a list"),
+        (np.ones((4, 0, 3), np.uint8), "one pixel"),
+        (np.array(5, np.uint8), r"\(H, W, 3\)"),
+        (torch.ones(3, 4, 4), "not a tensor of torch.float32"),
+        (torch.ones(3, 4, 4, dtype=torch.uint8, device="meta"), "not a tensor"),
+        (torch.ones(2, 3, 4, 4, dtype=torch.uint8), "as a list"),
+        (torch.ones(3, 0, 4, dtype=torch.uint8), "one pixel"),
+        (Image.new("RGB", (0, 4)), "0x4 pixels"),
+    ],
+)
+def test_predictor_other_input_is_named(image, words, net):
+    with pytest.raises(UserError, match=words):
+        Predictor(net, (32, 48))(image)
+
+
+def test_predictor_truncated_pil_image_is_named(net, tmp_path):
+    random = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(random).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"a\.png is damaged"):
+        Predictor(net, (32, 48))(Image.open(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime", "openvino"])
+def test_predictor_threads_equal_one_thread(backend, short_stages):
+    """The first calls of both network sizes come at once."""
+    need(backend)
+    images = [random_images(40 + 8 * i, 64, 3).numpy() for i in range(8)]
+    net = formula_net()
+    alone = list(map(Predictor(net, (32, 48)), images))
+    shared = Predictor(net, (32, 48), backend=backend)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(shared, images * 20))
+    for labels, expected in zip(found, alone * 20, strict=True):
+        assert (labels == expected).mean() > 0.999
+
+
+def test_runner_per_size_builds_once_while_threads_wait():
+    built, inside = [], threading.Lock()
+
+    def build(example: torch.Tensor):
+        assert inside.acquire(blocking=False), "two threads build at once"
+        time.sleep(0.05)
+        built.append(tuple(example.shape))
+        inside.release()
+        return lambda images: images + 1
+
+    runner = backends._RunnerPerSize(build)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(runner, [torch.zeros(1 + i % 2) for i in range(16)]))
+    assert sorted(built) == [(1,), (2,)]
+
+
+def test_cuda_graph_runner_keeps_threads_apart(monkeypatch):
+    """With a stand-in for CUDA whose graph fails if two threads are inside."""
+    record: dict = {}
+
+    class Graph:
+        def replay(self):
+            images = record["images"].clone()
+            time.sleep(0.001)
+            assert torch.equal(images, record["images"]), "another thread is inside"
+            with torch.inference_mode():
+                record["logits"].copy_(images.float())
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        record.update(images=images, logits=images.float())
+        return record["logits"]
+
+    for name in ("Event", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **kwargs: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    with torch.inference_mode():
+        runner = backends._CudaGraphRunner(forward, torch.zeros(4, dtype=torch.uint8))
+
+    def ask(value: int) -> bool:
+        return bool((runner(torch.full((4,), value, dtype=torch.uint8)) == value).all())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(100)))
+
+
+def test_openvino_small_network_is_refused(net):
+    need("openvino")
+    with pytest.raises(UserError, match="at least 8 pixels"):
+        Predictor(net, (4, 48), backend="openvino")(np.zeros((9, 9, 3), np.uint8))
 
 
 def test_to_rgb_converts_every_mode(tmp_path):
@@ -274,10 +390,10 @@ def test_to_rgb_applies_exif_orientation(tmp_path):
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (np.zeros((4, 4, 3), np.float32), "uint8, not"),
-        (np.zeros((4, 4, 3), np.uint16), "uint8, not"),
+        (np.zeros((4, 4, 3), np.float32), "one pixel, not"),
+        (np.zeros((4, 4, 3), np.uint16), "one pixel, not"),
         (np.zeros((3, 4, 5), np.uint8), "channels last"),
-        (np.zeros((0, 4, 3), np.uint8), "uint8, not"),
+        (np.zeros((0, 4, 3), np.uint8), "one pixel, not"),
         (Image.new("F", (4, 4)), "32-bit"),
     ],
 )

@@ -5,7 +5,7 @@ import ast
 from conftest import ROOT
 
 FLOORS = (
-    {"errors", "files", "io", "device", "distributed", "metrics", "progress", "signals"},
+    {"errors", "files", "io", "device", "distributed", "fonts", "metrics", "progress", "signals"},
     {"checkpoint"},
     {"hub"},
     {"model"},

@@ -199,7 +199,7 @@ def test_video_reader_frames_without_or_with_equal_timestamps_advance(tmp_path, 
         image = np.zeros((8, 8, 3), np.uint8)
         for pts in (None, None, 90, 90, 85, 120):
             yield SimpleNamespace(
-                pts=pts, width=8, height=8, rotation=0, to_ndarray=lambda **options: image
+                pts=pts, width=8, height=8, side_data={}, to_ndarray=lambda **options: image
             )
 
     monkeypatch.setattr(VideoReader, "_decode", decode)
@@ -229,12 +229,42 @@ def test_write_video_failure_keeps_the_earlier_file(tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
 
 
-def test_video_reader_applies_rotation(tmp_path):
-    one = 1 << 16
-    clockwise = [0, one, 0, -one, 0, 0, 0, 0, 1 << 30]  # x goes down, y to the left
-    with VideoReader(make_video(tmp_path / "phone.mp4", 3, matrix=clockwise)) as reader:
-        image, expected = next(iter(reader)).image, scene(0)[::-1].swapaxes(0, 1)
+@pytest.mark.parametrize(
+    ("directions", "upright"),
+    [
+        ((0, 1, -1, 0), lambda x: x[::-1].swapaxes(0, 1)),  # clockwise: x goes down, y to the left
+        ((0, -1, 1, 0), lambda x: x[:, ::-1].swapaxes(0, 1)),
+        ((-1, 0, 0, -1), lambda x: x[::-1, ::-1]),
+        ((-1, 0, 0, 1), lambda x: x[:, ::-1]),  # a front camera
+        ((1, 0, 0, -1), lambda x: x[::-1]),
+        ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1)),
+        ((0, -1, -1, 0), lambda x: x[::-1, ::-1].swapaxes(0, 1)),
+    ],
+)
+def test_video_reader_applies_display_matrix(tmp_path, directions, upright):
+    a, b, c, d = (direction << 16 for direction in directions)
+    matrix = [a, b, 0, c, d, 0, 0, 0, 1 << 30]
+    with VideoReader(make_video(tmp_path / "phone.mp4", 3, matrix=matrix)) as reader:
+        image, expected = next(iter(reader)).image, upright(scene(0))
     assert image.shape == expected.shape and np.abs(image.astype(int) - expected).mean() < 4
+
+
+def test_write_video_keeps_pixel_aspect(tmp_path):
+    with write_video(tmp_path / "a.mp4", Fraction(25), Fraction(1, 25)) as writer:
+        writer.append(scene(0), 0, Fraction(4, 3))
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        assert next(iter(reader)).pixel_aspect == Fraction(4, 3)
+
+
+@pytest.mark.parametrize("name", ["a.ts", "A.MTS", "a.3gp", "a.qt", "a.flv", "a.asf", "a.mxf"])
+def test_predict_takes_every_video_suffix(name):
+    assert Path(name).suffix.lower() in video.VIDEO_SUFFIXES
+
+
+def test_run_pipeline_hands_results_on_without_keeping_them():
+    seen = []
+    kept = run_pipeline(range(5), lambda i: i, lambda i: i, lambda i: i, on_result=seen.append)
+    assert seen == [0, 1, 2, 3, 4] and kept == []
 
 
 @pytest.mark.parametrize("audio", [0, 4])
@@ -465,6 +495,14 @@ def test_predict_damaged_image_is_named_and_others_are_done(predict, many, out):
     for path in many.iterdir():
         path.write_bytes(b"no image")
     assert_refused(predict(many, "--overwrite"), "0.png is damaged", "and 4 more")
+
+
+def test_predict_too_long_name_is_named_and_others_are_done(predict, photos, out):
+    long = photos / ("\u5199" * 80 + ".png")
+    Image.fromarray(scene(0)).save(long)
+    result = predict(photos)
+    assert result.returncode == 2 and "too long a name" in result.stderr
+    assert (out / "shares.json").is_file() and not list(out.glob("\u5199*"))
 
 
 def test_predict_results_of_other_files_or_settings_are_refused(predict, photos, weights, out):

@@ -73,14 +73,13 @@ if __name__ == "__main__":
     common.print_help_early(build_parser)
 
 import itertools
+import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
-
-from tqdm import tqdm
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TextIO
 
 from lednet.data.labels import LabelScheme, cityscapes_label_ids, cityscapes_scheme
 from lednet.data.registry import DEFAULT_SIZES
@@ -93,10 +92,12 @@ from lednet.inference.inputs import find_inputs
 from lednet.inference.predictor import Predictor
 from lednet.inference.progress_log import ProgressLog
 from lednet.inference.video import VIDEO_SUFFIXES, VideoError, VideoReader, import_av, open_camera
-from lednet.io import write_json
+from lednet.io import write_atomically, write_json
 from lednet.progress import progress_bar
 from lednet.signals import StopRequest
 from lednet.visualization import Visualizer, output_scheme
+
+FilesOf = Callable[[str], Iterable[Path]]
 
 
 @dataclass
@@ -119,30 +120,68 @@ class Run:
     def shares_file(self, name: str) -> Path:
         return self.args.out / f"{name}_shares.json"
 
-    def write_report(self, path: Path, entries: list[dict], name: str, **more: Any) -> None:
-        """Write the class shares of images or frames as JSON, and print the largest."""
-        total = writers.class_shares((entry["pixels"] for entry in entries), self.scheme)
-        report = {
+    def conditions(self) -> dict[str, Any]:
+        """What the results depend on, for a report."""
+        return {
             "command": shlex.join(["python", *sys.argv]),
             "weights": str(self.args.weights),
             "network_size": list(self.predictor.size),
             "backend": self.predictor.backend,
             "precision": self.predictor.precision,
-            **more,
-            "shares": total,
-            name: [
-                {key: value for key, value in entry.items() if key not in ("pixels", "source")}
-                | {"shares": writers.class_shares([entry["pixels"]], self.scheme)}
-                for entry in entries
-            ],
         }
-        write_json(path, report)
-        largest = sorted(total.items(), key=lambda item: -item[1])[:5]
-        print(", ".join(f"{label} {share:.1%}" for label, share in largest))
 
-    def bar(self, total: int | None, name: str, unit: str) -> tqdm:
+    def with_shares(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """The entry of an image or frame, with class shares in place of pixel counts."""
+        kept = {key: value for key, value in entry.items() if key not in ("pixels", "source")}
+        return kept | {"shares": writers.class_shares([entry["pixels"]], self.scheme)}
+
+    def bar(self, total: int | None, name: str, unit: str) -> Any:
         hidden = total == 0 or not self.context.is_main
         return progress_bar(total=total, desc=name, unit=unit, disable=hidden)
+
+
+@dataclass
+class VideoReport:
+    """Class shares of a video, written frame by frame, so that hours of video need no memory."""
+
+    run: Run
+    file: TextIO
+    frames: int = 0
+    pixels: list[int] = field(default_factory=list)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Write the entry of a frame."""
+        self.file.write(",\n    " if self.frames else '{\n  "frames": [\n    ')
+        self.file.write(json.dumps(self.run.with_shares(entry)))
+        self.frames += 1
+        counts = entry["pixels"]
+        self.pixels = [a + b for a, b in zip(self.pixels or [0] * len(counts), counts, strict=True)]
+
+    def finish(self, **more: Any) -> dict[str, float]:
+        """Write everything else; returns the shares in all frames."""
+        shares = writers.class_shares([self.pixels], self.run.scheme)
+        rest = json.dumps(self.run.conditions() | more | {"shares": shares}, indent=2)
+        self.file.write("\n  ],\n" + rest.removeprefix("{\n") + "\n")
+        return shares
+
+
+def print_largest(shares: dict[str, float]) -> None:
+    largest = sorted(shares.items(), key=lambda item: -item[1])[:5]
+    print(", ".join(f"{label} {share:.1%}" for label, share in largest))
+
+
+def split_long_names(items: dict[str, Path], files: FilesOf) -> tuple[dict[str, Path], list[str]]:
+    """Leave out inputs whose results would have too long names.
+
+    Args:
+        files: function from the name of an input to the paths of its results.
+
+    Returns:
+        The inputs that are left, and a sentence for each of the others.
+    """
+    long = {name for name in items if any(map(writers.is_name_too_long, files(name)))}
+    problems = [f"{items[name]} has too long a name for its results: rename it" for name in long]
+    return {name: path for name, path in items.items() if name not in long}, problems
 
 
 def fingerprint(path: Path) -> list:
@@ -195,6 +234,7 @@ def run_images(run: Run, images: dict[str, Path]) -> list[str]:
         In the main process, the errors of skipped images.
     """
     writer = run.writer(IMAGE_OUTPUTS)
+    images, too_long = split_long_names(images, lambda name: writer.image_files(name).values())
     jobs, done = [], []
     for name, path in images.items():
         files, entry = writer.image_files(name), run.log.entries.get(name)
@@ -222,8 +262,12 @@ def run_images(run: Run, images: dict[str, Path]) -> list[str]:
     note = f"; {len(done)} were there already (--overwrite starts over)" if done else ""
     print(f"{len(predicted) - len(done)} of {len(images)} images predicted in {run.args.out}{note}")
     if predicted:
-        run.write_report(run.args.out / "shares.json", predicted, "images", passed_over=skipped)
-    return writers.errors_of(skipped)
+        shares = writers.class_shares((entry["pixels"] for entry in predicted), run.scheme)
+        report = run.conditions() | {"passed_over": skipped, "shares": shares}
+        report["images"] = [run.with_shares(entry) for entry in predicted]
+        write_json(run.args.out / "shares.json", report)
+        print_largest(shares)
+    return writers.errors_of(skipped) + too_long
 
 
 def predict_frames(run: Run, name: str, video: VideoReader, frames: Iterator) -> None:
@@ -232,17 +276,21 @@ def predict_frames(run: Run, name: str, video: VideoReader, frames: Iterator) ->
     expected = min(filter(None, (video.expected, limit)), default=None)
     with (
         writers.video_output(run.writer(VIDEO_OUTPUTS), name, video.rate, video.time_base) as files,
+        write_atomically(run.shares_file(name)) as shares_file,
+        open(shares_file, "w", encoding="utf-8") as file,
         run.bar(expected, name, "frame") as bar,
     ):
+        report = VideoReport(run, file)
         frames = itertools.islice(frames, limit)
-        entries = writers.predict_video(run.predictor, frames, files, bar.update)
-        if not entries:
+        writers.predict_video(run.predictor, frames, files, bar.update, report.add)
+        if not report.frames:
             raise VideoError(f"{video.source} gave no frame: nothing was written")
-    print(f"{len(entries)} frames of {video.source} predicted in {run.args.out}")
-    run.write_report(
-        run.shares_file(name), entries, "frames", video=video.source, frame_rate=str(video.rate),
-        height=files.size[0], width=files.size[1],
-    )  # fmt: skip
+        shares = report.finish(
+            video=video.source, frame_rate=str(video.rate), height=files.size[0],
+            width=files.size[1],
+        )  # fmt: skip
+    print(f"{report.frames} frames of {video.source} predicted in {run.args.out}")
+    print_largest(shares)
     if files.padded:
         print(
             f"one side of {', '.join(files.padded)} is odd, which H.264 does not allow: its last "
@@ -253,6 +301,9 @@ def predict_frames(run: Run, name: str, video: VideoReader, frames: Iterator) ->
 def run_videos(run: Run, videos: dict[str, Path]) -> list[str]:
     """Predict the videos that are not finished, each in one process; returns errors."""
     writer = run.writer(VIDEO_OUTPUTS)
+    videos, too_long = split_long_names(
+        videos, lambda name: [*writer.video_files(name).values(), run.shares_file(name)]
+    )
     unfinished = []
     for name, path in videos.items():
         files = [*writer.video_files(name).values(), run.shares_file(name)]
@@ -260,7 +311,7 @@ def run_videos(run: Run, videos: dict[str, Path]) -> list[str]:
             unfinished.append((name, path))
         elif run.context.is_main:
             print(f"{path} is done already in {run.args.out} (--overwrite starts over)")
-    errors = []
+    errors = too_long if run.context.is_main else []
     for name, path in unfinished[run.context.rank :: run.context.size]:
         try:
             with VideoReader(path) as video:

@@ -88,11 +88,21 @@ def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -
     except FileNotFoundError as error:
         message = f"no file {_name(source)}: check the path"
         raise UserError(message) from error
-    except UnidentifiedImageError:
-        reason = f"or no {', '.join(FORMATS)} image"
+    except OSError as error:
+        if error.errno is not None:  # of the file system; decoders set none
+            raise UserError(
+                f"cannot read {_name(source)}: {error.strerror}; check the path"
+            ) from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"or no {', '.join(FORMATS)} image" if unknown else _reason(error)
     except Exception as error:  # parsers raise errors of any type on damaged bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = _reason(error)
     raise UserError(f"{_name(source)} is damaged ({reason}): copy it again")
+
+
+def _reason(error: Exception) -> str:
+    """An error's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -161,13 +171,22 @@ def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
             raise UserError(
-                f"an image is (H, W, 3) uint8, not {image.shape} {image.dtype}: convert it first"
+                f"an image is (H, W, 3) uint8 with at least one pixel, not {image.shape} "
+                f"{image.dtype}: convert it first"
             )
         planes = np.atleast_3d(image)
         if planes.shape[2] not in (1, 3, 4):
             raise UserError(f"an image has 1, 3 or 4 channels last, not {image.shape}")
         return planes.repeat(3, axis=2) if planes.shape[2] == 1 else planes[..., :3]
     name = getattr(image, "filename", "") or "the image"
+    try:
+        image.load()
+    except Exception as error:  # parsers raise errors of any type on damaged bytes
+        raise UserError(
+            f"{name} is damaged or was closed ({_reason(error)}): open it again, or copy it"
+        ) from error
+    if 0 in image.size:
+        raise UserError(f"{name} has {image.width}x{image.height} pixels: give another image")
     if image.mode in ("I", "F"):
         raise UserError(f"{name} has 32-bit values ({image.mode}): save it with 8 or 16 bits")
     # ImageOps.exif_transpose would also rewrite the EXIF, and fail on other invalid entries.

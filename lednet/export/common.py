@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,9 @@ TRACED_SHAPE = (2, 160, 224)
 MIN_TRACED_SIDE = 65
 """Smallest height and width in pixels of a dynamic `torch.export` graph: no pyramid level is a
 single pixel, which would be traced differently."""
+
+TRACE_LOCK = threading.RLock()
+"""Held while a graph is traced, converted or compiled, which PyTorch does in one thread."""
 
 Bounds = tuple[int, int | None]
 """Smallest and largest length of an axis; None if it is unbounded."""
@@ -73,7 +77,7 @@ class ExportedModel:
         runtime: name of the runtime.
         bounds: limits of batch, height and width.
         metadata: as `lednet.export.exporter.describe` wrote them.
-        run: forward pass of the runtime, for images that have been checked.
+        run: forward pass of the runtime, for images that have been checked. Threads may share it.
     """
 
     path: Path

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,13 +41,15 @@ def write_executorch(module: EndToEndModel, path: Path, options: ExportOptions) 
     with _executorch_imports():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
-    lowered = to_edge_transform_and_lower(
-        common.trace(module, options),
-        partitioner=[XnnpackPartitioner()],
-        constant_methods={"metadata": json.dumps(options.metadata)},
-    )
+    with common.TRACE_LOCK:
+        lowered = to_edge_transform_and_lower(
+            common.trace(module, options),
+            partitioner=[XnnpackPartitioner()],
+            constant_methods={"metadata": json.dumps(options.metadata)},
+        )
+        program = lowered.to_executorch()
     with open(path, "wb") as file:
-        lowered.to_executorch().write_to_file(file)
+        program.write_to_file(file)
 
 
 def load_executorch(path: Path, options: RunOptions) -> ExportedModel:
@@ -61,7 +64,10 @@ def load_executorch(path: Path, options: RunOptions) -> ExportedModel:
         metadata = json.loads(program.load_method("metadata").execute([])[0])
     bounds = tuple((n, n) for n in method.metadata.input_tensor_meta(0).sizes()[:3])
 
+    lock = threading.Lock()  # a method has one set of buffers
+
     def run(images: np.ndarray) -> np.ndarray:
-        return method.execute([torch.from_numpy(images)])[0].clone().numpy()
+        with lock:
+            return method.execute([torch.from_numpy(images)])[0].clone().numpy()
 
     return ExportedModel(path, "executorch", bounds, metadata, run)

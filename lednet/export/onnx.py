@@ -10,7 +10,13 @@ import torch
 
 from lednet.errors import UserError
 from lednet.export import common
-from lednet.export.common import ExportedModel, ExportOptions, RunOptions, import_optional
+from lednet.export.common import (
+    TRACE_LOCK,
+    ExportedModel,
+    ExportOptions,
+    RunOptions,
+    import_optional,
+)
 from lednet.export.wrappers import EndToEndModel
 
 
@@ -29,11 +35,11 @@ def _quiet_exporter() -> Iterator[None]:
 def write_onnx(module: EndToEndModel, path: Path, options: ExportOptions) -> None:
     """Write an ONNX file with its weights inside; the metadata are its metadata_props."""
     onnx, _ = import_optional("onnx"), import_optional("onnxscript")
-    program = common.trace(module, options)
     axes: dict[str, Any] = {}
     if options.dynamic:
         axes["dynamic_shapes"] = ({0: "batch", 1: "height", 2: "width"},)
-    with _quiet_exporter():
+    with TRACE_LOCK, _quiet_exporter():
+        program = common.trace(module, options)
         model = torch.onnx.export(  # type: ignore[union-attr]  # None only without dynamo
             program, program.example_inputs[0], dynamo=True, input_names=["image"],
             output_names=[module.output], verbose=False, **axes,

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lednet.errors import UserError
 from lednet.export.common import ExportedModel, ExportOptions, RunOptions, import_optional, opening
 from lednet.export.onnx import write_onnx
@@ -27,6 +29,11 @@ def write_openvino(module: EndToEndModel, path: Path, options: ExportOptions) ->
     INFERENCE_PRECISION_HINT to f32: some CPUs compute in bfloat16 otherwise.
     """
     openvino = import_optional("openvino")
+    if min(options.shape[1:]) < MIN_OPENVINO_SIDE:
+        raise UserError(
+            f"OpenVINO needs a height and width of at least {MIN_OPENVINO_SIDE} pixels, not "
+            f"{options.shape[1]} and {options.shape[2]}: give a larger size or another backend"
+        )
     with tempfile.TemporaryDirectory() as folder:
         onnx_file = Path(folder) / "network.onnx"
         write_onnx(module, onnx_file, options)
@@ -69,7 +76,7 @@ def load_openvino(path: Path, options: RunOptions) -> ExportedModel:
         config["INFERENCE_NUM_THREADS"] = options.threads
     with opening(path):
         model = openvino.Core().read_model(path)
-        request = compile_openvino(model, config).create_infer_request()
+        compiled = compile_openvino(model, config)
         batch, height, width, _ = (
             (n.min_length, n.max_length if n.max_length > 0 else None)
             for n in model.input(0).partial_shape
@@ -78,7 +85,15 @@ def load_openvino(path: Path, options: RunOptions) -> ExportedModel:
         if model.has_rt_info(["lednet"]):
             keys = model.get_rt_info(["lednet"]).astype(dict)
             metadata = {key: model.get_rt_info(["lednet", key]).astype(str) for key in keys}
-    return ExportedModel(
-        path, "openvino", (batch, height, width), metadata,
-        lambda images: request.infer([images])[0].copy(),
-    )  # fmt: skip
+    idle: list[Any] = []  # inference requests; each serves one thread at a time
+
+    def run(images: np.ndarray) -> np.ndarray:
+        try:
+            request = idle.pop()
+        except IndexError:
+            request = compiled.create_infer_request()
+        labels_or_logits = request.infer([images])[0].copy()
+        idle.append(request)
+        return labels_or_logits
+
+    return ExportedModel(path, "openvino", (batch, height, width), metadata, run)

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from lednet.export.common import Bounds, ExportedModel, ExportOptions, RunOptions, opening, trace
+from lednet.export.common import (
+    TRACE_LOCK,
+    Bounds,
+    ExportedModel,
+    ExportOptions,
+    RunOptions,
+    opening,
+    trace,
+)
 from lednet.export.safe_archive import copy_safe_archive
 from lednet.export.wrappers import EndToEndModel
 
@@ -19,7 +27,8 @@ def write_torch(module: EndToEndModel, path: Path, options: ExportOptions) -> No
     `MIN_TRACED_SIDE` pixels.
     """
     extra_files = {"lednet.json": json.dumps(options.metadata)}
-    torch.export.save(trace(module, options), path, extra_files=extra_files)
+    with TRACE_LOCK:
+        torch.export.save(trace(module, options), path, extra_files=extra_files)
 
 
 def load_torch(path: Path, options: RunOptions) -> ExportedModel:
@@ -35,7 +44,7 @@ def load_torch(path: Path, options: RunOptions) -> ExportedModel:
             return n, n
         return max(1, int(program.range_constraints[n.node.expr].lower)), None
 
-    with opening(path):
+    with TRACE_LOCK, opening(path):
         program = torch.export.load(copy_safe_archive(path), extra_files=extra)
         module = program.module()
         image = next(

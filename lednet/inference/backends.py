@@ -1,6 +1,7 @@
 """Inference backends: functions from uint8 images to logits at 1/8 of their size."""
 
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lednet.device import autocast
 from lednet.errors import UserError
+from lednet.export.common import TRACE_LOCK
 from lednet.export.formats import (
     FORMATS,
     ExportedModel,
@@ -21,7 +23,8 @@ from lednet.export.formats import (
 from lednet.export.wrappers import EndToEndModel
 
 InferenceFn = Callable[[Tensor], Tensor]
-"""images (N, H, W, 3) uint8 on the device -> (N, C, ceil(H/8), ceil(W/8)) float32 there"""
+"""images (N, H, W, 3) uint8 on the device -> (N, C, ceil(H/8), ceil(W/8)) float32 there.
+Threads may share one."""
 
 BACKENDS = ("eager", "compiled", "onnxruntime", "openvino")
 _FILE_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
@@ -100,37 +103,73 @@ def _torch_runner(
     graph: EndToEndModel, device: torch.device, precision: str, compiled: bool
 ) -> InferenceFn:
     graph = graph.to(device).to(memory_format=torch.channels_last).eval()
-    forward: Callable[..., Tensor] = graph
-    if compiled and device.type != "cuda":
-        forward = torch.compile(graph)
-    elif compiled:
-        if torch.cuda.get_device_capability(device) < _FIRST_WITH_TRITON:
-            return _RunnerPerSize(lambda example: _cuda_graph_runner(graph, example))
-        forward = torch.compile(graph, mode="reduce-overhead")  # in a CUDA graph
+    cuda = device.type == "cuda"
+    has_compiler = not cuda or torch.cuda.get_device_capability(device) >= _FIRST_WITH_TRITON
+    forward: Callable[..., Tensor] = torch.compile(graph) if compiled and has_compiler else graph
 
     def run(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(device, precision):
-            # A copy: the next call of a CUDA graph writes to the same memory.
-            return forward(images).to(torch.float32, copy=compiled)
+            return forward(images).to(torch.float32)
 
-    return run
+    def build(example: Tensor) -> InferenceFn:
+        with TRACE_LOCK:
+            if cuda:
+                return _CudaGraphRunner(run, example)
+            run(example)  # compiles for this size
+            return run
+
+    return _RunnerPerSize(build) if compiled else run
 
 
-def _cuda_graph_runner(graph: EndToEndModel, example: Tensor) -> InferenceFn:
-    recorded = torch.cuda.make_graphed_callables(graph, (example,))
-    # PyTorch does not annotate what it returns.
-    return lambda images: recorded(images).clone()  # type: ignore[union-attr]
+class _CudaGraphRunner:
+    """A forward pass recorded in a CUDA graph for one size.
+
+    torch.compile's own CUDA graphs (mode "reduce-overhead") run only in the thread that first
+    used them. All calls share the graph's memory: a lock keeps them apart in the host's threads,
+    and an event in their streams.
+    """
+
+    def __init__(self, forward: InferenceFn, example: Tensor):
+        self._lock, self._done = threading.Lock(), torch.cuda.Event()
+        with torch.inference_mode(False):
+            self._images = torch.empty_like(example)
+        self._images.copy_(example)
+        stream = torch.cuda.Stream(example.device)
+        stream.wait_stream(torch.cuda.current_stream(example.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, and chooses algorithms
+                forward(self._images)
+        torch.cuda.current_stream(example.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate memory meanwhile.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._logits = forward(self._images)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        with self._lock:
+            self._done.wait()  # of the last call, which may be in another stream
+            self._images.copy_(images)
+            self._graph.replay()
+            logits = self._logits.clone()
+            self._done.record()
+            return logits
 
 
 class _RunnerPerSize:
-    """A runner for engines that are fastest at a fixed input size: built at its first use."""
+    """A runner for engines that are fastest at a fixed input size: built at its first use.
+
+    Other threads wait for a size that is being built, and use those that are built already.
+    """
 
     def __init__(self, build: Callable[[Tensor], InferenceFn]):
         self.build = build
         self.runners: dict[tuple[int, ...], InferenceFn] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, images: Tensor) -> Tensor:
         shape = tuple(images.shape)
         if shape not in self.runners:
-            self.runners[shape] = self.build(images)
+            with self._lock:
+                if shape not in self.runners:
+                    self.runners[shape] = self.build(images)
         return self.runners[shape](images)

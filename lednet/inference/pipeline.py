@@ -20,6 +20,7 @@ def run_pipeline(
     write: Callable[[Output], Result],
     progress: Callable[[], object] = lambda: None,
     *,
+    on_result: Callable[[Result], object] | None = None,
     readers: int = 2,
     writers: int = 2,
 ) -> list[Result]:
@@ -36,15 +37,18 @@ def run_pipeline(
             sequence needs one reader.
         predict, progress: called in the calling thread, the latter after each item.
         write: called in `writers` threads; returns the results.
+        on_result: called with each result, in order, in the calling thread. Nothing is returned
+            then, so that an endless run needs no memory.
     """
     results: list[Result] = []
+    on_result = on_result or results.append
     reading, writing = ThreadPoolExecutor(readers), ThreadPoolExecutor(writers)
     try:
         loaded = map_ordered(reading, (partial(read, item) for item in items), readers)
         present = takewhile(lambda one: one is not None, loaded)
         outputs = (partial(write, predict(one)) for one in present if one is not None)
         for result in map_ordered(writing, outputs, writers):
-            results.append(result)
+            on_result(result)
             progress()
     finally:
         reading.shutdown(cancel_futures=True)

@@ -1,10 +1,11 @@
 """End-to-end inference: preprocessing, forward pass and upsampling to a full-size label map."""
 
+import io
 import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self, overload
 
 import numpy as np
 import torch
@@ -21,6 +22,20 @@ from lednet.hub import input_size
 from lednet.inference.backends import build_runner, choose_backend, exported_runner
 from lednet.inference.sparse_argmax import upsample_argmax
 from lednet.model import LEDNet, argmax_at, count_parameters, load_model, resize, upsample_scores
+
+ImageInput = (
+    np.ndarray
+    | Image.Image
+    | Tensor
+    | str
+    | os.PathLike
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryIO
+)
+"""What `Predictor` is called with; see `read_input`."""
+_UINT8 = "an image has uint8 values from 0 to 255"
 
 STRIDE = 8
 """Input pixels per logit along each axis."""
@@ -232,22 +247,78 @@ class Predictor:
             for size in sizes
         ]
 
-    def __call__(self, image: np.ndarray | Image.Image | Tensor | str | os.PathLike) -> np.ndarray:
-        """Label map (H, W) uint8 of one image, at its size.
+    @overload
+    def __call__(self, image: ImageInput) -> np.ndarray: ...
+    @overload
+    def __call__(self, image: list[Any] | tuple[Any, ...]) -> list[np.ndarray]: ...
+
+    def __call__(
+        self, image: ImageInput | list[Any] | tuple[Any, ...]
+    ) -> np.ndarray | list[np.ndarray]:
+        """Label map (H, W) uint8 of one image, at its size. Threads may share a predictor.
 
         Args:
-            image: a path; a PIL image of any mode (rotated by its EXIF orientation); or uint8, as
-                an array (H, W, 3) RGB or (H, W) grey, or a tensor (3, H, W).
+            image: see `read_input`; a list or tuple of images gives a list of label maps.
 
         Raises:
             UserError: not an image, or not 8-bit.
         """
-        if isinstance(image, Tensor):
-            image = image.detach().cpu().numpy().transpose(1, 2, 0)
-        elif isinstance(image, str | os.PathLike):
-            image = open_image(Path(image))
-        images = torch.tensor(to_rgb(image)).permute(2, 0, 1)[None]
+        if isinstance(image, list | tuple):
+            return [self._label_map(one) for one in image]
+        return self._label_map(image)
+
+    def _label_map(self, image: ImageInput) -> np.ndarray:
+        images = torch.tensor(np.ascontiguousarray(read_input(image))).permute(2, 0, 1)[None]
         return self.label_maps(images)[0][0].cpu().numpy()
+
+
+def read_input(image: ImageInput) -> np.ndarray:
+    """Convert what a predictor is called with to RGB, (H, W, 3) uint8.
+
+    Args:
+        image: a path; the bytes of an image file, or the file opened in binary mode; a PIL image
+            of any mode (rotated by its EXIF orientation); or uint8, as an array (H, W, 3) RGB,
+            (H, W, 4) or (H, W), or as a tensor (3, H, W), (4, H, W), (1, H, W) or (H, W).
+
+    Raises:
+        UserError: not an image, or not 8-bit.
+    """
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.layout != torch.strided or image.is_meta:
+            raise UserError(f"{_UINT8}, not a tensor of {image.dtype}: convert it")
+        if image.ndim != 2 and not (image.ndim == 3 and image.shape[0] in (1, 3, 4)):
+            raise UserError(
+                f"a tensor is one image (3, H, W), not {tuple(image.shape)}: permute it, or give "
+                "several images as a list"
+            )
+        array = image.cpu().numpy()
+        return to_rgb(array if array.ndim == 2 else array.transpose(1, 2, 0))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise UserError(f"{_UINT8}, not an array of {image.dtype}: convert it")
+        if image.ndim > 3:
+            raise UserError(
+                f"an array is one image (H, W, 3), not {image.shape}: give several as a list"
+            )
+        return to_rgb(np.asarray(image))
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return to_rgb(open_image(io.BytesIO(image)))
+    if isinstance(image, str) and "://" in image:
+        raise UserError(f"{image} is a URL: download it, and give the path or the bytes")
+    if isinstance(image, str | os.PathLike):
+        if not os.fspath(image):
+            raise UserError("the path of the image is empty: give one")
+        return to_rgb(open_image(Path(os.fsdecode(image))))
+    if hasattr(image, "encoding"):  # as files opened as text have
+        raise UserError("a file opened as text is no image: open it with mode 'rb'")
+    if hasattr(image, "read") and hasattr(image, "seek"):
+        return to_rgb(open_image(image))
+    raise UserError(
+        f"{type(image).__name__} is no image: give a path, the bytes of a file, a PIL image, a "
+        "uint8 array (H, W, 3) or a uint8 tensor (3, H, W)"
+    )
 
 
 def _open_logits(path: Path, options: dict[str, Any]) -> tuple[ExportedModel, dict[str, Any]]:

@@ -13,9 +13,13 @@ from lednet.data import image_io
 from lednet.errors import UserError
 from lednet.io import write_atomically
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mp4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi",
+    ".divx", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".m2t", ".m2ts", ".mts",
+    ".wmv", ".asf", ".flv", ".ogv", ".mxf", ".h264", ".264", ".hevc", ".265",
+)  # fmt: skip
 READ_OPTIONS = {
-    "format_whitelist": "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,h264,hevc",
+    "format_whitelist": "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,mxf,h264,hevc",
     "protocol_whitelist": "file",
 }
 """FFmpeg's demuxers and protocols that are allowed. A file is opened by its content, not by its
@@ -54,11 +58,13 @@ class VideoFrame(NamedTuple):
         number: index of the frame, from 0.
         pts: presentation timestamp in units of `VideoReader.time_base`. The first is 0.
         image: (H, W, 3) uint8 RGB, upright. All frames of a video have one size.
+        pixel_aspect: width of a pixel relative to its height.
     """
 
     number: int
     pts: int
     image: np.ndarray
+    pixel_aspect: Fraction = Fraction(1)
 
 
 class VideoReader:
@@ -137,14 +143,16 @@ class VideoReader:
         for frame in self._decode():
             size = size or {"width": frame.width, "height": frame.height}
             image = frame.to_ndarray(format="rgb24", threads=1, **size)
-            # Both `rotation` and `rot90` count counterclockwise.
-            image = np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
+            aspect = self._stream.sample_aspect_ratio or Fraction(1)
+            if (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
+                image, transposed = apply_display_matrix(image, matrix)
+                aspect = 1 / aspect if transposed else aspect
             if frame.pts is None:
                 pts += step
             else:
                 first = frame.pts - number * step if first is None else first
                 pts = max(frame.pts - first, pts + 1)  # encoders need increasing timestamps
-            yield VideoFrame(number, pts, image)
+            yield VideoFrame(number, pts, image, aspect)
             number += 1
         if not number:
             raise VideoError(f"{self.source} holds no frame that can be decoded: copy it again")
@@ -181,6 +189,23 @@ class VideoReader:
             yield None
 
 
+def apply_display_matrix(image: np.ndarray, matrix: bytes) -> tuple[np.ndarray, bool]:
+    """Turn and mirror a frame as its display matrix says, in steps of 90 degrees.
+
+    Args:
+        matrix: nine native 32-bit integers a b u c d v x y w of FFmpeg: a pixel (x, y) is shown at
+            (a x + c y, b x + d y).
+
+    Returns:
+        The upright image, and whether its axes were exchanged.
+    """
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    transposed = abs(b) > abs(a)
+    if transposed:
+        image, a, d = image.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]), transposed
+
+
 class VideoEncoder:
     """Encodes images as H.264 into an open container. Created by `write_video`.
 
@@ -200,14 +225,19 @@ class VideoEncoder:
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         codec.color_range = 1  # limited: black is 16 and white 235
 
-    def append(self, image: np.ndarray, pts: int) -> None:
-        """Encode an image (H, W, 3) uint8 RGB; all have one size and increasing timestamps."""
+    def append(self, image: np.ndarray, pts: int, pixel_aspect: Fraction = Fraction(1)) -> None:
+        """Encode an image (H, W, 3) uint8 RGB; all have one size and increasing timestamps.
+
+        Args:
+            pixel_aspect: width of a pixel relative to its height, of the first image.
+        """
         height, width = image.shape[:2]
         if height % 2 or width % 2:
             self.padded = True
             image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         if not self._codec.is_open:
             self._stream.height, self._stream.width = image.shape[:2]
+            self._codec.sample_aspect_ratio = pixel_aspect
         frame = import_av().VideoFrame.from_ndarray(image, format="rgb24").reformat(
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1
         )  # fmt: skip

@@ -75,6 +75,16 @@ class PredictionWriter:
             write_picture(path, self.visualizer.draw(kind, image, label))
 
 
+def is_name_too_long(path: Path) -> bool:
+    """Whether the file system of the folder of `path` cannot hold its name.
+
+    Files have a longer, temporary name while they are written.
+    """
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    temporary = f".{path.stem}.{os.getpid()}{path.suffix}"
+    return len(os.fsencode(temporary)) > os.pathconf(folder, "PC_NAME_MAX")
+
+
 @dataclass
 class VideoWriter:
     """Writes the outputs of a video frame by frame. Created by `video_output`.
@@ -99,12 +109,14 @@ class VideoWriter:
         if self.folder:
             self.writer.write("labels", self.folder / f"{frame.number:06d}.png", frame.image, label)
         for kind, encoder in self.encoders.items():
-            encoder.append(self.writer.visualizer.draw(kind, frame.image, label), frame.pts)
+            drawn = self.writer.visualizer.draw(kind, frame.image, label)
+            encoder.append(drawn, frame.pts, frame.pixel_aspect)
 
     @property
     def padded(self) -> list[str]:
-        """Outputs whose images have an odd side, so that a row or column was repeated."""
-        return [kind for kind, encoder in self.encoders.items() if encoder.padded]
+        """Outputs of which a row or column was repeated, because the frames have an odd side."""
+        odd = any(side % 2 for side in self.size)
+        return [kind for kind, encoder in self.encoders.items() if encoder.padded and odd]
 
 
 @contextmanager
@@ -203,11 +215,13 @@ def predict_video(
     frames: Iterator[VideoFrame],
     output: VideoWriter,
     progress: Callable[[], object],
+    on_frame: Callable[[dict[str, Any]], object] | None = None,
 ) -> list[dict[str, Any]]:
     """Predict the frames of a video. Threads decode, draw and encode meanwhile.
 
     Args:
         progress: called after each frame.
+        on_frame: called with each entry, in order; nothing is returned then.
 
     Returns:
         An entry for each frame, in order: "frame", its number; "seconds" since the first frame;
@@ -226,7 +240,7 @@ def predict_video(
 
     return run_pipeline(
         itertools.repeat(frames), lambda frames: next(frames, None), predict, write, progress,
-        readers=1, writers=1,
+        readers=1, writers=1, on_result=on_frame,
     )  # fmt: skip
 
 

@@ -246,6 +246,8 @@ def evaluate(args: argparse.Namespace, dist_context: DistributedContext) -> None
     details: dict[str, Any] = {"options": plain_values(vars(args))}
     if card:
         details["speed"] = card
+    if args.predictions:
+        evaluator.require_label_ids(full, args.predictions)
     if args.subset != "test":
         if full.class_matrix().sum() == 0:
             raise UserError(f"{args.datadir} {args.subset} has no labelled pixel: check --labels")

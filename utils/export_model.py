@@ -92,7 +92,7 @@ from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.evaluator import evaluate, require_labels
 from lednet.export.exporter import ParityError, export
 from lednet.export.formats import FORMATS, MIN_TRACED_SIDE, ExportedModel, require_packages
-from lednet.files import IMAGE_SUFFIXES
+from lednet.files import IMAGE_SUFFIXES, find_files
 from lednet.hub import input_size, resolve_weights
 from lednet.inference.predictor import Predictor
 from lednet.model import LEDNet, load_model
@@ -105,7 +105,9 @@ MAX_DIFFERENCE = {"fp32": 1e-3, "int8": 0.5}
 
 
 def list_images(folder: Path) -> list[Path]:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: give a folder of images")
+    paths = find_files(folder, IMAGE_SUFFIXES)
     if not paths:
         raise UserError(f"no image ({', '.join(IMAGE_SUFFIXES)}) below {folder}: check the folder")
     return paths

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +75,40 @@ def _temporary(path: Path, advice: str) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
+def require_writable(
+    path: str | os.PathLike | None, suffixes: Collection[str] = (), folder: bool = False
+) -> None:
+    """Check before the work that a file, or with `folder` a folder, can be written to `path`.
+
+    Args:
+        path: its folders may be missing; None passes.
+        suffixes: of formats that can be written, with the dot; empty for any.
+
+    Raises:
+        UserError: it cannot be written, or has another suffix.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UserError(
+            f"cannot write {path}: the format is chosen by the suffix, which is none of "
+            f"{', '.join(suffixes)}; give the file one of them"
+        )
+    try:
+        if path.is_dir() and not folder:
+            raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+        start = path if folder else path.parent
+        existing = next(p for p in (start, *start.absolute().parents) if p.exists())
+    except OSError as error:  # a name is too long, or a folder above cannot be searched
+        reason = f"cannot write {path}: {error.strerror}; choose another name or folder"
+        raise UserError(reason) from error
+    if not existing.is_dir():
+        raise UserError(f"cannot write {path}: {existing} is a file; choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: {existing} is read-only; choose another folder")
 
 
 def require_space(folder: Path, needed: int, what: str, flag: str) -> None:

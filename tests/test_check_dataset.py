@@ -197,8 +197,8 @@ def test_validate_dataset_reports_each_type_of_issue_with_its_file(tree, kind):
         (
             lambda path: edit(path, lambda a: a.astype(np.uint16) + 300),
             {
-                "label-mode": ": has 16-bit values (311), and ids are 0 to 255: convert it to 8-bit "
-                "ids"
+                "label-mode": ": has 16-bit values (311), and ids are 0 to 255: convert it to "
+                "8-bit ids"
             },
         ),
         (lambda path: edit(path, lambda a: a.astype(np.uint16)), {"mode": ""}),

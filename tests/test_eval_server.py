@@ -256,7 +256,9 @@ def test_predictions_in_train_ids_are_recognized(reference, toy_cityscapes):
             truth = read_label(frame.label, scheme)
             train_ids = np.where(lut[truth] == 255, void, lut[truth]).astype(np.uint8)
             total.add(count_image(train_ids, truth))
-        with pytest.raises(UserError, match="pred agree with 100% .* if read as trainIds, with 0%"):
+        with pytest.raises(
+            UserError, match=r"pred agree with 100% .* if read as trainIds, with 0%"
+        ):
             require_label_ids(total, "pred")
     one = np.full((2, 2), 7, np.uint8)
     both = np.array([[7, 8], [7, 7]], np.uint8)

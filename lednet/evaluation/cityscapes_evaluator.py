@@ -250,7 +250,7 @@ def require_label_ids(scores: BenchmarkScores, folder: str | os.PathLike) -> Non
     as_train_ids = truth[range(len(ids)), range(len(ids))]
     shares = [float(hits.sum() / max(1, total.sum())) for hits in (as_label_ids, as_train_ids)]
     # A single class may be void (id 0) predicted for road, unless nothing else is there.
-    several = np.count_nonzero(as_train_ids) >= min(2, np.count_nonzero(total))
+    several = (as_train_ids > 0).sum() >= min(2, int((total > 0).sum()))
     if not truth[:, len(ids) + 1 :].any() and several and shares[1] > 2 * shares[0] + 0.1:
         raise UserError(
             f"the predictions in {folder} agree with {shares[1]:.0%} of the labelled pixels if "

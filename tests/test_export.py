@@ -423,6 +423,8 @@ def test_script_wrong_graph_writes_nothing(run_inside, weights, tmp_path, monkey
         ("--format executorch --dynamic", "fixed size|pip install executorch"),
         ("--weights {tmp}/bare.pth", "give --height and --width"),
         ("--precision int8", "--calibrate"),
+        ("--val-names a", "give its folder with --datadir"),
+        ("--out {tmp}/net.xyz", r"cannot write .*none of \.onnx"),
         ("--calibrate {tmp}", "leave them out"),
         ("--precision int8 --format openvino --calibrate {tmp}/run", "no image"),
         ("--precision int8 --calibrate {tmp}/photos --format onnx", "int8 is not for onnx: give"),

@@ -28,6 +28,8 @@ def list_folders(image_folder: Path, label_folder: Path) -> FileIndex:
         UserError: a folder does not exist, or there are no images.
     """
     next_step = "check --datadir and the layout in datasets/README.md"
+    if image_folder.name == "val":
+        next_step += ", or hold images out with --val-prefix or --val-stride"
     for relative in (False, True):
         images = name_files(image_folder, next_step, relative=relative)
         labels = name_files(label_folder, next_step, suffixes=LABEL_SUFFIXES, relative=relative)

@@ -416,7 +416,7 @@ def test_script_wrong_graph_writes_nothing(run_inside, weights, tmp_path, monkey
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--out net.pt2 --format onnx", "does not end in .onnx"),
+        ("--out net.pt2 --format onnx", "none of .onnx"),
         ("--height 0", "--height: .0. is not"),
         ("--check-images {tmp}/run", "no image"),
         ("--check-images {tmp}/broken --format torch --output logits", "is damaged"),

@@ -5,8 +5,8 @@ import json
 import os
 import re
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from lednet.errors import UserError
+from lednet.files import decode_text, read_text
 
 MAX_YAML = 256 * 2**10
 """Largest YAML file in bytes: 254 classes take a tenth of it, and parsing is slow."""
@@ -74,6 +75,40 @@ def _temporary(path: Path, advice: str) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
+def require_writable(
+    path: str | os.PathLike | None, suffixes: Collection[str] = (), folder: bool = False
+) -> None:
+    """Check before the work that a file, or with `folder` a folder, can be written to `path`.
+
+    Args:
+        path: its folders may be missing; None passes.
+        suffixes: of formats that can be written, with the dot; empty for any.
+
+    Raises:
+        UserError: it cannot be written, or has another suffix.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UserError(
+            f"cannot write {path}: the format is chosen by the suffix, which is none of "
+            f"{', '.join(suffixes)}; give the file one of them"
+        )
+    try:
+        if path.is_dir() and not folder:
+            raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+        start = path if folder else path.parent
+        existing = next(p for p in (start, *start.absolute().parents) if p.exists())
+    except OSError as error:  # a name is too long, or a folder above cannot be searched
+        reason = f"cannot write {path}: {error.strerror}; choose another name or folder"
+        raise UserError(reason) from error
+    if not existing.is_dir():
+        raise UserError(f"cannot write {path}: {existing} is a file; choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: {existing} is read-only; choose another folder")
 
 
 def require_space(folder: Path, needed: int, what: str, flag: str) -> None:
@@ -140,27 +175,56 @@ def read_json(path: str | os.PathLike) -> Any:
         UserError: the file is missing or not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}; correct or remove it") from error
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Safe loader without aliases: nested ones expand to more than the memory holds."""
+class _Plain:
+    """Mix-in of a YAML loader: no aliases, which expand to more than the memory holds, nor doubles.
+
+    A key that is given twice would silently lose its first value.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
+        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
             raise yaml.YAMLError("it has aliases (*name), which are not supported")
-        return super().compose_node(parent, index)
+        return super().compose_node(parent, index)  # type: ignore[misc]
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # type: ignore[misc]
+        _require_single([str(key.value) for key, _ in node.value])
+        return node
 
 
-def read_yaml(path: str | os.PathLike) -> Any:
+class _PlainLoader(_Plain, yaml.SafeLoader):
+    """Numbers, booleans and dates as YAML defines them."""
+
+
+class _TextLoader(_Plain, yaml.BaseLoader):
+    """Every value as the text that is written."""
+
+
+def _require_single(keys: list[str]) -> None:
+    doubled = [key for key, count in Counter(keys).items() if count > 1]
+    if doubled:
+        raise yaml.YAMLError(f"it has the key {doubled[0]!r} twice")
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _require_single([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def read_yaml(path: str | os.PathLike, text: bool = False) -> Any:
     """Parse a YAML or JSON file of at most `MAX_YAML` bytes, without aliases.
 
+    Args:
+        text: return numbers and unquoted words (`no`, `null`, `1_000`) as the text in the file.
+            JSON's true, false and null keep their types.
+
     Raises:
-        UserError: the file is missing, too large or not YAML.
+        UserError: the file is missing, too large, not YAML, or not UTF-8.
     """
     try:
         with open(path, "rb") as file:
@@ -169,13 +233,26 @@ def read_yaml(path: str | os.PathLike) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     if len(content) > MAX_YAML:
         raise UserError(f"{path} is over {MAX_YAML >> 10} KiB, too large to be read: shorten it")
+    decoded = decode_text(content, path)
+    number: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), str)
     try:
-        return yaml.load(content.decode(), Loader=_PlainLoader)
+        if decoded.lstrip().startswith(("{", "[")):  # YAML does not accept JSON's tabs
+            with contextlib.suppress(json.JSONDecodeError):
+                options = number if text else {}
+                return json.loads(decoded, object_pairs_hook=_json_object, **options)
+        return yaml.load(decoded, Loader=_TextLoader if text else _PlainLoader)
     except Exception as error:  # an invalid !!timestamp, for instance, raises a plain TypeError
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{path} is neither YAML nor JSON ({reason}{where}): correct it") from error
+        next_step = "correct it"
+        if "escape" in reason:
+            next_step = "write / or \\\\ instead of \\"
+        elif "'\\t'" in reason:
+            next_step = "use spaces instead of tabs"
+        raise UserError(
+            f"{path} is neither YAML nor JSON ({reason}{where}): {next_step}"
+        ) from error
 
 
 def max_pixels() -> int:

@@ -45,6 +45,7 @@ from lednet.errors import UserError, exit_on_user_error, raise_if_problems
 from lednet.inference.inputs import find_inputs
 from lednet.inference.predictor import Predictor
 from lednet.inference.writers import PredictionJob, PredictionWriter, errors_of, predict_images
+from lednet.io import require_writable
 from lednet.progress import progress_bar
 from lednet.visualization import Visualizer, output_scheme
 
@@ -53,6 +54,7 @@ def main() -> None:
     args = build_parser().parse_args()
     if not 0 <= args.alpha <= 1:
         raise UserError(f"--alpha is {args.alpha}: give a share from 0 to 1")
+    require_writable(args.out, folder=True)
     images = find_inputs([args.input], args.out)
     predictor = Predictor.from_weights(
         args.weights, None, DEFAULT_SIZES["cityscapes"], args.height, args.width,

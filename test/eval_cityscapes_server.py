@@ -99,7 +99,7 @@ from lednet.hub import RELEASED, resolve_weights, weights_checksum
 from lednet.inference.benchmark import benchmark, benchmark_rows
 from lednet.inference.predictor import Predictor
 from lednet.inference.progress_log import ProgressLog
-from lednet.io import plain_values, write_json
+from lednet.io import plain_values, require_writable, write_json
 from lednet.progress import progress_bar
 
 
@@ -112,11 +112,14 @@ def parse_options() -> argparse.Namespace:
         )
     if args.predictions and args.report is True:
         raise UserError("--report needs a file name with --predictions: --report report.html")
+    for path in (args.json, args.report):
+        require_writable(path if isinstance(path, Path) else None)
     if args.weights and args.out is None:
         path = resolve_weights(args.weights)
         folder = path.with_suffix("") if path == args.weights else path.parent
         runs = ROOT / "save" if folder.parent == RELEASED else folder.parent
         args.out = runs / f"{folder.name}-eval-{args.subset}"
+    require_writable(args.out, folder=True)
     return args
 
 
@@ -189,6 +192,7 @@ def results_file(full: BenchmarkScores, network: BenchmarkScores | None) -> dict
         "pixelAccuracy": full.summary()["pixel_accuracy"],
         "frequencyWeightedIoU": full.summary()["frequency_weighted_iou"],
         "images": full.images,
+        "classPresence": full.presence(),
     }
     return result | ({"atNetworkSize": network.official_result()} if network else {})
 
@@ -245,6 +249,8 @@ def evaluate(args: argparse.Namespace, dist_context: DistributedContext) -> None
     details: dict[str, Any] = {"options": plain_values(vars(args))}
     if card:
         details["speed"] = card
+    if args.predictions:
+        evaluator.require_label_ids(full, args.predictions)
     if args.subset != "test":
         if full.class_matrix().sum() == 0:
             raise UserError(f"{args.datadir} {args.subset} has no labelled pixel: check --labels")
@@ -261,9 +267,14 @@ def evaluate(args: argparse.Namespace, dist_context: DistributedContext) -> None
         write_zip(args, frames, files)
     if args.report:
         path = args.out / "report.html" if args.report is True else args.report
+        source = f"predictions in {args.predictions}"
+        if args.weights:
+            file = resolve_weights(args.weights)
+            source = f"{file.name} of {file.absolute().parent.name}"
         write_benchmark_report(
-            path, f"Cityscapes {args.subset}", results, frames, files, scheme, network=network,
-            card=card, speed=speed, options=details["options"], images=args.report_images,
+            path, f"Cityscapes {args.subset}", results, frames, files, scheme, source=source,
+            network=network, card=card, speed=speed, options=details["options"],
+            images=args.report_images,
         )  # fmt: skip
         print(f"report: {path}")
 

@@ -55,7 +55,7 @@ from lednet.device import choose_device
 from lednet.errors import exit_on_user_error
 from lednet.inference.benchmark import benchmark, benchmark_rows
 from lednet.inference.predictor import Predictor
-from lednet.io import write_json
+from lednet.io import require_writable, write_json
 from lednet.model import LEDNet
 
 
@@ -73,6 +73,7 @@ def open_predictor(args: argparse.Namespace) -> Predictor:
 
 def main() -> None:
     args = build_parser().parse_args()
+    require_writable(args.json)
     image_size = args.image_height, args.image_width
     card = benchmark(open_predictor(args), image_size, args.batch_size, args.warmup, args.runs)
     print("\n".join(f"{name:32} {value}" for name, value in benchmark_rows(card)))

@@ -65,10 +65,16 @@ from torch.utils.data import DataLoader, default_collate
 from lednet.data.registry import DEFAULT_SIZES, open_dataset
 from lednet.device import choose_device
 from lednet.errors import UserError, exit_on_user_error
-from lednet.evaluation.evaluator import evaluate, require_labels
+from lednet.evaluation.evaluator import (
+    PREDICTED_ONLY,
+    class_presence,
+    count_scored,
+    evaluate,
+    require_labels,
+)
 from lednet.inference.predictor import Predictor
 from lednet.inference.writers import sample_sheet
-from lednet.io import write_json
+from lednet.io import require_writable, write_json
 from lednet.plots import plot_class_iou
 from lednet.progress import progress_bar
 
@@ -81,16 +87,18 @@ def collate(samples: list) -> list:
 
 def print_table(result: dict) -> None:
     width = max(map(len, result["class_iou"]))
-    rows = result["class_iou"] | {
-        "mIoU": result["miou"],
-        "pixel accuracy": result["pixel_accuracy"],
-    }
-    for name, score in rows.items():
-        print(f"{name:{width}}  {'absent' if score is None else f'{score:6.4f}'}")
+    scores = ("mIoU", result["miou"]), ("pixel accuracy", result["pixel_accuracy"])
+    for name, score in (*result["class_iou"].items(), *scores):
+        print(f"{name:{width}}  {'absent' if score is None else f'{score:6.4f}'}", end="")
+        only = result["class_presence"].get(name) == PREDICTED_ONLY and score == 0
+        print("  in no label, but predicted" * only)
 
 
 def main() -> None:
     args = build_parser().parse_args()
+    require_writable(args.json)
+    require_writable(args.plot, (".png", ".jpg", ".jpeg", ".pdf", ".svg"))
+    require_writable(args.contact_sheet, (".png", ".jpg", ".jpeg"))
     root = args.datadir or ROOT / "datasets" / args.dataset
     data = open_dataset(
         args.dataset, root, args.subset, annotations=args.annotations, labels=args.labels,
@@ -110,7 +118,10 @@ def main() -> None:
     confusion = evaluate(predictor.label_maps, batches, data.scheme.num_classes, predictor.device)
     where = f"{root} {args.subset}"
     require_labels(confusion, where)
-    result = confusion.summary(data.scheme.classes) | {
+    result = confusion.summary(data.scheme.classes)
+    presence = class_presence(result["class_iou"], confusion.counts.sum(dim=1).tolist())
+    result |= {
+        "class_presence": presence,
         "command": shlex.join(["python", *sys.argv]),
         "images": len(data),
         "weights": str(args.weights),
@@ -124,10 +135,11 @@ def main() -> None:
     print_table(result)
     height, width = predictor.size
     print(
-        f"{len(data)} images of {where}, network {height}x{width}, scored at "
+        f"{count_scored(presence)}, {len(data)} images of {where}, network {height}x{width}, "
+        "scored at "
         f"{'the label files' if args.eval_size == 'full' else 'the network'}' size"
     )
-    title = f"{root.name} {args.subset}: mIoU {result['miou']:.3f}"
+    title = f"{root.name} {args.subset}: mIoU {result['miou']:.3f} of {count_scored(presence)}"
     if args.json:
         write_json(args.json, result)
     if args.plot:

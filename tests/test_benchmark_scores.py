@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from lednet.evaluation.cityscapes_metrics import (
     BenchmarkScores,
     count_image,
 )
+from lednet.evaluation.evaluator import count_scored
+from lednet.evaluation.report import format_scores
 from lednet.metrics import ConfusionMatrix
 
 ID = {label.name: label.id for label in CITYSCAPES_LABELS}
@@ -157,6 +160,22 @@ def test_iiou_equals_the_one_computed_by_hand():
     hit, missed = size * (2 / 4 + 2 / 2), size * 2 / 4  # a truck is a vehicle too
     assert scores.category_iiou()["vehicle"] == pytest.approx(hit / (hit + missed + 1))
     assert scores.class_iou()["truck"] == 0 and math.isnan(scores.class_iou()["bus"])
+
+
+def test_presence_tells_predicted_only_from_absent():
+    truth = np.full((2, 2), ID["road"], np.uint8)
+    predicted = np.array([[ID["road"], ID["truck"]], [ID["road"], ID["static"]]], np.uint8)
+    scores = count_image(predicted, truth)
+    presence = scores.presence()
+    found = {name: where for name, where in presence.items() if where != "absent"}
+    assert found == {"road": "present", "truck": "predicted only"}
+    assert count_scored(presence) == "2 of 19 classes"
+    assert scores.mean_iou() == pytest.approx(0.25)  # (2/4 + 0) / 2
+    assert scores.presence("category")["vehicle"] == "predicted only"
+    text = format_scores(scores, None, None)
+    assert re.search(r"truck +\* 0\.0000", text) and re.search(r"bus +absent", text)
+    assert "* in no label, but predicted" in text and "2 of 19 classes scored" in text
+    assert "* in no label" not in format_scores(count_image(truth, truth), None, None)
 
 
 def test_crowds_are_no_instances_and_without_instance_images_there_is_no_iiou():

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from test_bad_input import assert_refused
 from test_page import chromium, opened
 
 from lednet import UserError
+from lednet.data.dataset import read_labeled_image
 from lednet.data.labels import cityscapes_scheme
 from lednet.data.pairs import Sample
 from lednet.training.losses import class_weights
@@ -116,9 +118,10 @@ def add_palette(path: Path) -> None:
     label.save(path)
 
 
-def rotate(image: Path, label: Path) -> None:
+def rotate(image: Path, label: Path, orientation: int = 3) -> None:
+    """Mark an image as turned by 180 degrees, which leaves the size."""
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     Image.open(image).save(image.with_suffix(".jpg"), exif=exif)
     image.unlink()
 
@@ -148,7 +151,7 @@ FAULTS = {
     "no-image": lambda image, label: image.unlink(),
     "name": lambda image, label: label.rename(label.with_name("Train_3_mask.png")),
     "double": lambda image, label: shutil.copy(image, image.with_suffix(".jpeg")),
-    "not-taken": lambda image, label: Image.open(image).save(image.with_suffix(".bmp")),
+    "not-taken": lambda image, label: Image.open(image).save(image.with_suffix(".gif")),
     "damaged": lambda image, label: truncate(image),
     "image-mode": lambda image, label: FLOATS.save(image, format="TIFF"),
     "label-mode": lambda image, label: edit(label, lambda a: COLORS[a]),
@@ -191,8 +194,15 @@ def test_validate_dataset_reports_each_type_of_issue_with_its_file(tree, kind):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda path: edit(path, lambda a: a.astype(np.uint16) + 300), {"label-mode": ": I;16"}),
-        (lambda path: edit(path, lambda a: a > 99), {"label-mode": ": 1"}),
+        (
+            lambda path: edit(path, lambda a: a.astype(np.uint16) + 300),
+            {
+                "label-mode": ": has 16-bit values (311), and ids are 0 to 255: convert it to "
+                "8-bit ids"
+            },
+        ),
+        (lambda path: edit(path, lambda a: a.astype(np.uint16)), {"mode": ""}),
+        (lambda path: edit(path, lambda a: a > 5), {"mode": ""}),
         (lambda path: edit(path, lambda a: np.where(a < 2, a + 200, a)), {"id": ": 200 201"}),
         (add_palette, {"mode": ""}),  # read by index, whatever the colours
     ],
@@ -202,6 +212,49 @@ def test_validate_dataset_names_mode_or_values_of_a_label(tree, change, expected
     change(path)
     expected = {kind: f"valannot/val_01.png{text}" for kind, text in expected.items()}
     assert found(examine(tree)) == expected
+
+
+def test_inspect_pair_counts_ids_of_low_bit_depths_as_stored(tmp_path):
+    ids = np.arange(64, dtype=np.uint8).reshape(8, 8) % 16
+    scaled = Image.fromarray(ids * 17)
+    Image.fromarray(COLORS[ids % 12]).save(tmp_path / "a.png")
+    # Pillow writes no grey of 4 bits: a palette image's colour type is changed.
+    palette = Image.fromarray(ids)
+    palette.putpalette(np.repeat(np.arange(16, dtype=np.uint8) * 17, 3).tobytes())
+    palette.save(tmp_path / "b.png", bits=4)
+    data = (tmp_path / "b.png").read_bytes()
+    header = data[12:25] + b"\0" + data[26:29]
+    start, end = data.index(b"PLTE") - 4, data.index(b"IDAT") - 4
+    crc = zlib.crc32(header).to_bytes(4, "big")
+    (tmp_path / "b.png").write_bytes(data[:12] + header + crc + data[33:start] + data[end:])
+    assert np.array_equal(np.array(Image.open(tmp_path / "b.png")), np.array(scaled))
+    item = inspect_pair(Sample(tmp_path / "a.png", tmp_path / "b.png"))
+    assert not item.problems and item.histogram[:16].tolist() == [4] * 16
+
+
+@pytest.mark.parametrize(
+    ("orientation", "label_size", "kinds", "image_size"),
+    [
+        (6, (64, 96), [], (64, 96)),  # (width, height): fits when turned
+        (6, (96, 64), [], (96, 64)),  # fits as stored
+        (2, (96, 64), ["turned"], (96, 64)),  # fits both
+        (6, (32, 32), ["size"], (96, 64)),
+    ],
+)
+def test_inspect_pair_turns_image_as_training_does(
+    tmp_path, orientation, label_size, kinds, image_size
+):
+    make_image(1).resize((96, 64)).save(tmp_path / "a.png")
+    Image.new("L", label_size).save(tmp_path / "b.png")
+    rotate(tmp_path / "a.png", tmp_path / "b.png", orientation)
+    pair = Sample(tmp_path / "a.jpg", tmp_path / "b.png")
+    item = inspect_pair(pair)
+    assert [kind for kind, *_ in item.problems] == kinds and item.image_size == image_size
+    try:
+        shape = read_labeled_image(pair, label_size[::-1]).shape[:2]
+        assert shape == label_size[::-1] == image_size[::-1]
+    except UserError:
+        assert kinds == ["size"]
 
 
 @pytest.mark.parametrize(("split", "kind"), [("train", "absent"), ("val", "unscored")])

@@ -340,6 +340,67 @@ def test_read_class_file_invalid_content_is_refused(tmp_path, text):
         read_class_file(tmp_path / "c.yaml")
 
 
+@pytest.mark.parametrize(
+    "word",
+    ["no", "on", "null", "~", "010", "1_000", "0x1f", "1e3", "2024-01-31", "12:30:45", ".nan"],
+)
+def test_read_class_file_unquoted_word_is_name_as_written(tmp_path, word):
+    text = f"classes:\n  - {{name: {word}, id: 3}}\n  - name: {word}x\n"
+    (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    scheme = read_class_file(tmp_path / "c.yaml")
+    assert scheme.classes == (word, f"{word}x") and scheme.file_ids == {3: 0, 1: 1}
+
+
+@pytest.mark.parametrize("value", ["0.7", "true", "1_000", "0x1f", "010", "1e1", "null", "-1", "٣"])
+@pytest.mark.parametrize("row", ["{{name: road, id: {}}}", "{{name: road, color: [0, 0, {}]}}"])
+def test_read_class_file_number_that_is_no_integer_is_refused(tmp_path, row, value):
+    (tmp_path / "c.yaml").write_text(f"classes:\n  - {row.format(value)}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"c\.yaml: the class 'road' has the .* '{value}'"):
+        read_class_file(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "classes: [{name: road}, {name: ' road'}]",
+            "'road' is there twice|' road' is there twice",
+        ),
+        ("classes: [{name: caf\u00e9}, {name: cafe\u0301}]", "is there twice"),
+        ("classes: [{name: ''}]", "class 1 of the list has the name ''"),
+        ("classes: [{name: a}, {name: }]", "class 2 of the list has the name ''"),
+        ("classes: [{name: [a, b]}]", r"the name \['a', 'b'\], which is not text"),
+        ('{"classes": [{"name": null}]}', "the name None, which is not text"),
+        ('{"classes": [{"name": "a", "id": true}]}', "the id True"),
+        ('{"classes": [{"name": "a", "id": 0.7}]}', "the id '0.7'"),
+        ('classes: [{name: "a\\tb"}]', "visible letters"),
+        ("classes: [{name: Void}]", "called 'Void', which stands for pixels without a class"),
+        ("classes: [{name: a, colour: [1, 2, 3]}]", "'a' has 'colour'"),
+        ("classes: [{name: a, id: 1, id: 2}]", "the key 'id' twice"),
+        ('{"classes": [],\n\t"classes": [{"name": "a"}]}', "the key 'classes' twice"),
+        ("classes: [{name: a}]\nclasses: [{name: b}]", "the key 'classes' twice"),
+        ("classes: [{name: a}]\nignore: 255", "`ignore` is '255'"),
+        ('classes: [{name: "C:\\data"}]', r"escape character.* in line 1\): write /"),
+        ("classes:\n\t- name: a", "in line 2.*use spaces instead of tabs"),
+    ],
+)
+def test_read_class_file_sentence_names_class_and_reason(tmp_path, text, sentence):
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=sentence) as raised:
+        read_class_file(tmp_path / "c.yaml")
+    assert "c.yaml" in str(raised.value)
+
+
+def test_read_class_file_json_with_tabs_and_bom(tmp_path):
+    text = '\ufeff{\r\n\t"classes": [\r\n\t\t{"name": "no", "id": 1}\r\n\t],\r\n\t"ignore": [0]}'
+    (tmp_path / "c.yaml").write_bytes(text.encode())
+    scheme = read_class_file(tmp_path / "c.yaml")
+    assert scheme.classes == ("no",) and scheme.file_ids == {1: 0, 0: IGNORE_INDEX}
+    (tmp_path / "c.yaml").write_bytes(text.encode("utf-16"))
+    with pytest.raises(UserError, match=r"c\.yaml is UTF-16"):
+        read_class_file(tmp_path / "c.yaml")
+
+
 # transforms
 
 

@@ -20,9 +20,17 @@ from test_bad_input import assert_refused
 
 from lednet import LEDNet
 from lednet.checkpoint import load_state, save_checkpoint
+from lednet.data.dataset import read_label
+from lednet.data.labels import cityscapes_scheme
 from lednet.distributed import DistributedContext
 from lednet.errors import UserError
-from lednet.evaluation.cityscapes_evaluator import find_frames, find_predictions, score_predictions
+from lednet.evaluation.cityscapes_evaluator import (
+    find_frames,
+    find_predictions,
+    require_label_ids,
+    score_predictions,
+)
+from lednet.evaluation.cityscapes_metrics import BenchmarkScores, count_image
 from lednet.inference.progress_log import ProgressLog
 
 SCRIPT = "test/eval_cityscapes_server.py"
@@ -212,6 +220,8 @@ def copy_as(name: str):
 PREDICTION_FAULTS = {
     "size": (save("L", (64, 32)), "{path.name}: .*is 128x64, the prediction for it 64x32"),
     "id 34": (save("L", value=34), "{path} holds the id 34, which Cityscapes does not have"),
+    "void of trainIds": (save("L", value=255), "{path} holds 255, the void of trainIds"),
+    "jpeg": (lambda path: path.rename(path.with_suffix(".jpg")), "labelIds.jpg cannot hold ids"),
     "mode": (save("RGB"), r"{path} is a color image \(mode RGB\)"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:90]), "{path} is damaged"),
     "missing": (Path.unlink, "1 of 3 frames have no prediction"),
@@ -235,6 +245,41 @@ def test_faulty_prediction_is_refused(reference, toy_cityscapes, tmp_path, fault
         files = find_predictions(folder, frames)
         list(score_predictions(frames, scheme, [files[frame.name] for frame in frames]))
     assert "\n" not in str(error.value)
+
+
+def test_predictions_in_train_ids_are_recognized(reference, toy_cityscapes):
+    frames, scheme = find_frames(toy_cityscapes, "val", images=False)
+    lut = cityscapes_scheme().lut
+    for void in (0, 19):  # of trainIds; 255 is refused when it is read
+        total = BenchmarkScores()
+        for frame in frames:
+            truth = read_label(frame.label, scheme)
+            train_ids = np.where(lut[truth] == 255, void, lut[truth]).astype(np.uint8)
+            total.add(count_image(train_ids, truth))
+        with pytest.raises(
+            UserError, match=r"pred agree with 100% .* if read as trainIds, with 0%"
+        ):
+            require_label_ids(total, "pred")
+    one = np.full((2, 2), 7, np.uint8)
+    both = np.array([[7, 8], [7, 7]], np.uint8)
+    with pytest.raises(UserError, match="trainIds"):
+        require_label_ids(count_image(one * 0, one), "pred")
+    require_label_ids(count_image(both * 0, both), "pred")  # void everywhere
+    require_label_ids(count_image(both, both), "pred")
+
+
+def test_predictions_beside_hidden_files_and_below_links_are_found(
+    reference, toy_cityscapes, tmp_path
+):
+    frames, _ = find_frames(toy_cityscapes, "val", images=False)
+    folder = tmp_path / "pred"
+    folder.mkdir()
+    (folder / "linked").symlink_to(reference.out / "predictions")
+    for name in (f"._{frames[0].name}_pred.png", f"@eaDir/{frames[0].name}.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    found = find_predictions(folder, frames)
+    assert {path.parent.name for path in found.values()} == {"linked"}
 
 
 def test_incomplete_ground_truth_is_refused(evaluate, toy_cityscapes, tmp_path):

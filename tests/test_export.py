@@ -433,13 +433,15 @@ def test_script_wrong_graph_writes_nothing(run_inside, weights, tmp_path, monkey
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--out net.pt2 --format onnx", "does not end in .onnx"),
+        ("--out net.pt2 --format onnx", "none of .onnx"),
         ("--height 0", "--height: .0. is not"),
         ("--check-images {tmp}/run", "no image"),
         ("--check-images {tmp}/broken --format torch --output logits", "is damaged"),
         ("--format executorch --dynamic", "fixed size|pip install executorch"),
         ("--weights {tmp}/bare.pth", "give --height and --width"),
         ("--precision int8", "--calibrate"),
+        ("--val-names a", "give its folder with --datadir"),
+        ("--out {tmp}/net.xyz", r"cannot write .*none of \.onnx"),
         ("--calibrate {tmp}", "leave them out"),
         ("--precision int8 --format openvino --calibrate {tmp}/run", "no image"),
         ("--precision int8 --calibrate {tmp}/photos --format onnx", "int8 is not for onnx: give"),

@@ -7,6 +7,7 @@ import pytest
 from lednet.data.pairs import name_files
 from lednet.errors import UserError
 from lednet.files import IMAGE_SUFFIXES, find_files, match_files, read_text, split_pattern
+from lednet.io import require_writable
 
 
 def touch(folder, *names):
@@ -117,3 +118,29 @@ def test_read_text_other_encodings_are_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_text(path)
+
+
+def test_require_writable_names_what_is_in_the_way(tmp_path):
+    touch(tmp_path, "file")
+    (tmp_path / "folder.png").mkdir()
+    require_writable(None)
+    require_writable(tmp_path / "new/er/a.PNG", (".png",))
+    require_writable(tmp_path / "file")
+    require_writable(tmp_path / "new", folder=True)
+    assert names(tmp_path.iterdir(), tmp_path).count("new") == 0
+    for path, options, message in (
+        ("folder.png", {}, "it is a folder; give the name of a file"),
+        ("bars.xyz", {"suffixes": (".png",)}, r"suffix, which is none of \.png"),
+        ("bars", {"suffixes": (".png",)}, "suffix"),
+        ("file/a.png", {}, "file is a file; choose another folder"),
+        ("file", {"folder": True}, "file is a file; choose another folder"),
+        ("x" * 300 + "/a.png", {}, "File name too long"),
+    ):
+        with pytest.raises(UserError, match=f"cannot write .*{message}"):
+            require_writable(tmp_path / path, **options)
+
+
+def test_require_writable_read_only_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write to any folder
+    with pytest.raises(UserError, match="is read-only; choose another folder"):
+        require_writable(tmp_path / "a.json")

@@ -25,6 +25,8 @@ import lednet.model
 from lednet import LEDNet, UserError, load_model
 from lednet.checkpoint import load_state, save_checkpoint
 from lednet.data.image_io import open_image, read_image, to_rgb
+from lednet.evaluation.cityscapes_metrics import BenchmarkScores
+from lednet.evaluation.report import _headline
 from lednet.export import formats
 from lednet.export.fuse import fuse_channel_shuffles, fuse_conv_bn
 from lednet.export.wrappers import EndToEndModel
@@ -425,6 +427,19 @@ def test_benchmark_reports_its_conditions(net):
         assert 0 <= card[part]["p50_ms"] <= card[part]["p95_ms"]
     text = "\n".join(f"{name} {value}" for name, value in benchmark_rows(card))
     assert all(words in text for words in ("925,663", "fp32", "folded", "batch 2"))
+
+
+def test_benchmark_marks_noisy_times(net, monkeypatch):
+    times = iter([{"p50_ms": 10.0, "p95_ms": 13.1}, {"p50_ms": 10.0, "p95_ms": 12.9}])
+    monkeypatch.setattr("lednet.inference.benchmark.time_runs", lambda *_: next(times))
+    card = benchmark(Predictor(net, (32, 64)), (64, 128))
+    assert (card["forward"]["noisy"], card["image_to_label_map"]["noisy"]) == (True, False)
+    (_, forward), (_, whole), *_ = benchmark_rows(card)
+    assert "noisy (p95 over 1.3 x p50)" in forward and "noisy" not in whole
+    for noisy in (True, False):
+        card["forward"]["noisy"] = noisy
+        labels = [figure.label for figure in _headline(BenchmarkScores(), None, card, "best.pth")]
+        assert ("FPS" in labels) is not noisy
 
 
 def test_time_runs_excludes_warmup():

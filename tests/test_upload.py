@@ -157,8 +157,8 @@ FAULTS = {
         [COUNT(7, 6), f"1 frame with more than one file (berlin_000000_000019.png / {NAME})"],
     ),
     "other files": (
-        lambda folder: [(folder / n).write_text("x") for n in (".DS_Store", "notes.txt")],
-        ["2 files other than .png (.DS_Store, notes.txt)"],
+        lambda folder: [(folder / n).write_text("x") for n in ("._a.png", "scores.csv", "n.txt")],
+        ["2 files other than .png (n.txt, scores.csv)"],
     ),
     "format": (
         lambda folder: Image.fromarray(IDS).save(file(folder), format="JPEG"),

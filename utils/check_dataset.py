@@ -50,7 +50,7 @@ import shlex
 import sys
 
 from lednet.errors import exit_on_user_error
-from lednet.io import write_json
+from lednet.io import require_writable, write_json
 from lednet.training.losses import WEIGHT_OFFSETS, class_weights
 from lednet.validation.checks import validate_dataset
 from lednet.validation.issues import SEVERITIES, counted
@@ -62,6 +62,7 @@ def main() -> None:
     args = build_parser().parse_args()
     root = args.datadir or ROOT / "datasets" / args.dataset
     out = args.out or ROOT / "save" / f"check-{args.dataset}"
+    require_writable(out, folder=True)
     splits, issues = open_splits(
         args.dataset, root, annotations=args.annotations, labels=args.labels,
         class_file=args.classes, val_stride=args.val_stride, val_prefix=args.val_prefix,

@@ -63,10 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
                       help="images for the calibration of int8, such as those of the training")
     int8.add_argument("--calibration-images", type=common.POSITIVE, default=64, metavar="N",
                       help="number of images to use, evenly spaced")
-    int8.add_argument("--dataset", choices=common.DATASETS, default="cityscapes", help="data set")
-    int8.add_argument("--datadir", type=Path,
-                      help="folder of the data set on whose val images network and file are "
-                             "evaluated")
+    common.add_dataset_flags(
+        int8, ("fine", "coarse"), "the hold-out that the training used",
+        "folder of the data set on whose val images network and file are evaluated",
+    )
     int8.add_argument("--max-drop", type=common.at_least(0, float), default=0.5, metavar="POINTS",
                       help="allowed drop of the mIoU in percentage points")
     # fmt: on
@@ -91,9 +91,10 @@ from lednet.errors import UserError, exit_on_user_error
 from lednet.evaluation.evaluator import evaluate, require_labels
 from lednet.export.exporter import ParityError, export
 from lednet.export.formats import FORMATS, MIN_TRACED_SIDE, ExportedModel, require_packages
-from lednet.files import IMAGE_SUFFIXES
+from lednet.files import IMAGE_SUFFIXES, find_files
 from lednet.hub import input_size, resolve_weights
 from lednet.inference.predictor import Predictor
+from lednet.io import require_writable
 from lednet.model import LEDNet, load_model
 from lednet.progress import progress_bar
 
@@ -105,7 +106,9 @@ MAX_DIFFERENCE = {"fp32": 1e-3, "int8": 0.5}
 
 
 def list_images(folder: Path) -> list[Path]:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: give a folder of images")
+    paths = find_files(folder, IMAGE_SUFFIXES)
     if not paths:
         raise UserError(f"no image ({', '.join(IMAGE_SUFFIXES)}) below {folder}: check the folder")
     return paths
@@ -149,7 +152,10 @@ def miou_gate(
     args: argparse.Namespace, net: LEDNet, meta: dict, size: tuple[int, int]
 ) -> Callable[[ExportedModel], None]:
     """A check that compares a file's mIoU with the network's and prints both."""
-    data = open_dataset(args.dataset, args.datadir, "val")
+    data = open_dataset(
+        args.dataset, args.datadir, "val", annotations=args.annotations, labels=args.labels,
+        class_file=args.classes, val_stride=args.val_stride, val_prefix=args.val_prefix,
+    )  # fmt: skip
     require_classes(net, meta, data.scheme, args.weights)
 
     def miou(predictor: Predictor, name: str) -> float:
@@ -183,8 +189,13 @@ def main() -> None:
     int8, row = args.precision == "int8", FORMATS[args.format]
     if int8 and not args.calibrate:
         raise UserError("--precision int8 needs images: give a folder of them with --calibrate")
+    if args.datadir is None and (args.classes or args.val_stride or args.val_prefix):
+        raise UserError("--classes and --val-* are of the data set: give its folder with --datadir")
     if not int8 and (args.calibrate or args.datadir):
         raise UserError("--calibrate and --datadir are for --precision int8: leave them out")
+    weights = resolve_weights(args.weights)
+    path = args.out or weights.with_name(f"{weights.stem}{'-int8' * int8}{row.suffix}")
+    require_writable(path, (row.suffix,))
     require_packages(args.format, args.precision)
     check = list_images(args.check_images) if args.check_images else None
     net, meta = load_model(args.weights)
@@ -196,8 +207,6 @@ def main() -> None:
         calibration = [batch_of(image, size) for image in read_images(paths, "calibration")]
         if args.datadir:
             accept = miou_gate(args, net, meta, size)
-    weights = resolve_weights(args.weights)
-    path = args.out or weights.with_name(f"{weights.stem}{'-int8' * int8}{row.suffix}")
     agreement, difference = args.min_agreement, args.max_difference
     parity = export(
         net, meta, path, args.format, size,

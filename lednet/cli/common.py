@@ -96,16 +96,17 @@ def add_dataset_flags(
     flags: Flags,
     annotations: tuple[str, ...] = ANNOTATIONS,
     hold_out: str = "hold out every N-th training image for validation",
+    datadir: str = "folder of the data set (default: datasets/<dataset>)",
 ) -> None:
     """Flags that select a data set and its held-out part.
 
     Args:
         annotations: choices of --annotations.
         hold_out: help text of --val-stride.
+        datadir: help text of --datadir.
     """
     flags.add_argument("--dataset", choices=DATASETS, default="cityscapes", help="data set")
-    flags.add_argument("--datadir", type=Path,
-                       help="folder of the data set (default: datasets/<dataset>)")
+    flags.add_argument("--datadir", type=Path, help=datadir)
     flags.add_argument("--annotations", choices=annotations, default="fine",
                        help="Cityscapes: fine, coarse (train_extra and train, coarsely annotated) "
                             "or both; Pascal VOC: fine or aug (trainaug)")

@@ -1,14 +1,17 @@
 """Data sets of an image folder, a label folder and a class file."""
 
 import os
+import re
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme
+from lednet.data.labels import IGNORE_INDEX, Color, LabelScheme, camvid_scheme
 from lednet.data.pairs import FileIndex, SplitSpec, name_files
 from lednet.errors import UserError
-from lednet.files import LABEL_SUFFIXES
+from lednet.files import LABEL_SUFFIXES, normalized
 from lednet.io import read_yaml
 
 CLASS_FILES = Path(__file__).parent / "classes"
@@ -25,6 +28,8 @@ def list_folders(image_folder: Path, label_folder: Path) -> FileIndex:
         UserError: a folder does not exist, or there are no images.
     """
     next_step = "check --datadir and the layout in datasets/README.md"
+    if image_folder.name == "val":
+        next_step += ", or hold images out with --val-prefix or --val-stride"
     for relative in (False, True):
         images = name_files(image_folder, next_step, relative=relative)
         labels = name_files(label_folder, next_step, suffixes=LABEL_SUFFIXES, relative=relative)
@@ -59,34 +64,79 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
           - {name: field, id: 1}
         ignore: [255]
 
+    Unquoted words such as `no` or `null` are names as written.
+
     Raises:
-        UserError: the file does not exist or has another structure, or an id is outside 0..255 or
-            used twice.
+        UserError: the file does not exist or has another structure; an id or color is not a whole
+            number from 0 to 255, an id or name is used twice, a name is empty or "void", or there
+            are more than 254 classes.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no class file {path}: specify one with --classes")
-    content = read_yaml(path)
-    try:
-        rows = list(content["classes"])
-        names = tuple(str(row["name"]) for row in rows)
-        ids = [int(row.get("id", i)) for i, row in enumerate(rows)]
-        colors = [tuple(map(int, r.get("color", _generated_color(i)))) for i, r in enumerate(rows)]
-        ignored = [int(i) for i in content.get("ignore", [])]
-    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+    content = read_yaml(path, text=True)
+    rows = content.get("classes") if isinstance(content, dict) else None
+    ignored = content.get("ignore") or [] if isinstance(content, dict) else []
+    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
         raise UserError(
             f"{path} must hold `classes`, a list of {{name, id, color}}: see datasets/README.md"
-        ) from error
-    all_ids = ids + ignored
-    if not ids or len(set(all_ids)) < len(all_ids) or not all(0 <= i <= 255 for i in all_ids):
-        raise UserError(f"{path}: ids must be 0 to 255, each used once, and at least one class")
-    if len(ids) >= IGNORE_INDEX:
-        raise UserError(f"{path} has {len(ids)} classes: reduce them to 254")
-    if any(len(c) != 3 or not all(0 <= value <= 255 for value in c) for c in colors):
-        raise UserError(f"{path}: a color must be three numbers from 0 to 255")
-    file_ids = {file_id: index for index, file_id in enumerate(ids)}
-    file_ids.update(dict.fromkeys(ignored, IGNORE_INDEX))
-    return LabelScheme(path.stem, names, tuple((r, g, b) for r, g, b in colors), file_ids)
+        )
+    if not isinstance(ignored, list):
+        raise UserError(f"{path}: `ignore` is {ignored!r}: give a list of ids, such as [255]")
+    if len(rows) >= IGNORE_INDEX:
+        raise UserError(f"{path} has {len(rows)} classes: reduce them to {IGNORE_INDEX - 1}")
+    names: dict[str, int] = {}
+    file_ids: dict[int, int] = {}
+    colors = []
+    for index, row in enumerate(rows):
+        name = _class_name(row, index, path)
+        where = f"{path}: the class {name!r}"
+        if names.setdefault(normalized(name).strip(), index) != index:
+            raise UserError(f"{where} is there twice: give each class its own name")
+        if unknown := row.keys() - {"name", "id", "color"}:
+            raise UserError(f"{where} has {min(unknown)!r}: its keys are name, id and color")
+        colors.append(_color(row["color"], where) if "color" in row else _generated_color(index))
+        _add_id(file_ids, _byte(row.get("id", str(index)), "id", where), index, where)
+    for value in ignored:
+        where = f"{path}: `ignore`"
+        _add_id(file_ids, _byte(value, "id", where), IGNORE_INDEX, where)
+    return LabelScheme(path.stem, tuple(row["name"] for row in rows), tuple(colors), file_ids)
+
+
+def _class_name(row: dict[str, Any], index: int, path: Path) -> str:
+    """The name in a row of a class file."""
+    name = row.get("name")
+    where = f"{path}: class {index + 1} of the list"
+    if not isinstance(name, str):
+        raise UserError(f"{where} has the name {name!r}, which is not text: quote its name")
+    if not name.strip() or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+        raise UserError(f"{where} has the name {name!r}: give it one of visible letters")
+    if name.strip().casefold() == "void":
+        raise UserError(
+            f"{where} is called {name!r}, which stands for pixels without a class: list its id "
+            "under `ignore`, or rename it"
+        )
+    return name
+
+
+def _byte(value: object, what: str, where: str) -> int:
+    """A whole number from 0 to 255 as it is written in a class file."""
+    whole = isinstance(value, str) and re.fullmatch("0|[1-9][0-9]{0,2}", value, re.ASCII)
+    if not whole or int(whole[0]) > 255:
+        raise UserError(f"{where} has the {what} {value!r}: give a whole number from 0 to 255")
+    return int(whole[0])
+
+
+def _color(value: object, where: str) -> Color:
+    if not isinstance(value, list) or len(value) != 3:
+        raise UserError(f"{where} has the color {value!r}: give [red, green, blue], each 0 to 255")
+    red, green, blue = (_byte(part, "color value", where) for part in value)
+    return red, green, blue
+
+
+def _add_id(file_ids: dict[int, int], file_id: int, index: int, where: str) -> None:
+    if file_ids.setdefault(file_id, index) != index:
+        raise UserError(f"{where} has the id {file_id}, which is used before: use each id once")
 
 
 def _generated_color(index: int) -> tuple[int, int, int]:

@@ -93,7 +93,7 @@ class SharedPredictor(Predictor):
 
     _worker = ThreadPoolExecutor(1, "network")
 
-    def __call__(self, image: Any) -> np.ndarray:
+    def __call__(self, image: Any) -> Any:
         return self.timed(image)[0]
 
     def timed(self, image: Any) -> tuple[np.ndarray, float]:

@@ -16,13 +16,24 @@ from torchvision.transforms import v2
 
 from lednet.data.cityscapes import cityscapes_labels, cityscapes_pairs, detect_cityscapes_encoding
 from lednet.data.dataset import read_label
-from lednet.data.image_io import open_image, read_image, write_label_map
-from lednet.data.labels import LabelScheme, cityscapes_id_scheme, cityscapes_label_ids
+from lednet.data.image_io import open_image, read_ids, read_image, write_label_map
+from lednet.data.labels import (
+    IGNORE_INDEX,
+    LabelScheme,
+    cityscapes_id_scheme,
+    cityscapes_label_ids,
+)
 from lednet.data.pairs import list_examples, require_file
 from lednet.errors import UserError
-from lednet.evaluation.cityscapes_metrics import NUM_IDS, BenchmarkScores, count_image
+from lednet.evaluation.cityscapes_metrics import (
+    EVALUATED_CLASSES,
+    NUM_IDS,
+    BenchmarkScores,
+    count_image,
+)
 from lednet.evaluation.cityscapes_submission import frame_name, prediction_name
 from lednet.evaluation.evaluator import LabelMapper
+from lednet.files import LABEL_SUFFIXES, find_files, unused_images
 from lednet.io import map_ordered
 
 
@@ -84,6 +95,8 @@ def find_frames(
 def find_predictions(folder: str | os.PathLike, frames: Sequence[Frame]) -> dict[str, Path]:
     """Prediction files by frame name: any `<city>_<seq>_<frame>*.png` below `folder`.
 
+    Other lossless formats are accepted; hidden and system files are skipped (`lednet.files`).
+
     Raises:
         UserError: the folder does not exist, a frame has no prediction or two, or a prediction has
             no frame.
@@ -92,13 +105,17 @@ def find_predictions(folder: str | os.PathLike, frames: Sequence[Frame]) -> dict
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give label-id PNGs with --predictions")
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*.png")):
+    files = find_files(folder)
+    used = [path for path in files if path.suffix.lower() in LABEL_SUFFIXES]
+    for path in used:
         first = found.setdefault(frame_name(path), path)
         if first != path:
             raise UserError(f"{first} and {path.name} are of one frame: keep one of them")
     names = {frame.name for frame in frames}
+    unused = [path.name for path in unused_images(files, set(used))]
+    lossy = f"; {list_examples(unused)} cannot hold ids: write PNG" if unused else ""
     for problem, unmatched, total, next_step in (
-        ("frames have no prediction", names - found.keys(), names, "add them"),
+        ("frames have no prediction", names - found.keys(), names, "add them" + lossy),
         ("predictions have no ground truth", found.keys() - names, found, "add it, or remove them"),
     ):
         if unmatched:
@@ -199,6 +216,49 @@ def score_frame(
     return FrameResult(frame.name, full, count_image(network_prediction, resized))
 
 
+def read_prediction(path: Path) -> np.ndarray:
+    """Read a prediction of label ids, (H, W) uint8.
+
+    Raises:
+        UserError: see `read_ids`; or it has an id above 33, such as the void of trainIds.
+    """
+    ids = read_ids(path)
+    if ids.max() < NUM_IDS:
+        return ids
+    value = int(ids[ids >= NUM_IDS][0])
+    if value == IGNORE_INDEX and ids[ids != value].max(initial=0) <= len(EVALUATED_CLASSES):
+        raise UserError(
+            f"{path} holds {value}, the void of trainIds, and no id above "
+            f"{len(EVALUATED_CLASSES)}: convert trainIds to labelIds, 0 to {NUM_IDS - 1}"
+        )
+    raise UserError(
+        f"{path} holds the id {value}, which Cityscapes does not have: write labelIds, 0 to "
+        f"{NUM_IDS - 1}"
+    )
+
+
+def require_label_ids(scores: BenchmarkScores, folder: str | os.PathLike) -> None:
+    """Check that predictions are not in fact trainIds, which would be scored as other classes.
+
+    Raises:
+        UserError: no predicted id is above 19, and as trainIds they agree far better.
+    """
+    ids = cityscapes_label_ids()[: len(EVALUATED_CLASSES)]
+    truth = scores.matrix[ids]
+    total = truth.sum(axis=1)
+    as_label_ids = truth[range(len(ids)), ids]
+    as_train_ids = truth[range(len(ids)), range(len(ids))]
+    shares = [float(hits.sum() / max(1, total.sum())) for hits in (as_label_ids, as_train_ids)]
+    # A single class may be void (id 0) predicted for road, unless nothing else is there.
+    several = (as_train_ids > 0).sum() >= min(2, int((total > 0).sum()))
+    if not truth[:, len(ids) + 1 :].any() and several and shares[1] > 2 * shares[0] + 0.1:
+        raise UserError(
+            f"the predictions in {folder} agree with {shares[1]:.0%} of the labelled pixels if "
+            f"read as trainIds, with {shares[0]:.0%} as labelIds: convert trainIds to labelIds, "
+            f"0 to {NUM_IDS - 1}"
+        )
+
+
 def score_predictions(
     frames: Sequence[Frame], scheme: LabelScheme, files: Sequence[Path], workers: int = 2
 ) -> Iterator[FrameResult]:
@@ -207,10 +267,9 @@ def score_predictions(
     Raises:
         UserError: see `score_frame`; names the file.
     """
-    ids = cityscapes_id_scheme()
 
     def job(frame: Frame, path: Path) -> FrameResult:
-        prediction = read_label(path, ids)
+        prediction = read_prediction(path)
         try:
             return score_frame(frame, scheme, prediction)
         except UserError as error:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lednet.data.labels import CITYSCAPES_LABELS, Label
+from lednet.evaluation.evaluator import class_presence
 from lednet.metrics import count_pairs, none_if_nan
 
 LABELS: tuple[Label, ...] = tuple(label for label in CITYSCAPES_LABELS if label.id >= 0)
@@ -197,6 +198,16 @@ class BenchmarkScores:
         hits = self.matrix[np.ix_(_EVALUATED, _EVALUATED)]
         other = self.matrix[_EVALUATED].sum(axis=1) - hits.sum(axis=1)
         return np.column_stack((hits, other))
+
+    def presence(self, kind: str = "class") -> dict[str, str]:
+        """Where each evaluated class or category occurs; see `class_presence`."""
+        pixels = self.matrix.sum(axis=1)
+        if kind == "class":
+            scores, names, groups = self.class_iou(), EVALUATED_CLASSES, _IDS_OF_CLASS
+        else:
+            scores, names, groups = self.category_iou(), EVALUATED_CATEGORIES, _IDS_OF_CATEGORY
+        true = [int(sum(pixels[i] for i in groups[n] if i in _EVALUATED)) for n in names]
+        return class_presence({name: scores[name] for name in names}, true)
 
     def summary(self) -> dict[str, float | None]:
         """The headline figures in [0, 1], None without pixels to score."""

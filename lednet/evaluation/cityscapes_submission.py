@@ -20,10 +20,11 @@ from typing import NamedTuple
 from PIL import Image
 
 from lednet.data.labels import CITYSCAPES_LABELS, IGNORE_INDEX
-from lednet.data.pairs import IMAGE_SUFFIXES, list_examples
+from lednet.data.pairs import list_examples
 from lednet.data.prepare.cityscapes_tree import FRAMES
 from lednet.data.prepare.zips import open_zip
 from lednet.errors import UserError
+from lednet.files import IMAGE_SUFFIXES, find_files, is_skipped
 from lednet.io import write_atomically
 from lednet.progress import progress_bar
 
@@ -92,8 +93,8 @@ def image_frames(root: str | os.PathLike, subset: str) -> set[str]:
         UserError: there are no images, or one has no Cityscapes name.
     """
     folder = Path(root) / "leftImg8bit" / subset
-    images = (p for p in folder.rglob("*_leftImg8bit.*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    frames = {frame_name(path) for path in images}
+    files = find_files(folder, IMAGE_SUFFIXES) if folder.is_dir() else []
+    frames = {frame_name(path) for path in files if path.stem.endswith("_leftImg8bit")}
     if not frames:
         raise UserError(f"{folder} holds no *_leftImg8bit images: check --datadir and --subset")
     return frames
@@ -143,6 +144,8 @@ def check_submission(
 ) -> list[str]:
     """Find everything that the benchmark would reject or misread. Nothing is extracted to disk.
 
+    Hidden and system files, such as those that macOS adds to a zip, are skipped (`lednet.files`).
+
     Args:
         path: the zip, or the folder (searched recursively) to make it of.
         subset: "test" or "val", for the number of files and their cities.
@@ -163,15 +166,17 @@ def check_submission(
     ids: set[int] = set()
     with contextlib.ExitStack() as stack:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file())
             files = [
-                _File(f.relative_to(path).as_posix(), f.stat().st_size, f.read_bytes) for f in found
+                _File(f.relative_to(path).as_posix(), f.stat().st_size, f.read_bytes)
+                for f in find_files(path)
+                if f.is_file()
             ]
         else:
             archive = stack.enter_context(open_zip(path))
             files = [
                 _File(m.filename, m.file_size, partial(_read_member, archive, m))
                 for m in sorted(archive.infolist(), key=lambda member: member.filename)
+                if not any(map(is_skipped, m.filename.split("/")))
             ]
             folders = {f.name.split("/")[0] + "/" for f in files if "/" in f.name}
             problems["folder"] = sorted(folders)

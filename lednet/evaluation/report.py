@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from lednet.evaluation.cityscapes_metrics import (
     EVALUATED_CLASSES,
     BenchmarkScores,
 )
+from lednet.evaluation.evaluator import PREDICTED_ONLY, count_scored
 from lednet.html import Column, Figure, Tables, format_score, image_uri, write_page
 from lednet.metrics import none_if_nan
 from lednet.progress import progress_bar
@@ -81,9 +83,18 @@ def encode_panes(
     }
 
 
-def score_column(heading: str, scores: Scores, absent: str = "–") -> Column:
-    """A column of the class table with scores of three decimals."""
-    return Column(heading, scores, [format_score(score, absent) for score in scores])
+def score_column(
+    heading: str, scores: Scores, absent: str = "–", presence: Mapping[str, str] | None = None
+) -> Column:
+    """A column of the class table with scores of three decimals.
+
+    presence: of `class_presence`, to mark classes that are predicted only.
+    """
+    texts = [format_score(score, absent) for score in scores]
+    if presence is not None:
+        marks = [f" ({PREDICTED_ONLY})" * (where == PREDICTED_ONLY) for where in presence.values()]
+        texts = [text + mark for text, mark in zip(texts, marks, strict=True)]
+    return Column(heading, scores, texts)
 
 
 def write_report(
@@ -142,19 +153,23 @@ def format_scores(
     for kind, names in (("class", EVALUATED_CLASSES), ("category", EVALUATED_CATEGORIES)):
         rows = {name: [name] for name in (kind, *names, "mean")}
         for heading, scores, metric in columns:
-            values = getattr(scores, f"{kind}_{metric}")()
+            values, marked = getattr(scores, f"{kind}_{metric}")(), scores.presence(kind)
             mean = scores.summary()[f"{kind}_{metric}"]
             rows[kind].append(heading)
             for name in names:
                 absent = "-" if metric == "iiou" else "absent"
-                rows[name].append(f"{v:.4f}" if (v := values[name]) == v else absent)
+                mark = "* " if metric == "iou" and marked[name] == PREDICTED_ONLY else ""
+                rows[name].append(f"{mark}{v:.4f}" if (v := values[name]) == v else absent)
             rows["mean"].append("-" if mean is None else f"{mean:.4f}")
         lines.append("")
         for name, *cells in rows.values():
             lines.append(f"{name:16}" + "".join(f"{cell:>16}" for cell in cells))
+    if any("* " in line for line in lines):
+        lines += ["", "* in no label, but predicted: IoU 0, part of the mean"]
     lines += [
         "",
-        f"pixel accuracy {full.pixel_accuracy():.4f}, frequency-weighted IoU "
+        f"{count_scored(full.presence())} scored; pixel accuracy "
+        f"{full.pixel_accuracy():.4f}, frequency-weighted IoU "
         f"{full.frequency_weighted_iou():.4f}; {full.images} images",
     ]
     return "\n".join(lines)
@@ -165,11 +180,15 @@ def _evaluated(scores: Mapping[str, float]) -> list[float | None]:
 
 
 def _headline(
-    full: BenchmarkScores, network: BenchmarkScores | None, card: dict[str, Any] | None
+    full: BenchmarkScores,
+    network: BenchmarkScores | None,
+    card: dict[str, Any] | None,
+    source: str,
 ) -> list[Figure]:
-    classes = f"{len(EVALUATED_CLASSES)} classes, at the label files' size"
-    categories = f"{len(EVALUATED_CATEGORIES)} categories"
-    figures = [
+    classes = f"{count_scored(full.presence())}, at the label files' size"
+    categories = count_scored(full.presence("category"), "categories")
+    figures = [Figure("images", f"{full.images:,}", f"{source}, {date.today().isoformat()}")]
+    figures += [
         Figure(label, format_score(scores.summary()[key], "absent"), note)
         for label, scores, key, note in (
             ("class mIoU", full, "class_iou", classes),
@@ -183,7 +202,8 @@ def _headline(
     if card is not None:
         speed = card["forward"]
         note = f"network alone, {speed['p50_ms']:.1f} ms, {card['precision']}, {card['device']}"
-        figures.append(Figure("FPS", f"{speed['fps']:.1f}", note))
+        if not speed["noisy"]:
+            figures.append(Figure("FPS", f"{speed['fps']:.1f}", note))
         figures.append(Figure("parameters", f"{card['parameters'] / 1e6:.2f} M"))
     return figures
 
@@ -229,6 +249,7 @@ def write_benchmark_report(
     predictions: Mapping[str, Path],
     label_scheme: LabelScheme,
     *,
+    source: str = "predictions",
     network: BenchmarkScores | None = None,
     card: dict[str, Any] | None = None,
     speed: Sequence[tuple[str, str]] = (),
@@ -244,6 +265,7 @@ def write_benchmark_report(
         results, frames: scores and files of the same images.
         predictions: label-id PNG of each frame by name.
         label_scheme: scheme of the label files, from `find_frames`.
+        source: weights and run, or folder of the predictions.
         network: scores at the network's input size.
         card: measured speed, from `benchmark`.
         speed: the same as rows of a table, from `benchmark_rows`.
@@ -256,11 +278,12 @@ def write_benchmark_report(
     """
     full = total_scores(result.full for result in results)
     columns = [
-        score_column("IoU", _evaluated(full.class_iou()), "absent"),
+        score_column("IoU", _evaluated(full.class_iou()), "absent", full.presence()),
         score_column("iIoU", _evaluated(full.class_iiou())),
     ]
     if network is not None:
-        columns.append(score_column("IoU, network's size", _evaluated(network.class_iou())))
+        scores = _evaluated(network.class_iou())
+        columns.append(score_column("IoU, network's size", scores, "absent", network.presence()))
     tables = {"Speed": list(speed)} if speed else {}
     tables["Categories"] = _categories(full)
     tables["Options"] = [(k, str(v)) for k, v in options.items() if v not in (None, False)]
@@ -268,7 +291,7 @@ def write_benchmark_report(
     by_name = {frame.name: frame for frame in frames}
     rows = _image_rows(worst, by_name, predictions, label_scheme, workers)
     write_report(
-        path, title, _headline(full, network, card), cityscapes_scheme(), columns,
+        path, title, _headline(full, network, card, source), cityscapes_scheme(), columns,
         full.class_matrix(), tables,
         progress_bar(rows, total=len(worst), desc="report", unit="image"),
     )  # fmt: skip

@@ -14,6 +14,9 @@ from lednet.device import describe_device, peak_memory_mb, synchronize
 from lednet.inference.predictor import Predictor
 from lednet.model import resize
 
+NOISY_RATIO = 1.3
+"""Ratio of the 95th percentile and the median above which a time is called noisy."""
+
 
 def time_runs(
     step: Callable[[], Any], device: torch.device, warmup: int, runs: int
@@ -65,7 +68,7 @@ def benchmark(
 
     Returns:
         Conditions, cost and times, serializable as JSON; times in ms for a whole batch, fps in
-        images per second from the median.
+        images per second from the median. "noisy" marks times that vary (`NOISY_RATIO`).
     """
     device, size = predictor.device, predictor.size
     if device.type == "cuda":
@@ -81,6 +84,7 @@ def benchmark(
         whole = time_runs(lambda: predictor.label_maps(images)[0].cpu(), device, warmup, runs)
     for times in (forward, whole):
         times["fps"] = batch * 1000 / times["p50_ms"]
+        times["noisy"] = times["p95_ms"] > NOISY_RATIO * times["p50_ms"]
     return {
         "device": describe_device(device),
         "torch": torch.__version__,
@@ -109,7 +113,9 @@ def benchmark_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows (name, value) of a `benchmark` for display."""
 
     def time(part: dict[str, float]) -> str:
-        return f"{part['fps']:.1f} FPS; p50 {part['p50_ms']:.1f} ms, p95 {part['p95_ms']:.1f} ms"
+        noise = f"; noisy (p95 over {NOISY_RATIO} x p50), measure again on an idle machine"
+        text = f"{part['fps']:.1f} FPS; p50 {part['p50_ms']:.1f} ms, p95 {part['p95_ms']:.1f} ms"
+        return text + noise * bool(part["noisy"])
 
     forward, image = ("{}x{}".format(*card[f"{name}_size"]) for name in ("forward", "image"))
     extras = [f"scales {card['scales']}"] * (card["scales"] != [1.0])

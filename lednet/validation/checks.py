@@ -39,6 +39,15 @@ random pairs, 0.01 for CamVid, 0 for Cityscapes."""
 MAX_VOID = 0.5
 """Share of void pixels above which there is a warning; CamVid has 0.04, Cityscapes 0.11."""
 
+_LABEL_READING = {
+    "P": "values are palette indices",
+    "1": "black is id 0, white is id 1",
+    "I;16": "values are ids, all below 256",
+    "LA": "alpha, which is opaque, is dropped",
+    "PA": "values are palette indices, and alpha, which is opaque, is dropped",
+}
+"""How the labels of each mode other than "L" are read."""
+
 _MIN_PAIRS = 20  # for a meaningful share of misaligned pairs
 _MAX_NAMES = 12  # classes or values in a message
 
@@ -107,14 +116,14 @@ def _check_files(split: Split, found: IssueCollector) -> None:
                 split.invalid.add(i)
         if item.image_mode not in ("", "RGB"):
             modes["image", item.image_mode].append(pair.image)
-        if item.label_mode == "P":
-            modes["label", "P"].append(split.label(i))
+        if item.label_mode in _LABEL_READING and item.regions is not None:
+            modes["label", item.label_mode].append(split.label(i))
     for kind in ISSUE_TYPES:
         found.add(kind, problems[kind])
     for (noun, mode), files in modes.items():
         reading = "it is converted to RGB"
         if noun == "label":
-            reading = "values are palette indices"
+            reading = _LABEL_READING[mode]
         elif mode.startswith("I;16"):
             reading = "values are reduced to 8 bits"
         elif mode.endswith("A"):

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lednet.data.image_io import exif_transpose_op, open_header, to_rgb
+from lednet.data.image_io import exif_transpose_op, open_header, read_ids, to_rgb
 from lednet.data.pairs import Sample, require_file
 from lednet.errors import UserError
 from lednet.progress import progress_bar
@@ -25,7 +25,8 @@ class FileInspection:
 
     Attributes:
         problems: (key of `lednet.validation.issues.ISSUE_TYPES`, file, remark).
-        image_size, label_size: (width, height) in pixels; None if unreadable.
+        image_size, label_size: (width, height) in pixels, of the image as training turns it; None
+            if unreadable.
         image_mode, label_mode: PIL modes; "" if unreadable.
         histogram: (256,) int64, pixels of each label value.
         thumbnail: the image, (*THUMBNAIL) uint8 grey; None if unreadable.
@@ -47,7 +48,8 @@ class FileInspection:
 def inspect_pair(pair: Sample) -> FileInspection:
     """Decode an image and its label. Unreadable files are recorded in `problems`, not raised."""
     result = FileInspection()
-    for file, inspect in ((pair.image, _inspect_image), (pair.label, _inspect_label)):
+    # The size of the label decides whether the image is turned.
+    for file, inspect in ((pair.label, _inspect_label), (pair.image, _inspect_image)):
         if file is None:
             continue
         try:
@@ -61,12 +63,26 @@ def inspect_pair(pair: Sample) -> FileInspection:
     return result
 
 
+_TURNS = frozenset(
+    (
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.ROTATE_270,
+        Image.Transpose.TRANSVERSE,
+        Image.Transpose.ROTATE_90,
+    )
+)
+"""Operations that exchange width and height."""
+
+
 def _inspect_image(result: FileInspection, file: Path) -> None:
+    """Inspect an image, turned by its EXIF as `lednet.data.dataset.read_labeled_image` does."""
     with open_header(file) as image:
         size, mode = image.size, image.mode
         image.draft(None, _MIN_JPEG_SIZE)
         image.load()
-        if exif_transpose_op(image):
+        operation = exif_transpose_op(image)
+        upright = size[::-1] if operation in _TURNS else size
+        if operation is not None and size == upright == result.label_size:
             result.problems.append(("turned", file, ""))
         readable: Image.Image = image
         if mode not in ("L", "RGB"):
@@ -75,6 +91,8 @@ def _inspect_image(result: FileInspection, file: Path) -> None:
             except UserError:
                 result.problems.append(("image-mode", file, mode))
                 return
+        if operation is not None and result.label_size in (upright, None):
+            readable, size = readable.transpose(operation), upright
         grey = readable.resize(_SIZE, Image.Resampling.BOX).convert("L")
     result.image_size, result.image_mode, result.thumbnail = size, mode, np.array(grey)
     result.is_blank = bool(np.ptp(result.thumbnail) <= _MAX_BLANK_RANGE)
@@ -84,13 +102,16 @@ def _inspect_image(result: FileInspection, file: Path) -> None:
 
 def _inspect_label(result: FileInspection, file: Path) -> None:
     with open_header(file) as label:
-        label.load()
+        try:
+            ids = read_ids(file)
+        except UserError as error:
+            label.load()  # a damaged file raises here
+            reason = str(error).replace(str(file), "it").removeprefix("it ")
+            result.problems.append(("label-mode", file, reason))
+        else:
+            result.histogram = np.bincount(ids.ravel(), minlength=256)
+            result.regions = np.array(Image.fromarray(ids).resize(_SIZE, Image.Resampling.NEAREST))
         result.label_size, result.label_mode = label.size, label.mode
-        if label.mode not in ("L", "P"):
-            result.problems.append(("label-mode", file, label.mode))
-            return
-        result.histogram = np.array(label.histogram())
-        result.regions = np.array(label.resize(_SIZE, Image.Resampling.NEAREST))
 
 
 def inspect_pairs(pairs: Sequence[Sample], workers: int) -> Iterator[FileInspection]:

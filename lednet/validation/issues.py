@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lednet.data.pairs import list_examples
+from lednet.files import IMAGE_SUFFIXES, LABEL_SUFFIXES
 
 SEVERITIES = ("error", "warning", "note")
 
@@ -23,6 +24,10 @@ class IssueType(NamedTuple):
     noun: str
     what: str
     next_step: str
+
+
+def _list(suffixes: Sequence[str]) -> str:
+    return " ".join(suffix[1:] for suffix in suffixes)
 
 
 _error, _warning, _note = (partial(IssueType, severity) for severity in SEVERITIES)
@@ -37,7 +42,7 @@ ISSUE_TYPES = {
                    "give each label the name of its image, with the suffix .png"),
     "double": _error("file", "with the same name as another file", "keep one of them"),
     "image-mode": _error("image", "in an unsupported mode", "save it as 8-bit RGB"),
-    "label-mode": _error("label", "in an unsupported mode",
+    "label-mode": _error("label", "that cannot be read as ids",
                          "save class ids, not colours, as 8-bit grey or palette PNG"),
     "size": _error("label", "with a size other than its image's",
                    "image and label must have the same size"),
@@ -51,8 +56,8 @@ ISSUE_TYPES = {
     "mixed-up": _warning("image", "aligned better with most of the other labels",
                          "check on the contact sheet whether the labels belong to other images"),
     "copy": _warning("image", "duplicated within the split", "keep one of them"),
-    "turned": _warning("image", "with an EXIF rotation",
-                       "pixels are read as stored; check that the label has the same orientation"),
+    "turned": _warning("image", "turned by EXIF, whose labels have the size of both orientations",
+                       "labels are taken to be upright; if one is not, remove the EXIF data"),
     "blank": _warning("image", "of a single colour", "check the image, or remove the pair"),
     "all-void": _warning("label", "with void only",
                          "it adds nothing to training or scores; annotate it, or remove the pair"),
@@ -62,8 +67,11 @@ ISSUE_TYPES = {
     "absent": _warning("class", "without a pixel",
                        "they cannot be learned; add images of them, or remove the classes"),
     "not-taken": _warning("file", "ignored because of name or format",
-                          "images are png, jpg or webp, labels png; convert, rename or remove it"),
-    "unscored": _note("class", "without a pixel", "no IoU is reported for them"),
+                          f"images are {_list(IMAGE_SUFFIXES)}, labels {_list(LABEL_SUFFIXES)}; "
+                          "convert, rename or remove it"),
+    "unscored": _note("class", "without a pixel",
+                      "where one is predicted, its IoU is 0 and lowers the mean; otherwise it has "
+                      "no IoU"),
     "mode": _note("{noun}", "of mode {mode}", "{reading}"),
     "sizes": _note("", "", "all are resized to the working size, ignoring the aspect ratio"),
 }

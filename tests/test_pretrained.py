@@ -151,7 +151,7 @@ def test_release_run_writes_weights_card_and_table(release, tmp_path):
 
 
 def test_release_run_from_released_weights_keeps_history(release, run_inside, camvid, tmp_path):
-    earlier = [{"command": "first", "stages": ["7 epochs at 9x9"], "commit": "c", "torch": "t",
+    earlier = [{"command": "train --state old.pth", "stages": ["7 epochs at 9x9"], "commit": "c", "torch": "t",
                 "hardware": "h"}]  # fmt: skip
     meta = {"dataset": "CamVid", "classes": list(CLASSES), "training": earlier}
     state = tmp_path / "old"
@@ -166,5 +166,5 @@ def test_release_run_from_released_weights_keeps_history(release, run_inside, ca
     assert load_model(state)[1]["earlier"] == earlier
     result, card, _ = release(tmp_path / "one", state)
     assert result.returncode == 0, result.stderr
-    assert "7 epochs at 9x9, then 1 epochs at 16x24, then 1 epochs at 16x24" in card
+    assert "From the weights old.pth, 7 epochs at 9x9, then 1 epochs at 16x24, then" in card
     assert "val (trained on), 7 images" in card and "Trained on train and val." in card

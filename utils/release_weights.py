@@ -88,6 +88,12 @@ def describe_training(run: Path) -> dict[str, Any]:
     }
 
 
+def state_of(command: str) -> str | None:
+    """Value of --state in a command line."""
+    words = shlex.split(command)
+    return words[words.index("--state") + 1] if "--state" in words[:-1] else None
+
+
 def training_images(runs: list[Path]) -> str:
     """Splits that the runs trained on, in words."""
     options = [read_options(run) for run in runs]
@@ -171,7 +177,7 @@ def main() -> None:
         "scores": [read_scores(path, meta) for path in args.scores],
         "terms": terms,
         "encoder_from": first.get("pretrained_encoder"),
-        "started_from": None if earlier else first.get("state"),
+        "started_from": state_of(earlier[0]["command"]) if earlier else first.get("state"),
         "images": args.images or training_images(args.runs),
         "limits": args.limits,
     }

@@ -594,7 +594,8 @@ def resume_run(path: Path) -> None:
     folder = RunDir.__new__(RunDir)
     folder.path, folder.main, folder.log = path.parent, True, lambda text: None
     stages = [Stage("decoder", "2", 3)]
-    run = TrainingRun(small_net(), stages, folder, Checkpoints(path.parent), {}, 1, timer=None)
+    meta = {"classes": META["classes"]}
+    run = TrainingRun(small_net(), stages, folder, Checkpoints(path.parent), meta, 1, timer=None)
     progress, _ = run.resume()
     assert progress.stage == "decoder" and isinstance(progress.epoch, int)
     assert (path.parent / "log.jsonl").exists()

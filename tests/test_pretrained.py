@@ -151,8 +151,10 @@ def test_release_run_writes_weights_card_and_table(release, tmp_path):
 
 
 def test_release_run_from_released_weights_keeps_history(release, run_inside, camvid, tmp_path):
-    earlier = [{"command": "train --state old.pth", "stages": ["7 epochs at 9x9"], "commit": "c", "torch": "t",
-                "hardware": "h"}]  # fmt: skip
+    earlier = [
+        {"command": "train --state old.pth", "stages": ["7 epochs at 9x9"], "commit": "c",
+         "torch": "t", "hardware": "h"}
+    ]  # fmt: skip
     meta = {"dataset": "CamVid", "classes": list(CLASSES), "training": earlier}
     state = tmp_path / "old"
     save_pretrained(state, network(12), meta)

@@ -131,7 +131,7 @@ def exported(net, tmp_path_factory):
         path, logits = folder / f"net{row.suffix}", folder / f"logits/net{row.suffix}"
 
         def keep(file):
-            for suffix in (row.suffix, *row.beside):
+            for suffix in (row.suffix, *row.companions):
                 shutil.copy(file.path.with_suffix(suffix), logits.with_suffix(suffix))
 
         images = [street_like(1, *SIZE)]
@@ -163,7 +163,7 @@ def test_export_fixed_size_equals_network(format, exported, net):
     assert found.dtype == np.uint8 and found.shape == (1, *SIZE)
     assert (found == network_labels(net, images.copy())).mean() >= 0.9999
     files = [file for file in path.parent.iterdir() if file.is_file()]
-    assert {file.suffix for file in files} == {path.suffix, *FORMATS[format].beside}
+    assert {file.suffix for file in files} == {path.suffix, *FORMATS[format].companions}
     for file in files:
         assert b"export/wrappers.py" not in file.read_bytes(), f"{file}: a path of this machine"
     expected = {"lednet": lednet.__version__, "dataset": META["dataset"], "output": "labels"}
@@ -371,7 +371,7 @@ def test_export_failing_parity_keeps_existing_files(net, tmp_path, monkeypatch):
     def zeros(images):
         return np.zeros((1, 20, 9, 14), dtype=np.float32)
 
-    row = Format(".xml", (), write, lambda path, options: zeros, beside=(".bin",))
+    row = Format(".xml", (), write, lambda path, options: zeros, companions=(".bin",))
     monkeypatch.setitem(FORMATS, "openvino", row)
     pair = [tmp_path / "net.bin", tmp_path / "net.xml"]
     for file in pair:

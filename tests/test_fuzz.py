@@ -633,7 +633,7 @@ def export_small(folder: Path, format: str) -> Files:
     path = folder / f"net{row.suffix}"
     metadata = as_metadata(EXPORT_META) | {"output": "logits"}
     row.write(SmallModel().eval(), path, ExportOptions((1, 16, 24), metadata=metadata))
-    names = [path.with_suffix(suffix).name for suffix in (row.suffix, *row.beside)]
+    names = [path.with_suffix(suffix).name for suffix in (row.suffix, *row.companions)]
     return {name: (folder / name).read_bytes() for name in names}
 
 

@@ -216,7 +216,7 @@ def main() -> None:
         max_difference=MAX_DIFFERENCE[args.precision] if difference is None else difference,
         accept=accept,
     )  # fmt: skip
-    for file in (path, *map(path.with_suffix, row.beside)):
+    for file in (path, *map(path.with_suffix, row.companions)):
         print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
     print(
         f"{args.output} as the network's over {parity.images} images: {parity.agreement:.6f} of "

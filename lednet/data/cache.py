@@ -72,7 +72,7 @@ class CachedDataset(PairDataset):
     """A split read from its cache instead of from the files of `source`.
 
     Opening compares the options and the fingerprints of all files with those of `source`, and
-    decodes the first sample anew, since other library versions may decode or resize differently.
+    decodes the first sample again, since other library versions may decode or resize differently.
 
     Args:
         folder: folder of the split inside the cache.
@@ -162,7 +162,7 @@ def build_cache(
     Args:
         splits: the data of each split, by the name of its subfolder of `folder`.
         workers: decoding processes; 0 decodes in this process.
-        rebuild: write all shards anew.
+        rebuild: write all shards again.
         shard_pairs: samples in a shard, at least.
 
     Raises:

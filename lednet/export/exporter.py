@@ -205,7 +205,7 @@ def export(
     with contextlib.ExitStack() as stack:
         # Closed in reverse order: the further files are in place before the main file.
         temporary = stack.enter_context(write_atomically(path))
-        for suffix in row.beside:
+        for suffix in row.companions:
             stack.enter_context(write_atomically(path.with_suffix(suffix)))
         run = run_logits = write(output, temporary)
         if output != "logits":

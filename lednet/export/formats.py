@@ -29,7 +29,7 @@ class Format(NamedTuple):
         suffix: suffix of its files, by which `load` recognizes the format.
         packages: pip names of what writing and checking it needs.
         write, load: the writer, and the function that opens a file in its runtime.
-        beside: suffixes of further files that belong to one.
+        companions: suffixes of further files that belong to one.
         int8: the package that quantizes for it; None if int8 is not supported.
         devices, precisions: values of `RunOptions` that its runtime supports.
     """
@@ -38,7 +38,7 @@ class Format(NamedTuple):
     packages: tuple[str, ...]
     write: Callable[[EndToEndModel, Path, ExportOptions], None]
     load: Callable[[Path, RunOptions], ExportedModel]
-    beside: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
     int8: str | None = None
     devices: tuple[str, ...] = ("cpu",)
     precisions: tuple[str, ...] = ("fp32",)
@@ -50,7 +50,7 @@ FORMATS = {
         ".onnx", (*_ONNX, "onnxruntime"), write_onnx, load_onnx, devices=("cpu", "cuda")
     ),
     "openvino": Format(
-        ".xml", (*_ONNX, "openvino"), write_openvino, load_openvino, beside=(".bin",),
+        ".xml", (*_ONNX, "openvino"), write_openvino, load_openvino, companions=(".bin",),
         int8="nncf", precisions=tuple(PRECISION_HINTS),
     ),
     "torch": Format(".pt2", (), write_torch, load_torch),

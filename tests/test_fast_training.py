@@ -1,5 +1,6 @@
 """Data in device memory, the captured training step, and training for a fixed time."""
 
+import math
 import signal
 
 import pytest
@@ -26,13 +27,14 @@ from lednet.data.device_cache import DeviceLoader
 from lednet.data.loaders import make_loaders
 from lednet.data.registry import open_training_data
 from lednet.distributed import DistributedContext
-from lednet.training import time_budget
+from lednet.training import loss_reader, time_budget
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.cuda_graph import CapturedStep
+from lednet.training.loss_reader import LossReader
 from lednet.training.run_dir import read_records
 from lednet.training.signals import TrainingStopped
 from lednet.training.time_budget import TimeBudget
-from lednet.training.trainer import TrainerConfig
+from lednet.training.trainer import NonFiniteLoss, TrainerConfig
 
 # Data in device memory
 
@@ -194,17 +196,42 @@ def test_cuda_graph_on_a_cpu_is_announced_as_eager(capsys):
     assert message in capsys.readouterr().out
 
 
-def test_losses_are_checked_in_groups_and_none_is_left_out(monkeypatch):
-    """In groups on a GPU only, where each check waits."""
-    trainer, groups = small_trainer(), []
-    assert trainer.check_every == 1
-    trainer.check_every = 2
-    monkeypatch.setattr(
-        trainer, "_require_finite",
-        lambda losses, *_: (groups.append([*losses]), losses.clear()),
-    )  # fmt: skip
-    trainer.train_one_epoch(noise_batches(5), "title", KEYS)
-    assert groups == [[0, 1], [2, 3], [4]]
+class FakeEvent:
+    """A CUDA event; counts the waits."""
+
+    waits = 0
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None:
+        FakeEvent.waits += 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_losses_are_read_completely_and_late_on_a_gpu(device, monkeypatch):
+    """On a GPU a group is read when the next one has been copied, or in the end."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "waits", 0)
+    monkeypatch.setattr(loss_reader, "READ_EVERY", 2)
+    reader, loss, read = LossReader(torch.device(device)), torch.zeros(()), []
+    for step in range(5):
+        loss.fill_(step)  # the memory of a CUDA graph
+        read.append(reader.add(step, loss, torch.tensor([step, 2.0])))
+    read.append(reader.finish(torch.tensor([6.0, 2.0])))
+    if device == "cpu":
+        assert read == [{0: 0}, {1: 1}, {2: 2}, {3: 3}, {4: 4}, {}]
+        assert (FakeEvent.waits, reader.mean) == (0, 2)
+    else:
+        assert read == [{}, {}, {}, {0: 0, 1: 1}, {}, {2: 2, 3: 3, 4: 4}]
+        assert (FakeEvent.waits, reader.mean) == (3, 3)
+
+
+def test_last_losses_of_an_epoch_are_checked(monkeypatch):
+    """Those that are read after the last step, as on a GPU."""
+    monkeypatch.setattr(LossReader, "add", lambda self, step, loss, sums: {})
+    monkeypatch.setattr(LossReader, "finish", lambda self, sums: {4: math.inf})
+    with pytest.raises(NonFiniteLoss, match="the loss is inf in step 5"):
+        small_trainer().train_one_epoch(FakeLoader(noise_batches(5)), "epoch", KEYS)
 
 
 # Training for a fixed time

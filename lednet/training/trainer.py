@@ -22,12 +22,10 @@ from lednet.errors import UserError
 from lednet.metrics import none_if_nan
 from lednet.progress import progress_bar
 from lednet.training.cuda_graph import CapturedStep, Recorder, record_cuda_graph
+from lednet.training.loss_reader import LossReader
 from lednet.training.lr_schedule import lr_factor
 from lednet.training.tasks import Task
 from lednet.training.time_budget import StageClock
-
-CHECK_EVERY = 20
-"""Steps between two checks of the losses on a GPU, each of which waits for the GPU."""
 
 
 class NonFiniteLoss(UserError):
@@ -171,7 +169,6 @@ class Trainer:
         self.task, self.pretrained = task.to(self.device), pretrained
         self.num_epochs, self.count_training = num_epochs, count_training
         self.notify = notify
-        self.check_every = CHECK_EVERY if self.device.type == "cuda" else 1
         self.memory_format = torch.contiguous_format
         if config.channels_last:
             self.memory_format = torch.channels_last
@@ -423,8 +420,7 @@ class Trainer:
         images_before, start = state.images, time.perf_counter()
         accumulated = torch.zeros(2, device=self.device)
         buffers = self._copy_buffers()
-        losses: dict[int, Tensor] = {}  # of steps, not yet read
-        mean_loss = math.nan
+        reader, check = LossReader(self.device), not self.config.skip_bad_steps
         self.model.train()
         if self.pretrained is not None and self.frozen:
             self.pretrained.part.eval()
@@ -440,10 +436,8 @@ class Trainer:
                 else:
                     logits, sums, divisor = self._backward(images, target, update)
                 accumulated += sums
-                if not self.config.skip_bad_steps:
-                    losses[step] = sums[0].clone()
-                if len(losses) >= self.check_every:
-                    mean_loss = _mean(state.sums + accumulated)
+                losses = reader.add(step, sums[0], state.sums + accumulated)
+                if check:
                     self._require_finite(losses, loader, title, first)
                 if self.count_training:
                     self.task.update(state.counts, logits, target, exact=False)
@@ -460,10 +454,11 @@ class Trainer:
                     accumulated.zero_()
                     after_step()
                 bar.update(len(images) * self.dist_context.size)
-                bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+                bar.set_postfix(loss=f"{reader.mean:.3f}", lr=f"{lr:.1e}", refresh=False)
                 if update and self.clock is not None and self.clock.share(step + 1) >= 1:
                     break
-        if losses:
+        losses = reader.finish(state.sums)
+        if check:
             self._require_finite(losses, loader, title, first)
         rate = (state.images - images_before) / (time.perf_counter() - start)
         return self._epoch_results(state, rate)
@@ -493,14 +488,16 @@ class Trainer:
         return [buffer.clone() for buffer in buffers]
 
     def _require_finite(
-        self, losses: dict[int, Tensor], loader: TrainBatches, title: str, first: int
+        self, losses: dict[int, float], loader: TrainBatches, title: str, first: int
     ) -> None:
-        """Read and remove the losses of some steps; raise `NonFiniteLoss` in all processes if one
-        is not finite in one of them. `first`: number of the first step of `loader`."""
-        values = torch.stack([*losses.values()]).tolist()
-        bad = [(step, x) for step, x in zip(losses, values, strict=True) if not math.isfinite(x)]
-        losses.clear()
-        if not self.dist_context.all_reduce_max(len(bad)):
+        """Raise `NonFiniteLoss` in all processes if a loss is not finite in one of them.
+
+        Args:
+            losses: losses by step; of the same steps in all processes.
+            first: number of the first step of `loader`.
+        """
+        bad = [(step, loss) for step, loss in losses.items() if not math.isfinite(loss)]
+        if not losses or not self.dist_context.all_reduce_max(len(bad)):
             return
         if not bad:
             raise NonFiniteLoss(f"the loss of another process is not finite in {title}")

@@ -33,11 +33,13 @@ def write(path: Path, options: str, about: str = ABOUT) -> Path:
 
 
 def test_set_recipe_sets_defaults_that_flags_override(parser, tmp_path):
-    options = "{lr: 5e-4, num_epochs: 7, augment: modern, compile: true, out: here}"
+    options = "{lr: 5e-4, num_epochs: 010, augment: modern, compile: true, out: here}"
     set_recipe(parser, write(tmp_path / "r.yaml", options))
-    assert vars(parser.parse_args(["--num-epochs", "9"])) == {
-        "lr": 5e-4, "num_epochs": 9, "augment": "modern", "compile": True, "out": Path("here"),
+    expected = {
+        "lr": 5e-4, "num_epochs": 10, "augment": "modern", "compile": True, "out": Path("here"),
     }  # fmt: skip
+    assert vars(parser.parse_args([])) == expected
+    assert vars(parser.parse_args(["--num-epochs", "9"])) == expected | {"num_epochs": 9}
 
 
 @pytest.mark.parametrize(
@@ -46,9 +48,11 @@ def test_set_recipe_sets_defaults_that_flags_override(parser, tmp_path):
         ("{speed: 3}", "no option 'speed'"),
         ("{lr: fast}", "lr cannot be 'fast'"),
         ("{num_epochs: [1]}", "num_epochs cannot be"),
-        ("{num_epochs: 0}", "num_epochs cannot be 0"),
+        ("{num_epochs: 0}", "num_epochs cannot be '0'"),
         ("{augment: wild}", "augment cannot be 'wild'"),
-        ("{compile: 1}", "compile cannot be 1"),
+        ("{num_epochs: 3.7}", "num_epochs cannot be '3.7'"),
+        ("{compile: 1}", "compile cannot be '1'"),
+        ("{out: [a]}", "out cannot be"),
         ("7", "must hold `about` and `options`"),
         ("{lr: [}", "is neither YAML nor JSON"),
         ("{lr: 1}\nabout: {data: d, command: c, score: s}", "does not say its hours"),

@@ -47,7 +47,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not YAML, or an entry is missing.
     """
-    content = read_yaml(path)
+    content = read_yaml(path, text=True)
     content = content if isinstance(content, dict) else {}
     about, options = content.get("about"), content.get("options")
     if not isinstance(about, dict) or not isinstance(options, dict):
@@ -65,6 +65,11 @@ def set_recipe(parser: argparse.ArgumentParser, path: Path) -> None:
 def set_options(parser: argparse.ArgumentParser, options: dict[str, Any], source: Path) -> None:
     """Make `options` the defaults of `parser`, checked as if they had been typed.
 
+    Args:
+        options: text as in a recipe, or values of JSON. null or None is no value, and a switch is
+            true or false.
+        source: the file of the options, for messages.
+
     Raises:
         UserError: an option is unknown, or the flag does not take its value; names `source`.
     """
@@ -75,20 +80,21 @@ def set_options(parser: argparse.ArgumentParser, options: dict[str, Any], source
             raise UserError(f"{source}: there is no option {reprlib.repr(name)}; --help lists them")
         try:
             parser.set_defaults(**{name: _convert(action, value)})
-        except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError) as error:
+        except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
             raise UserError(
                 f"{source}: {name} cannot be {reprlib.repr(value)}; see --help"
             ) from error
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
-    if value is None:
+    switch = {"true": True, "false": False}
+    if value in (None, "null", "~", ""):
         return None
-    if action.nargs == 0:  # a switch
-        if not isinstance(value, bool):
-            raise TypeError
-        return value
-    value = action.type(value) if callable(action.type) else str(value)
+    if action.nargs == 0:
+        return switch[str(value).lower()]
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise TypeError
+    value = action.type(str(value)) if callable(action.type) else str(value)
     if action.choices is not None and value not in action.choices:
         raise ValueError
     return value

@@ -208,6 +208,39 @@ def exif_transpose_op(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
+_TURNS = (
+    _Transpose.TRANSPOSE, _Transpose.ROTATE_270, _Transpose.TRANSVERSE, _Transpose.ROTATE_90,
+)  # fmt: skip
+"""Operations that exchange width and height."""
+
+
+def transposed_size(size: tuple[int, int], operation: Image.Transpose | None) -> tuple[int, int]:
+    """Width and height of an image of `size` after `operation`."""
+    return size[::-1] if operation in _TURNS else size
+
+
+def match_orientation(
+    operation: Image.Transpose | None, size: tuple[int, int], label_size: tuple[int, int] | None
+) -> tuple[Image.Transpose | None, bool]:
+    """Whether the EXIF orientation of an image applies to its label too.
+
+    It does not if only the stored image has the label's size.
+
+    Args:
+        operation: see `exif_transpose_op`.
+        size: width and height of the stored image.
+        label_size: those of the label; None if there is none.
+
+    Returns:
+        `operation`, or None if the upright image does not have the size of the label; and whether
+        both the upright and the stored image have it (square, or turned by 180 degrees).
+    """
+    if operation is None:
+        return None, False
+    upright = transposed_size(size, operation)
+    return operation if label_size in (None, upright) else None, label_size == size == upright
+
+
 def write_label_map(path: str | os.PathLike, ids: np.ndarray) -> None:
     """Write label ids, (H, W) uint8, to an 8-bit greyscale PNG, atomically."""
     if ids.ndim != 2 or ids.dtype != np.uint8:

@@ -8,7 +8,14 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lednet.data.image_io import exif_transpose_op, open_header, read_ids, to_rgb
+from lednet.data.image_io import (
+    exif_transpose_op,
+    match_orientation,
+    open_header,
+    read_ids,
+    to_rgb,
+    transposed_size,
+)
 from lednet.data.pairs import Sample, require_file
 from lednet.errors import UserError
 from lednet.progress import progress_bar
@@ -63,26 +70,14 @@ def inspect_pair(pair: Sample) -> FileInspection:
     return result
 
 
-_TURNS = frozenset(
-    (
-        Image.Transpose.TRANSPOSE,
-        Image.Transpose.ROTATE_270,
-        Image.Transpose.TRANSVERSE,
-        Image.Transpose.ROTATE_90,
-    )
-)
-"""Operations that exchange width and height."""
-
-
 def _inspect_image(result: FileInspection, file: Path) -> None:
     """Inspect an image, turned by its EXIF as `lednet.data.dataset.read_labeled_image` does."""
     with open_header(file) as image:
         size, mode = image.size, image.mode
         image.draft(None, _MIN_JPEG_SIZE)
         image.load()
-        operation = exif_transpose_op(image)
-        upright = size[::-1] if operation in _TURNS else size
-        if operation is not None and size == upright == result.label_size:
+        operation, fits_both = match_orientation(exif_transpose_op(image), size, result.label_size)
+        if fits_both:
             result.problems.append(("turned", file, ""))
         readable: Image.Image = image
         if mode not in ("L", "RGB"):
@@ -91,8 +86,8 @@ def _inspect_image(result: FileInspection, file: Path) -> None:
             except UserError:
                 result.problems.append(("image-mode", file, mode))
                 return
-        if operation is not None and result.label_size in (upright, None):
-            readable, size = readable.transpose(operation), upright
+        if operation is not None:
+            readable, size = readable.transpose(operation), transposed_size(size, operation)
         grey = readable.resize(_SIZE, Image.Resampling.BOX).convert("L")
     result.image_size, result.image_mode, result.thumbnail = size, mode, np.array(grey)
     result.is_blank = bool(np.ptp(result.thumbnail) <= _MAX_BLANK_RANGE)

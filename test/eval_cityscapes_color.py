@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.device import choose_device
-from lednet.errors import UserError, exit_on_user_error, raise_if_problems
+from lednet.errors import exit_on_user_error, raise_if_problems
 from lednet.inference.inputs import find_inputs
 from lednet.inference.predictor import Predictor
 from lednet.inference.writers import PredictionJob, PredictionWriter, errors_of, predict_images
@@ -52,8 +52,6 @@ from lednet.visualization import Visualizer, output_scheme
 
 def main() -> None:
     args = build_parser().parse_args()
-    if not 0 <= args.alpha <= 1:
-        raise UserError(f"--alpha is {args.alpha}: give a share from 0 to 1")
     require_writable(args.out, folder=True)
     images = find_inputs([args.input], args.out)
     predictor = Predictor.from_weights(

@@ -216,7 +216,7 @@ def test_color_script_truncated_image_is_named(draw, photos, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--alpha", 2), ("--alpha is 2",)),
+        (("--alpha", 2), ("--alpha", "from 0 to 1")),
         (("--precision", "fp16"), ("fp16 needs a GPU",)),
         (("--out", "{tmp}/photos"), ("photos", "choose another")),
         (("--weights", "{tmp}/other.pth"), ("other.pth", "5 outputs")),

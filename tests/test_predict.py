@@ -533,7 +533,7 @@ def test_predict_label_ids_of_cityscapes_weights(predict, photos, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--alpha", -1), "--alpha is -1"),
+        (("--alpha", -1), "argument --alpha: '-1' is not a number from 0 to 1"),
         (("--num-workers", 0), "argument --num-workers: '0'"),
         (("--label-ids",), "--label-ids is for those of Cityscapes"),
         (("nowhere.mp4",), "no file or folder nowhere.mp4"),

@@ -58,11 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-workers", type=common.POSITIVE, default=2, metavar="N",
                         help="threads that decode images, and threads that write")
     common.add_input_size_flags(parser)
-    parser.add_argument("--device", choices=common.DEVICES, default="auto", help="device to run on")
-    parser.add_argument("--backend", choices=("auto", *common.BACKENDS), default="auto",
-                        help="inference engine; auto: the fastest that is installed")
-    parser.add_argument("--precision", choices=common.PRECISIONS, default="fp32",
-                        help="number format")
+    common.add_backend_flags(parser, backend="auto")
     # fmt: on
     common.add_alias(parser, "--what", "--outputs")
     common.add_alias(parser, "--photo", "--image-format")
@@ -358,8 +354,6 @@ def predict(args: argparse.Namespace, context: DistributedContext) -> None:
 
 def main() -> None:
     args = build_parser().parse_args()
-    if not 0 <= args.alpha <= 1:
-        raise UserError(f"--alpha is {args.alpha}: give a number from 0 to 1")
     context = init_distributed(args.device)
     try:
         predict(args, context)

@@ -4,6 +4,7 @@ This module is quick to import: it does not import PyTorch.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,17 +72,18 @@ def add_alias(flags: Flags, alias: str, flag: str) -> None:
     flags._option_string_actions[alias] = action
 
 
-def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
-    """A type for `argparse`: a number that is not below `least`."""
+def at_least(least: float, kind: type = int, most: float = math.inf) -> Callable[[str], Any]:
+    """A type for `argparse`: a number from `least` to `most`."""
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not value >= least:
+        if value is None or not least <= value <= most:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} of at least {least}")
+            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limits}")
         return value
 
     return parse
@@ -134,13 +136,13 @@ def add_num_workers_flag(flags: Flags, default: int, what: str = "data loading p
     add_alias(flags, "--workers", "--num-workers")
 
 
-def add_backend_flags(flags: Flags, fold: bool = False) -> None:
-    """--device, --precision, --backend and, with `fold`, --fold."""
+def add_backend_flags(flags: Flags, fold: bool = False, backend: str | None = None) -> None:
+    """--device, --precision, --backend with the default `backend` and, with `fold`, --fold."""
     flags.add_argument("--device", choices=DEVICES, default="auto", help="device to run on")
     flags.add_argument("--precision", choices=PRECISIONS, default="fp32", help="number format")
-    flags.add_argument("--backend", choices=("auto", *BACKENDS),
-                       help="inference engine; auto: the fastest that is installed (default: "
-                            "eager, or that of an exported file)")
+    default = "" if backend else " (default: eager, or that of an exported file)"
+    flags.add_argument("--backend", choices=("auto", *BACKENDS), default=backend,
+                       help=f"inference engine; auto: the fastest that is installed{default}")
     if fold:
         flags.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True,
                            help="fold batch norm into the convolutions, which changes no output")
@@ -156,7 +158,7 @@ def add_test_time_flags(flags: Flags) -> None:
 
 
 def add_overlay_flags(flags: Flags) -> None:
-    flags.add_argument("--alpha", type=float, default=0.5, metavar="SHARE",
+    flags.add_argument("--alpha", type=at_least(0, float, most=1), default=0.5, metavar="SHARE",
                        help="opacity of the class colours in overlays, 0 to 1")
     flags.add_argument("--legend", action=argparse.BooleanOptionalAction, default=True,
                        help="draw a legend below each output")

@@ -94,15 +94,13 @@ def split_pattern(source: str) -> tuple[Path, str] | None:
     return (folder, os.path.join(*rest)) if rest and any(map(glob.has_magic, rest)) else None
 
 
-def match_files(folder: Path, pattern: str, suffixes: Collection[str] | None = None) -> list[Path]:
+def match_files(folder: Path, pattern: str) -> list[Path]:
     """Files below `folder` that match a pattern relative to it, sorted; skips as `find_files`."""
     paths = (Path(name) for name in glob.glob(pattern, root_dir=folder, recursive=True))
     return sorted(
         folder / path
         for path in paths
-        if not any(map(is_skipped, path.parts))
-        and (suffixes is None or path.suffix.lower() in suffixes)
-        and not (folder / path).is_dir()
+        if not any(map(is_skipped, path.parts)) and not (folder / path).is_dir()
     )
 
 

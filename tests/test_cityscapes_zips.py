@@ -458,10 +458,13 @@ def test_prepare_draws_missing_labels_and_reports_unreadable_polygons(zips, prep
     bad.with_name("lindau_000000_000019_gtCoarse_labelIds.png").unlink()
     kept, good = content(data), bad.read_bytes()
     bad.write_text("{}")
+    (hidden := bad.with_name(f"._{bad.name}")).write_bytes(b"written by macOS")
     result = prepare("--labels-from-polygons")
     assert_refused(result, f"{bad} is not a Cityscapes annotation", "gtCoarse/val holds 0")
+    assert "._" not in result.stderr
     assert "1 labelIds drawn from polygons" in result.stdout
     bad.write_bytes(good)
+    hidden.unlink()
     assert content(data) == kept | {ULM: drawn.read_bytes()}
     with Image.open(drawn) as image:
         assert image.mode == "L" and {*np.unique(np.array(image))} == {0, 7, 26}

@@ -74,7 +74,7 @@ def test_split_pattern_without_wildcards_is_none(tmp_path):
 def test_match_files_skips_like_find_files(tmp_path):
     touch(tmp_path, "a/1.png", "a/._1.png", "b/2.PNG", "@eaDir/3.png", "b/.x/4.png")
     (tmp_path / "a" / "5.png").mkdir()
-    assert names(match_files(tmp_path, "**/*", IMAGE_SUFFIXES), tmp_path) == ["a/1.png", "b/2.PNG"]
+    assert names(match_files(tmp_path, "**/*"), tmp_path) == ["a/1.png", "b/2.PNG"]
 
 
 def test_name_files_composed_and_decomposed_names_are_equal(tmp_path):

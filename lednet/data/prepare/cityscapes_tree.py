@@ -8,6 +8,7 @@ from lednet.data.cityscapes import CITYSCAPES_ARCHIVES, archive_of
 from lednet.data.pairs import list_examples
 from lednet.data.prepare.zips import Archive
 from lednet.errors import UserError
+from lednet.files import match_files
 
 FRAMES = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
 """Published number of images in each split."""
@@ -118,7 +119,7 @@ def check_tree(root: Path) -> tuple[str, list[str]]:
 def _frames(root: Path, kind: str, ending: str) -> dict[str, set[str]]:
     """Names of the frames that have a file with this ending, by existing split."""
     return {
-        split: {path.name.removesuffix(f"_{ending}") for path in folder.glob(f"*/*_{ending}")}
+        split: {p.name.removesuffix(f"_{ending}") for p in match_files(folder, f"*/*_{ending}")}
         for split in SPLITS[kind]
         if (folder := root / kind / split).is_dir()
     }

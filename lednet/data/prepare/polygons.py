@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from lednet.data.labels import CITYSCAPES_LABELS
 from lednet.errors import UserError
+from lednet.files import match_files
 from lednet.io import max_pixels, write_atomically
 from lednet.progress import progress_bar
 
@@ -113,9 +114,8 @@ def write_missing_labels(root: Path, encoding: str = "labelIds") -> tuple[int, l
     Returns:
         How many images were written, and a sentence for each file that could not be read.
     """
-    paths = sorted(
-        path for kind in ("gtFine", "gtCoarse") for path in root.glob(f"{kind}/*/*/*{ENDING}")
-    )
+    folders = [folder for kind in ("gtFine", "gtCoarse") if (folder := root / kind).is_dir()]
+    paths = [path for folder in folders for path in match_files(folder, f"*/*/*{ENDING}")]
     targets = [path.with_name(path.name.replace(ENDING, f"_{encoding}.png")) for path in paths]
     missing = [pair for pair in zip(paths, targets, strict=True) if not pair[1].exists()]
     problems = []

@@ -61,9 +61,19 @@ def write_folder_atomically(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def temporary_path(path: Path) -> Path:
+    """The name that a file has while it is written: longer, in the same folder."""
+    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the nearest of its parent folders that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 @contextlib.contextmanager
 def _temporary(path: Path, advice: str) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -100,8 +110,7 @@ def require_writable(
     try:
         if path.is_dir() and not folder:
             raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
-        start = path if folder else path.parent
-        existing = next(p for p in (start, *start.absolute().parents) if p.exists())
+        existing = nearest_existing(path if folder else path.parent)
     except OSError as error:  # a name is too long, or a folder above cannot be searched
         reason = f"cannot write {path}: {error.strerror}; choose another name or folder"
         raise UserError(reason) from error
@@ -120,8 +129,7 @@ def require_space(folder: Path, needed: int, what: str, flag: str) -> None:
     Raises:
         UserError: the disk has less.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if needed > free:
         raise UserError(
             f"{what} needs {needed / 1e9:.1f} GB, and the disk of {folder} has "

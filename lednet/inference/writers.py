@@ -19,7 +19,7 @@ from lednet.errors import UserError
 from lednet.inference.pipeline import run_pipeline
 from lednet.inference.predictor import Predictor
 from lednet.inference.video import VideoEncoder, VideoFrame, write_video
-from lednet.io import write_folder_atomically
+from lednet.io import nearest_existing, temporary_path, write_folder_atomically
 from lednet.plots import contact_sheet
 from lednet.visualization import VISUALIZATIONS, Visualizer, write_picture
 
@@ -76,13 +76,9 @@ class PredictionWriter:
 
 
 def is_name_too_long(path: Path) -> bool:
-    """Whether the file system of the folder of `path` cannot hold its name.
-
-    Files have a longer, temporary name while they are written.
-    """
-    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
-    temporary = f".{path.stem}.{os.getpid()}{path.suffix}"
-    return len(os.fsencode(temporary)) > os.pathconf(folder, "PC_NAME_MAX")
+    """Whether the file system of the folder of `path` cannot hold its name while it is written."""
+    most = os.pathconf(nearest_existing(path.parent), "PC_NAME_MAX")
+    return len(os.fsencode(temporary_path(path).name)) > most
 
 
 @dataclass

@@ -58,7 +58,7 @@ highlight_language = "sh"
 def list_modules(app: Sphinx, page: str, source: list[str]) -> None:
     """Replace the list of modules of a page in docs/api by their documentation.
 
-    A package stands for those of its modules that the page does not list.
+    A listed package adds all its modules that the page does not list themselves.
     """
     if not page.startswith("docs/api/"):
         return

@@ -67,9 +67,8 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     x: (N, C, h, w) -> (N, C, *size)
     """
     if x.shape[-2] == 1 and x.shape[-1] == 1:
-        return x.expand(
-            -1, -1, *size
-        )  # the same values; torch.compile cannot differentiate the other
+        # Interpolation gives the same values, but torch.compile cannot differentiate it.
+        return x.expand(-1, -1, *size)
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 

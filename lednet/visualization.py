@@ -176,7 +176,7 @@ def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:
     """Write RGB pixels (H, W, 3) uint8 to a PNG or JPEG file, by its suffix, atomically."""
     with write_atomically(path) as temporary:
         image = Image.fromarray(pixels)
-        if temporary.suffix == ".png":
+        if temporary.suffix.lower() == ".png":
             image.save(temporary, format="PNG", compress_level=1)
         else:
             image.save(temporary, format="JPEG", **_JPEG)

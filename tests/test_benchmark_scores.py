@@ -179,7 +179,7 @@ def test_presence_tells_predicted_only_from_absent():
 
 
 def test_crowds_are_no_instances_and_without_instance_images_there_is_no_iiou():
-    """A label id in the instance image stands for a group, which is not weighted."""
+    """A label id in the instance image marks a group, which is not weighted."""
     truth = np.full((2, 2), ID["person"], np.uint8)
     crowd = count_image(truth, truth, truth.astype(np.int32))
     assert crowd.class_iou()["person"] == 1 and math.isnan(crowd.class_iiou()["person"])

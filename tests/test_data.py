@@ -374,7 +374,7 @@ def test_read_class_file_number_that_is_no_integer_is_refused(tmp_path, row, val
         ('{"classes": [{"name": "a", "id": true}]}', "the id True"),
         ('{"classes": [{"name": "a", "id": 0.7}]}', "the id '0.7'"),
         ('classes: [{name: "a\\tb"}]', "visible letters"),
-        ("classes: [{name: Void}]", "called 'Void', which stands for pixels without a class"),
+        ("classes: [{name: Void}]", "called 'Void', the reserved name of pixels without a class"),
         ("classes: [{name: a, colour: [1, 2, 3]}]", "'a' has 'colour'"),
         ("classes: [{name: a, id: 1, id: 2}]", "the key 'id' twice"),
         ('{"classes": [],\n\t"classes": [{"name": "a"}]}', "the key 'classes' twice"),

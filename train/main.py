@@ -93,8 +93,13 @@ from torch import Tensor, nn
 
 from lednet.checkpoint import compare_keys, load_checkpoint, load_state
 from lednet.data.cache import CachedDataset, command_line
-from lednet.data.dataset import SegmentationDataset, SkipCorruptDataset, pixel_shares
-from lednet.data.loaders import make_loaders, require_common_class
+from lednet.data.dataset import (
+    SegmentationDataset,
+    SkipCorruptDataset,
+    pixel_shares,
+    require_common_class,
+)
+from lednet.data.loaders import make_loaders
 from lednet.data.registry import cache_split, open_training_data
 from lednet.data.transforms import Augmentation
 from lednet.distributed import DistributedContext

@@ -12,9 +12,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 
-from lednet.data.image_io import exif_transpose_op, open_image, read_ids, read_image, to_rgb
+from lednet.data.image_io import (
+    exif_transpose_op,
+    match_orientation,
+    open_image,
+    read_ids,
+    read_image,
+    to_rgb,
+    transposed_size,
+)
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
-from lednet.data.pairs import Sample, require_file
+from lednet.data.pairs import Sample, list_examples, require_file
 from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
 from lednet.progress import progress_bar
@@ -50,19 +58,22 @@ def read_labeled_image(pair: Sample, size: tuple[int, ...]) -> np.ndarray:
         UserError: damaged, or of another size.
     """
     image = open_image(pair.image)
-    operation = exif_transpose_op(image)
-    stored = to_rgb(image, upright=False)
-    upright = stored if operation is None else to_rgb(image)
-    if upright.shape[:2] == size:
-        if operation is not None and stored.shape[:2] == size:
-            _warn_of_orientation(pair.image)
-        return upright
-    if stored.shape[:2] == size:
-        return stored
-    exif = f" ({upright.shape[1]}x{upright.shape[0]} turned by its EXIF)" * (operation is not None)
+    height, width = size
+    exif = exif_transpose_op(image)
+    operation, fits_both = match_orientation(exif, image.size, (width, height))
+    if fits_both:
+        _warn_of_orientation(pair.image)
+    pixels = to_rgb(image, upright=operation is not None)
+    if pixels.shape[:2] == size:
+        return pixels
+    turned = (
+        ""
+        if exif is None
+        else " ({}x{} turned by its EXIF)".format(*transposed_size(image.size, exif))
+    )
     raise UserError(
-        f"{pair.label} is {size[1]}x{size[0]}, its image {pair.image.name} "
-        f"{stored.shape[1]}x{stored.shape[0]}{exif}: both must have one size"
+        f"{pair.label} is {width}x{height}, its image {pair.image.name} "
+        f"{image.width}x{image.height}{turned}: both must have one size"
     )
 
 
@@ -112,7 +123,7 @@ class SegmentationDataset(PairDataset):
 
     Args:
         pairs: image and label files; a pair without a label gets an all-void one.
-        scheme: classes, and the values that stand for them in label files.
+        scheme: the classes and their values in label files.
         size: (height, width) in pixels to resize images and labels to; None keeps that of each
             file. Only samples of one size can be cached.
     """
@@ -223,3 +234,33 @@ def pixel_shares(class_counts: np.ndarray) -> np.ndarray:
     """
     total = class_counts.sum(axis=0)
     return total / total.sum()
+
+
+def require_common_class(train: PairDataset, val: PairDataset) -> None:
+    """Read labels until a class is found in both data sets, usually the first two.
+
+    Raises:
+        UserError: there is no such class, so that nothing can be learned or scored.
+    """
+    parts = {"training": (train, set[int]()), "validation": (val, set[int]())}
+    for index in range(max(len(train), len(val))):
+        for data, found in parts.values():
+            if index < len(data):
+                found.update(np.flatnonzero(data.count_label(index)[:-1]).tolist())
+        if parts["training"][1] & parts["validation"][1]:
+            return
+    for name, (data, found) in parts.items():
+        if not found:
+            if isinstance(data, SkipCorruptDataset):
+                data.data.count_label(0)  # raises if the labels are damaged
+            raise UserError(
+                f"the {name} labels of {data.scheme.name} ({len(data)} files) hold void only: "
+                "check the label files, and the ids of the class file"
+            )
+    lists = (
+        f"{name} labels hold {list_examples(data.scheme.classes[i] for i in sorted(found))}"
+        for name, (data, found) in parts.items()
+    )
+    raise UserError(
+        f"{' and '.join(lists)}, and no class in common: choose other validation images"
+    )

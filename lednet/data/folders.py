@@ -113,8 +113,8 @@ def _class_name(row: dict[str, Any], index: int, path: Path) -> str:
         raise UserError(f"{where} has the name {name!r}: give it one of visible letters")
     if name.strip().casefold() == "void":
         raise UserError(
-            f"{where} is called {name!r}, which stands for pixels without a class: list its id "
-            "under `ignore`, or rename it"
+            f"{where} is called {name!r}, the reserved name of pixels without a class: list its "
+            "id under `ignore`, or rename it"
         )
     return name
 

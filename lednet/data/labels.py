@@ -1,4 +1,4 @@
-"""Label schemes: the classes that the values of label files stand for."""
+"""Label schemes: the classes of a data set and their values in label files."""
 
 import os
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ CITYSCAPES_LABELS: tuple[Label, ...] = (
 
 @dataclass(frozen=True)
 class LabelScheme:
-    """Classes of a data set and the file values that stand for them.
+    """Classes of a data set and their values in label files.
 
     Args:
         name: name of the data set, for messages.
@@ -104,7 +104,7 @@ class LabelScheme:
 
     @property
     def has_void(self) -> bool:
-        """Whether a file value stands for void."""
+        """Whether a value in label files means void."""
         return IGNORE_INDEX in self.file_ids.values()
 
     @property

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from lednet.data.dataset import PairDataset, SkipCorruptDataset
+from lednet.data.dataset import PairDataset
 from lednet.data.device_cache import DeviceLoader, load_to_device
-from lednet.data.pairs import list_examples
 from lednet.data.samplers import (
     ClassUniformSampler,
     DistributedEvalSampler,
@@ -20,6 +19,7 @@ from lednet.data.samplers import (
 )
 from lednet.distributed import DistributedContext
 from lednet.errors import UserError, shared_memory_error
+from lednet.signals import STOP_SIGNALS
 
 
 class Loader(DataLoader[tuple[Tensor, Tensor]]):
@@ -86,36 +86,6 @@ def make_loaders(
     )
 
 
-def require_common_class(train: PairDataset, val: PairDataset) -> None:
-    """Read labels until a class is found in both data sets, usually the first two.
-
-    Raises:
-        UserError: there is no such class, so that nothing can be learned or scored.
-    """
-    parts = {"training": (train, set[int]()), "validation": (val, set[int]())}
-    for index in range(max(len(train), len(val))):
-        for data, found in parts.values():
-            if index < len(data):
-                found.update(np.flatnonzero(data.count_label(index)[:-1]).tolist())
-        if parts["training"][1] & parts["validation"][1]:
-            return
-    for name, (data, found) in parts.items():
-        if not found:
-            if isinstance(data, SkipCorruptDataset):
-                data.data.count_label(0)  # raises if the labels are damaged
-            raise UserError(
-                f"the {name} labels of {data.scheme.name} ({len(data)} files) hold void only: "
-                "check the label files, and the ids of the class file"
-            )
-    lists = (
-        f"{name} labels hold {list_examples(data.scheme.classes[i] for i in sorted(found))}"
-        for name, (data, found) in parts.items()
-    )
-    raise UserError(
-        f"{' and '.join(lists)}, and no class in common: choose other validation images"
-    )
-
-
 def end_loading(loader: Batches) -> None:
     """Shut down the worker processes of `loader`.
 
@@ -154,9 +124,6 @@ def worker_failures() -> Iterator[None]:
             "a loading process died (killed, or out of memory): continue with --resume, perhaps "
             "with fewer --num-workers"
         ) from error
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def ignore_stop_signals(worker: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""The built-in data sets: location of their files, and the classes that their labels stand for."""
+"""The built-in data sets: location of their files, and the classes of their labels."""
 
 import logging
 import os

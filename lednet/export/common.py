@@ -60,7 +60,7 @@ class RunOptions(NamedTuple):
     Attributes:
         threads: CPU threads, if the runtime lets the caller choose; None for its default.
         device: "cpu" or "cuda".
-        precision: "fp32" or "bf16", of everything that is not int8 in the file.
+        precision: "fp32" or "bf16", for the operations that are not quantized to int8.
     """
 
     threads: int | None = None

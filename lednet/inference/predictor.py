@@ -35,7 +35,6 @@ ImageInput = (
     | BinaryIO
 )
 """What `Predictor` is called with; see `read_input`."""
-_UINT8 = "an image has uint8 values from 0 to 255"
 
 STRIDE = 8
 """Input pixels per logit along each axis."""
@@ -285,7 +284,7 @@ def read_input(image: ImageInput) -> np.ndarray:
     """
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.layout != torch.strided or image.is_meta:
-            raise UserError(f"{_UINT8}, not a tensor of {image.dtype}: convert it")
+            raise UserError(f"an image has uint8 values, not a tensor of {image.dtype}: convert it")
         if image.ndim != 2 and not (image.ndim == 3 and image.shape[0] in (1, 3, 4)):
             raise UserError(
                 f"a tensor is one image (3, H, W), not {tuple(image.shape)}: permute it, or give "
@@ -294,8 +293,6 @@ def read_input(image: ImageInput) -> np.ndarray:
         array = image.cpu().numpy()
         return to_rgb(array if array.ndim == 2 else array.transpose(1, 2, 0))
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise UserError(f"{_UINT8}, not an array of {image.dtype}: convert it")
         if image.ndim > 3:
             raise UserError(
                 f"an array is one image (H, W, 3), not {image.shape}: give several as a list"

@@ -20,7 +20,7 @@ has 8 MB of pixels, no file more."""
 UNREADABLE = (
     OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile
 )  # fmt: skip
-"""What `zipfile` raises for damaged bytes (NotImplementedError is a RuntimeError)."""
+"""Exceptions of `zipfile` for damaged bytes, unknown compression included."""
 
 
 def open_zip(path: str | os.PathLike) -> zipfile.ZipFile:

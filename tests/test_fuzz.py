@@ -294,6 +294,42 @@ def chunky_pngs(draw) -> bytes:
     return png_of(chunks)
 
 
+TAGS = (254, 256, 257, 258, 259, 262, 270, 273, 274, 277, 278, 279, 282, 284, 317, 320, 322, 323,
+        324, 325, 330, 338, 339, 347, 34665, 34675, 50000)  # fmt: skip
+"""Of sizes, number formats, compression, strips, tiles, palettes, further folders and EXIF."""
+tags = st.tuples(
+    st.sampled_from(TAGS),
+    st.integers(0, 18),
+    st.sampled_from([0, 1, 2, 3, 2**16, 2**32 - 1]),
+    st.sampled_from([*range(9), 16, 32, 200, 2**31, 2**32 - 1]),
+)
+
+
+@st.composite
+def tagged_tiffs(draw) -> bytes:
+    """TIFF files of one directory with any tags."""
+    usual = [(256, 4, 1, draw(sides)), (257, 4, 1, draw(sides)), (273, 4, 1, 8)]
+    found = sorted([*usual, *draw(st.lists(tags, max_size=14))])
+    next_directory = draw(st.sampled_from([0, 8, 9, 2**32 - 1]))
+    return (
+        b"II*\0" + struct.pack("<IH", 8, len(found))
+        + b"".join(struct.pack("<HHII", *tag) for tag in found)
+        + struct.pack("<I", next_directory) + draw(st.binary(max_size=200))
+    )  # fmt: skip
+
+
+bmps = st.builds(
+    lambda size, width, height, planes, bits, compression, colors, rest: (
+        b"BM" + struct.pack("<IIIIiiHHIIiiII", 200, 0, 54, size, width, height, planes, bits,
+                            compression, 0, 0, 0, colors, 0) + rest
+    ),
+    st.sampled_from([12, 40, 40, 40, 64, 108, 124, 0, 2**31]),
+    *[st.sampled_from([0, 1, 5, 600, -1, -5, 2**31 - 1, -(2**31)])] * 2,
+    st.integers(0, 2), st.sampled_from([1, 4, 8, 16, 24, 32, 0, 7]), st.integers(0, 6),
+    st.sampled_from([0, 2, 256, 257, 2**32 - 1]), st.binary(max_size=300),
+)  # fmt: skip
+
+
 FRAME = "berlin_000000_000019"
 members = st.dictionaries(
     st.sampled_from([f"{FRAME}.png", f"../{FRAME}.png", f"/{FRAME}.png"])
@@ -682,7 +718,8 @@ PARSERS = {
     "log": lines_row("log.jsonl", RECORDS, lambda path: read_records(path.parent)),
     "progress log": lines_row("progress-0.jsonl", PROGRESS_LOG, read_progress),
     "image": one_file(
-        "image.png", IMAGES, chunky_pngs() | damaged([FLOATS]), read_by_all, share=3
+        "image.png", IMAGES, chunky_pngs() | tagged_tiffs() | bmps | damaged([FLOATS]),
+        read_by_all, share=4,
     ),
     "submission": one_file(
         "up.zip",

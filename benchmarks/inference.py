@@ -158,7 +158,7 @@ def make_runners(
             net, meta, path, "openvino", size, batches[:1], output="logits", calibration=batches,
             min_agreement=0, max_difference=float("inf"),  # the table contains its agreement
         )  # fmt: skip
-        runners.append(Runner("openvino", "int8", labels_of(Predictor.from_weights(path)), path))
+        runners.append(Runner("openvino", "int8", labels_of(Predictor(path)), path))
     if args.peer:
         peer = ToLabels(Peer(PEER), {}).to(device).eval()
         runners.append(Runner(PEER, "fp32", lambda images: peer(images).cpu()))
@@ -214,7 +214,7 @@ def peak_memory(
 ) -> float:  # fmt: skip
     """Peak memory of this process in MB, after two runs of one runner."""
     if precision == "int8":
-        run = labels_of(Predictor.from_weights(weights))  # type: ignore[arg-type]
+        run = labels_of(Predictor(weights))  # type: ignore[arg-type]
     else:
         args.backends = [backend] if backend in BACKENDS else []
         args.peer, args.int8 = PEER in backend, False

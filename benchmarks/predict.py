@@ -27,7 +27,6 @@ from PIL import Image
 
 from benchmarks._common import Row, add_options, alternate, make_parser, print_row, write_record
 from lednet.data.image_io import open_image, to_rgb
-from lednet.data.registry import DEFAULT_SIZES
 from lednet.device import AMP_DTYPES, choose_device
 from lednet.errors import exit_on_user_error
 from lednet.inference.backends import BACKENDS
@@ -40,7 +39,7 @@ from lednet.inference.writers import (
     predict_video,
     video_output,
 )
-from lednet.visualization import Visualizer, output_scheme
+from lednet.visualization import Visualizer
 
 SCENES = 4
 WAYS = ("network", "overlapped", "one_by_one")
@@ -72,7 +71,7 @@ def image_case(
     def one_by_one() -> None:
         for job in jobs:
             image = to_rgb(open_image(job.path))
-            label = predictor(image)
+            label = predictor(image).labels
             for kind, path in job.outputs.items():
                 output.write(kind, path, image, label)
 
@@ -97,7 +96,7 @@ def video_case(
 
     def one_by_one(video: VideoReader, out: Any) -> None:
         for frame in video:
-            out.add(frame, predictor(frame.image))
+            out.add(frame, predictor(frame.image).labels)
 
     def overlapped(video: VideoReader, out: Any) -> None:
         predict_video(predictor, iter(video), out, lambda: None)
@@ -156,11 +155,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     device = choose_device(args.device)
-    predictor = Predictor.from_weights(
-        args.weights, None, DEFAULT_SIZES["cityscapes"], args.height, args.width,
+    predictor = Predictor(
+        args.weights, (args.height, args.width),
         device=device, backend=args.backend, precision=args.precision,
     )  # fmt: skip
-    scheme = output_scheme(predictor.meta, predictor.net.num_classes, args.weights)
+    scheme = predictor.scheme
     images = list(draw_images(args.images, args.image_height, args.image_width))
 
     def network() -> None:

@@ -7,10 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lednet.api import evaluate, export, train
     from lednet.checkpoint import LoadReport
     from lednet.errors import UserError
     from lednet.hub import list_pretrained, load_weights
     from lednet.inference.predictor import Predictor
+    from lednet.inference.result import Segmentation
     from lednet.model import EncoderClassifier, LEDNet, load_model
 
 __version__ = "0.1.0"
@@ -20,20 +22,28 @@ _MODULES = {
     "LEDNet": "lednet.model",
     "LoadReport": "lednet.checkpoint",
     "Predictor": "lednet.inference.predictor",
+    "Segmentation": "lednet.inference.result",
     "UserError": "lednet.errors",
+    "evaluate": "lednet.api",
+    "export": "lednet.api",
     "list_pretrained": "lednet.hub",
     "load_model": "lednet.model",
     "load_weights": "lednet.hub",
+    "train": "lednet.api",
 }
 __all__ = [
     "EncoderClassifier",
     "LEDNet",
     "LoadReport",
     "Predictor",
+    "Segmentation",
     "UserError",
+    "evaluate",
+    "export",
     "list_pretrained",
     "load_model",
     "load_weights",
+    "train",
 ]
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
@@ -24,6 +25,19 @@ LIMIT = "LEDNET_MAX_PIXELS"
 DEFAULT_LIMIT = 100_000_000
 
 Result = TypeVar("Result")
+
+
+def process_command(processes: int = 1) -> list[str]:
+    """The words of the command that started this process: of a script or of `lednet COMMAND`.
+
+    Args:
+        processes: number of processes that torchrun started.
+    """
+    launcher = ["torchrun", f"--nproc-per-node={processes}"] if processes > 1 else []
+    program, *arguments = sys.argv
+    if program.startswith("lednet "):
+        return [*launcher, *(["-m"] * bool(launcher)), *program.split(), *arguments]
+    return [*(launcher or ["python"]), program, *arguments]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lednet.data.labels import LabelScheme, camvid_scheme, cityscapes_scheme
+from lednet.data.labels import LabelScheme, camvid_scheme, cityscapes_scheme, generate_color
 from lednet.errors import UserError
 from lednet.fonts import drawable, pil_font
 from lednet.io import write_atomically
@@ -30,21 +30,21 @@ def output_scheme(meta: dict[str, Any], num_outputs: int, source: str | os.PathL
 
     Args:
         meta: metadata from `load_model`. Without classes in it, 20 outputs are those of
-            Cityscapes and 12 those of CamVid.
+            Cityscapes, 12 those of CamVid, and others get the names "class 0" and so on.
         num_outputs: number of outputs of the network, void included.
         source: path of the weights, for the message.
 
     Raises:
-        UserError: the classes of the outputs are not known.
+        UserError: the metadata names another number of classes.
     """
     if "classes" not in meta:
         for scheme in (cityscapes_scheme(), camvid_scheme()):
             if scheme.num_outputs == num_outputs:
                 return scheme
-        raise UserError(
-            f"{source} does not name its classes, and {num_outputs} outputs are neither Cityscapes "
-            "(20) nor CamVid (12): give weights that this project trained"
-        )
+        indices = range(num_outputs - 1)
+        names = tuple(f"class {i}" for i in indices)
+        ids = {i: i for i in indices}
+        return LabelScheme("unnamed", names, tuple(map(generate_color, indices)), ids)
     classes, colors = tuple(meta["classes"]), tuple(map(tuple, meta.get("colors", ())))
     if not len(classes) == len(colors) == num_outputs - 1:
         raise UserError(

@@ -39,26 +39,24 @@ def build_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     common.print_help_early(build_parser)
 
-from lednet.data.registry import DEFAULT_SIZES
-from lednet.device import choose_device
 from lednet.errors import exit_on_user_error, raise_if_problems
 from lednet.inference.inputs import find_inputs
 from lednet.inference.predictor import Predictor
 from lednet.inference.writers import PredictionJob, PredictionWriter, errors_of, predict_images
 from lednet.io import require_writable
 from lednet.progress import progress_bar
-from lednet.visualization import Visualizer, output_scheme
+from lednet.visualization import Visualizer
 
 
 def main() -> None:
     args = build_parser().parse_args()
     require_writable(args.out, folder=True)
     images = find_inputs([args.input], args.out)
-    predictor = Predictor.from_weights(
-        args.weights, None, DEFAULT_SIZES["cityscapes"], args.height, args.width,
-        device=choose_device(args.device), backend=args.backend, precision=args.precision,
+    predictor = Predictor(
+        args.weights, (args.height, args.width), device=args.device, backend=args.backend,
+        precision=args.precision, cache=args.cache, expected_images=len(images),
     )  # fmt: skip
-    scheme = output_scheme(predictor.meta, predictor.net.num_classes, args.weights)
+    scheme = predictor.scheme
     output = PredictionWriter(args.out, args.outputs, Visualizer(scheme, args.alpha, args.legend))
     tasks = []
     for name, path in images.items():

@@ -1,9 +1,12 @@
 """Small data sets and the way to run a script as a user would."""
 
+import atexit
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,10 @@ from lednet.checkpoint import save_checkpoint
 
 # On these small tensors a second thread only waits, and for long where cores are shared.
 torch.set_num_threads(1)
+
+# Tests with the same weights share what a backend exports, and leave the user's cache alone.
+os.environ["LEDNET_CACHE"] = tempfile.mkdtemp(prefix="lednet-tests-")
+atexit.register(shutil.rmtree, os.environ["LEDNET_CACHE"], ignore_errors=True)
 
 FUZZ_EXAMPLES = "LEDNET_FUZZ_EXAMPLES"
 """Environment variable: inputs that hypothesis tries for each property, at random; without it,

@@ -8,10 +8,12 @@ import sys
 import pytest
 from conftest import ROOT
 
-from lednet.cli import common
+from lednet import api
+from lednet.cli import common, main, parsers
 from lednet.data.registry import DATASETS, TRAINING_PARTS
 from lednet.data.transforms import PRESETS
 from lednet.device import AMP_DTYPES
+from lednet.errors import UserError
 from lednet.inference.backends import BACKENDS
 from lednet.inference.writers import OUTPUTS
 from lednet.model import VARIANTS
@@ -21,7 +23,7 @@ SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("train", "imagenet", "test", "utils", "datasets")
     for path in (ROOT / folder).glob("*.py")
-    if "build_parser" in path.read_text(encoding="utf-8")
+    if re.search(r"build_parser|cli\.main", path.read_text(encoding="utf-8"))
 )
 
 
@@ -46,9 +48,16 @@ def test_package_import_does_not_import_torch():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_flags_have_one_spelling_and_show_their_defaults(script):
-    parser = runpy.run_path(str(ROOT / script))["build_parser"]()
+PARSERS = [getattr(parsers, name.replace("-", "_")) for name in main.COMMANDS] + [
+    module["build_parser"]
+    for module in (runpy.run_path(str(ROOT / script)) for script in SCRIPTS)
+    if "build_parser" in module
+]
+
+
+@pytest.mark.parametrize("build_parser", PARSERS)
+def test_flags_have_one_spelling_and_show_their_defaults(build_parser):
+    parser = build_parser()
     for action in parser._actions:
         if action.default not in (None, False, "==SUPPRESS==") and action.option_strings:
             assert "(default: " in parser._get_formatter()._expand_help(action), action.dest
@@ -70,16 +79,14 @@ def test_choices_are_those_of_the_library():
 @pytest.mark.parametrize(
     ("text", "value"), [("1", 1), ("12", 12), ("0", None), ("-1", None), ("1.5", None), ("x", None)]
 )
-def test_positive_numbers_are_parsed_and_others_refused(text, value, capsys):
+def test_positive_numbers_are_parsed_and_others_refused(text, value):
     parser = common.make_parser("text")
     parser.add_argument("--count", type=common.POSITIVE)
     if value is not None:
         assert parser.parse_args([f"--count={text}"]).count == value
         return
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError, match=f"'{text}' is not a whole number of at least 1; see --h"):
         parser.parse_args([f"--count={text}"])
-    assert stop.value.code == 2
-    assert f"{text!r} is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_earlier_spellings_set_the_same_options():
@@ -89,3 +96,39 @@ def test_earlier_spellings_set_the_same_options():
     old = parser.parse_args(["--val-every", "3", "--val-names", "a", "--workers", "1"])
     new = parser.parse_args(["--val-stride", "3", "--val-prefix", "a", "--num-workers", "1"])
     assert old == new and (old.val_stride, old.val_prefix, old.num_workers) == (3, "a", 1)
+
+
+def test_lednet_command_runs_the_code_of_the_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lednet", "evaluate-cityscapes", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main.main()
+    text = capsys.readouterr().out
+    assert text.startswith("usage: lednet evaluate-cityscapes") and "--report-images" in text
+    monkeypatch.setattr(sys, "argv", ["lednet", "predict", "--alpha", "2", "a.png"])
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert "error: argument --alpha: '2' is not a number from 0 to 1" in capsys.readouterr().err
+
+
+def test_lednet_command_lists_its_commands(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lednet"])
+    with pytest.raises(SystemExit, match="0"):
+        main.main()
+    text = capsys.readouterr().out
+    for name in main.COMMANDS:
+        assert f"    {name} " in text and hasattr(parsers, name.replace("-", "_"))
+    monkeypatch.setattr(sys, "argv", ["lednet", "predcit"])
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert "invalid choice: 'predcit'" in capsys.readouterr().err
+
+
+def test_to_arguments_flags_of_keywords():
+    options = {"weights": "w.pth", "scales": [0.5, 1], "flip": True, "fold": False, "json": None}
+    found = api.to_arguments(parsers.evaluate(), options)
+    assert found == ["--weights", "w.pth", "--scales", "0.5", "1", "--flip", "--no-fold"]
+    train = {"pretrained_encoder": "e.pth", "iou_train": False}
+    expected = ["--pretrainedEncoder", "e.pth", "--no-iouTrain"]
+    assert api.to_arguments(parsers.train(), train) == expected
+    with pytest.raises(TypeError, match="argument 'epochs'"):
+        api.to_arguments(parsers.train(), {"epochs": 3})

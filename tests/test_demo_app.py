@@ -243,7 +243,7 @@ def test_page_image_is_shown_with_its_classes(page, folder):
         page.get_by_role("alert").get_by_text(re.compile("damaged|far more|larger")).wait_for()
     upload(page, "noise.png", encoded())
     wait_for_result(page, "noise.png")
-    predictor = Predictor.from_weights(folder / "w.pth", backend="eager")
+    predictor = Predictor(folder / "w.pth", backend="eager")
     label = predictor(NOISE)
     scheme = output_scheme(predictor.meta, 12, "w.pth")
     kept = label < scheme.num_classes

@@ -133,11 +133,13 @@ def test_output_scheme_from_metadata_or_number_of_outputs():
     assert colorize(np.array([[3]]), named).tolist() == [[COLORS[3]]]
     assert output_scheme({}, 20, "w.pth").classes == cityscapes_scheme().classes
     assert output_scheme({}, 12, "w.pth").colors == camvid_scheme().colors
+    unnamed = output_scheme({}, 4, "w.pth")
+    assert unnamed.classes == ("class 0", "class 1", "class 2") and len(set(unnamed.colors)) == 3
 
 
 @pytest.mark.parametrize(
     ("meta", "outputs"),
-    [({}, 7), ({"classes": CLASSES, "colors": COLORS}, 20), ({"classes": CLASSES}, 12)],
+    [({"classes": CLASSES, "colors": COLORS}, 20), ({"classes": CLASSES}, 12)],
 )
 def test_output_scheme_unknown_classes_are_rejected(meta, outputs):
     with pytest.raises(UserError, match=r"w\.pth .*give weights"):
@@ -175,10 +177,10 @@ def test_color_script_folder_draws_colors_and_overlays(draw, weights, photos, tm
     names = [f"{folder}a_{kind}.png" for folder in ("", "sub/") for kind in ("color", "overlay")]
     assert pictures(tmp_path / "out") == names
     scheme = output_scheme({"classes": CLASSES, "colors": COLORS}, 12, weights)
-    predictor = Predictor(load_model(weights)[0], (48, 64))
+    predictor = Predictor(load_model(weights)[0], (48, 64), backend="eager")
     for folder in ("", "sub/"):
         image = read(photos / f"{folder}a.png")
-        label = predictor(image)
+        label = predictor(image).labels
         color = read(tmp_path / f"out/{folder}a_color.png")
         np.testing.assert_array_equal(color, colorize(label, scheme))
         mixed = read(tmp_path / f"out/{folder}a_overlay.png")
@@ -223,5 +225,5 @@ def test_color_script_truncated_image_is_named(draw, photos, tmp_path):
     ],
 )
 def test_color_script_wrong_options_are_refused(draw, flags, words, tmp_path):
-    save_checkpoint(tmp_path / "other.pth", LEDNet(5), {"size": [48, 64]})
+    save_checkpoint(tmp_path / "other.pth", LEDNet(5), {"size": [48, 64], "classes": ["a"]})
     assert_refused(draw(*(str(flag).format(tmp=tmp_path) for flag in flags)), *words)

@@ -130,18 +130,18 @@ def test_predictor_preprocessing_equals_torchvision(net):
     expected = v2.functional.normalize(v2.functional.to_dtype(pixels, scale=True), mean, std)
     graph = EndToEndModel(net, mean, std)
     graph.net = nn.Identity()
-    found = graph(Predictor(net, (32, 48), mean, std).prepare(image[None]))[0]
+    found = graph(Predictor(net, (32, 48), mean, std, backend="eager").prepare(image[None]))[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_predictor_equals_network_and_leaves_it_unchanged(fold):
     net = formula_net().train()
-    predictor = Predictor(net, (32, 48), fold=fold)
+    predictor = Predictor(net, (32, 48), fold=fold, backend="eager")
     assert all(module.training for module in net.modules())
     assert net.encoder[1].left[0].weight.is_contiguous()
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    labels = predictor(image)
+    labels = predictor(image).labels
     assert labels.shape == (50, 70) and labels.dtype == np.uint8
     x = predictor.prepare(torch.from_numpy(image).permute(2, 0, 1)[None]).permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_predictor_equals_network_and_leaves_it_unchanged(fold):
 
 
 def test_label_maps_several_sizes_and_images(net):
-    predictor, images = Predictor(net, (32, 48)), random_images(3, 3, 50, 70)
+    predictor, images = Predictor(net, (32, 48), backend="eager"), random_images(3, 3, 50, 70)
     full, network = predictor.label_maps(images, (50, 70), (32, 48))
     assert full.shape == (3, 50, 70) and network.shape == (3, 32, 48)
     alone = predictor(images[1].permute(1, 2, 0).numpy())
@@ -159,8 +159,8 @@ def test_label_maps_several_sizes_and_images(net):
 
 def test_scores_average_probabilities_of_scales_and_mirrored_image(net):
     image, size = random_images(1, 3, 60, 80), (32, 48)
-    found = Predictor(net, size, scales=(0.5, 1.0, 1.5), flip=True).scores(image)
-    plain = [Predictor(net, sides) for sides in ((16, 24), size, (48, 72))]
+    found = Predictor(net, size, scales=(0.5, 1.0, 1.5), flip=True, backend="eager").scores(image)
+    plain = [Predictor(net, sides, backend="eager") for sides in ((16, 24), size, (48, 72))]
     parts = [(p.scores(image).softmax(1), p.scores(image.flip(3)).softmax(1)) for p in plain]
     assert (parts[1][0] - parts[1][1].flip(3)).abs().max() > 1e-3
     parts = [F.interpolate((a + b.flip(3)) / 2, size, mode="bilinear") for a, b in parts]
@@ -197,8 +197,9 @@ def test_predictor_tiles_equal_whole_image(size):
     net.decoder.weight.data *= 20
     blocks = random_images(2, 3, 8, 11)
     images = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)[..., :61, :83]
-    whole = Predictor(net, (61, 83), fold=False).label_maps(images, size)[0]
-    tiled = Predictor(net, (61, 83), fold=False, tile=(24, 32), overlap=8).label_maps(images, size)
+    options = {"size": (61, 83), "fold": False, "backend": "eager"}
+    whole = Predictor(net, **options).label_maps(images, size)[0]
+    tiled = Predictor(net, **options, tile=(24, 32), overlap=8).label_maps(images, size)
     assert whole.unique().numel() > 2
     assert torch.equal(whole, tiled[0])
 
@@ -227,16 +228,18 @@ def test_predictor_wrong_options_are_rejected(options, words, monkeypatch, short
 def test_from_weights_reads_size_and_normalization(net, tmp_path):
     meta = {"size": [40, 56], "mean": [0.5] * 3, "std": [0.25] * 3}
     save_checkpoint(tmp_path / "best.pth", net, meta)
-    predictor = Predictor.from_weights(tmp_path)  # a run folder
+    predictor = Predictor(tmp_path, backend="eager")  # a run folder
     assert predictor.size == (40, 56) and predictor.parameters == 925_663
     black = torch.zeros(1, 40, 56, 3, dtype=torch.uint8)
-    expected = Predictor(net, (40, 56)).runner(black.float() - 255 * 2)  # (0 - 0.5) / 0.25
+    expected = Predictor(net, (40, 56), backend="eager").runner(
+        black.float() - 255 * 2
+    )  # (0 - 0.5) / 0.25
     torch.testing.assert_close(predictor.runner(black), expected)
-    assert Predictor.from_weights(tmp_path, height=64).size == (64, 56)
+    assert Predictor(tmp_path, (64, None), backend="eager").size == (64, 56)
 
 
 def test_predictor_image_types_equal_labels(net, tmp_path):
-    predictor = Predictor(net, (32, 48))
+    predictor = Predictor(net, (32, 48), backend="eager")
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     expected = predictor(pixels)
@@ -283,7 +286,7 @@ def test_predictor_image_types_equal_labels(net, tmp_path):
 )
 def test_predictor_other_input_is_named(image, words, net):
     with pytest.raises(UserError, match=words):
-        Predictor(net, (32, 48))(image)
+        Predictor(net, (32, 48), backend="eager")(image)
 
 
 def test_predictor_truncated_pil_image_is_named(net, tmp_path):
@@ -291,7 +294,7 @@ def test_predictor_truncated_pil_image_is_named(net, tmp_path):
     Image.fromarray(random).save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
     with pytest.raises(UserError, match=r"a\.png is damaged"):
-        Predictor(net, (32, 48))(Image.open(tmp_path / "a.png"))
+        Predictor(net, (32, 48), backend="eager")(Image.open(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime", "openvino"])
@@ -300,12 +303,12 @@ def test_predictor_threads_equal_one_thread(backend, short_stages):
     need(backend)
     images = [random_images(40 + 8 * i, 64, 3).numpy() for i in range(8)]
     net = formula_net()
-    alone = list(map(Predictor(net, (32, 48)), images))
+    alone = list(map(Predictor(net, (32, 48), backend="eager"), images))
     shared = Predictor(net, (32, 48), backend=backend)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(shared, images * 20))
-    for labels, expected in zip(found, alone * 20, strict=True):
-        assert (labels == expected).mean() > 0.999
+    for result, expected in zip(found, alone * 20, strict=True):
+        assert (result.labels == expected.labels).mean() > 0.999
 
 
 def test_runner_per_size_builds_once_while_threads_wait():
@@ -416,7 +419,9 @@ def test_count_macs_equals_released_networks(variant, gmacs):
 
 
 def test_benchmark_reports_its_conditions(net):
-    card = benchmark(Predictor(net, (32, 64)), (64, 128), batch=2, warmup=1, runs=2)
+    card = benchmark(
+        Predictor(net, (32, 64), backend="eager"), (64, 128), batch=2, warmup=1, runs=2
+    )
     expected = {
         "batch_norm": "folded", "precision": "fp32", "network_size": [32, 64],
         "image_size": [64, 128], "batch": 2, "warmup": 1, "runs": 2, "parameters": 925_663,
@@ -432,7 +437,7 @@ def test_benchmark_reports_its_conditions(net):
 def test_benchmark_marks_noisy_times(net, monkeypatch):
     times = iter([{"p50_ms": 10.0, "p95_ms": 13.1}, {"p50_ms": 10.0, "p95_ms": 12.9}])
     monkeypatch.setattr("lednet.inference.benchmark.time_runs", lambda *_: next(times))
-    card = benchmark(Predictor(net, (32, 64)), (64, 128))
+    card = benchmark(Predictor(net, (32, 64), backend="eager"), (64, 128))
     assert (card["forward"]["noisy"], card["image_to_label_map"]["noisy"]) == (True, False)
     (_, forward), (_, whole), *_ = benchmark_rows(card)
     assert "noisy (p95 over 1.3 x p50)" in forward and "noisy" not in whole
@@ -489,7 +494,7 @@ def test_backend_equals_plain_network_at_several_sizes(backend, variant, short_s
         monkeypatch.setattr(lednet.model, "ENCODER_STAGES", DOWN_STAGES)
         scales = (1.0,)
     net, images = formula_net(variant), random_images(2, 3, 100, 150)
-    plain = Predictor(net, (64, 96), fold=False)
+    plain = Predictor(net, (64, 96), fold=False, backend="eager")
     predictor = Predictor(net, (64, 96), backend=backend)
     assert predictor.backend == backend
     for scale in scales:
@@ -532,6 +537,8 @@ def test_openvino_keeps_signal_stack(monkeypatch):
 def test_backend_auto_chooses_fastest_installed(packages, choice, net, monkeypatch):
     monkeypatch.setattr(formats, "installed", packages.split().__contains__)
     assert backends.choose_backend(torch.device("cpu")) == choice
+    assert backends.choose_backend(torch.device("cpu"), images=backends.FEW_IMAGES + 1) == choice
+    assert backends.choose_backend(torch.device("cpu"), images=1) == "eager"
     assert backends.choose_backend(torch.device("cuda")) == "compiled"
     if choice == "eager":
         assert Predictor(net, (32, 32), backend="auto").backend == "eager"

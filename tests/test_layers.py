@@ -14,6 +14,7 @@ FLOORS = (
     {"training", "export"},
     {"inference", "evaluation", "validation"},
     {"cli", "demo"},
+    {"api", "__main__"},
 )
 INDEPENDENT = {"training", "export", "inference", "evaluation", "validation"}
 """Packages of one floor that do not import from each other."""

@@ -18,6 +18,9 @@ print(net(torch.rand(1, 3, 32, 48)).shape[1], meta["dataset"])
 import lednet.evaluation.report, lednet.export.exporter, lednet.training.loop
 from lednet.data.folders import CLASS_FILES, read_class_file
 assert read_class_file(CLASS_FILES / "ADE20K.yaml").num_classes == 150
+from lednet.cli.common import recipe_folder
+assert (recipe_folder("train") / "paper.yaml").is_file()
+assert (recipe_folder("imagenet") / "modern.yaml").is_file()
 """
 
 
@@ -79,3 +82,7 @@ def test_wheel_installed_without_the_clone_runs(built, tmp_path):
            cwd=tmp_path)  # fmt: skip
     output = python("-c", PROGRAM, cwd=tmp_path, PYTHONPATH=str(site))
     assert output == "12 CamVid\n"
+    street = ROOT / "docs/toy_street.png"
+    python("-m", "lednet", "predict", street, "--backend", "eager", "--device", "cpu",
+           cwd=tmp_path, PYTHONPATH=str(site))  # fmt: skip
+    assert (tmp_path / "save/predictions/toy_street_labels.png").is_file()

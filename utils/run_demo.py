@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-from lednet.device import choose_device
 from lednet.errors import UserError, exit_on_user_error
 from lednet.inference.benchmark import benchmark
 from lednet.inference.predictor import Predictor
@@ -64,9 +63,7 @@ def run_all() -> dict:
     )  # fmt: skip
     scores = read_json(RUN / "scores.json")
     start = time.perf_counter()
-    predictor = Predictor.from_weights(
-        RUN, height=SPEED_SIZE[0], width=SPEED_SIZE[1], device=choose_device("auto")
-    )
+    predictor = Predictor(RUN, SPEED_SIZE)
     speed = benchmark(predictor, IMAGE_SIZE, runs=10)
     seconds["speed"] = time.perf_counter() - start
     return {

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lednet.errors import EXIT_STATUS, exit_when_interrupted
+from lednet.errors import UserError, exit_when_interrupted
 
 DATASETS = ("cityscapes", "camvid", "voc", "ade20k", "folders")
 ANNOTATIONS = ("fine", "coarse", "both", "aug")
@@ -22,6 +22,19 @@ BACKENDS = ("eager", "compiled", "onnxruntime", "openvino")
 SCHEDULES = ("poly", "exponential", "cosine")
 AUGMENTATIONS = ("paper", "modern")
 OUTPUTS = ("labels", "color", "overlay", "side")
+
+_CLONE = Path(__file__).resolve().parents[2]
+ROOT = _CLONE if (_CLONE / "train/main.py").is_file() else Path()
+"""Parent of the default folders save/ and datasets/: the clone that the library is run from, or
+the current folder if the library is installed."""
+
+
+def recipe_folder(script_folder: str) -> Path:
+    """Recipes of the scripts in a folder of the repository: "train" or "imagenet"."""
+    folder = _CLONE / script_folder / "recipes"
+    packaged = Path(__file__).resolve().parents[1] / "recipes" / script_folder
+    return folder if folder.is_dir() else packaged
+
 
 Flags = argparse.ArgumentParser | argparse._ArgumentGroup
 
@@ -45,10 +58,10 @@ def format_default(value: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports a wrong argument in one line, without the usage."""
+    """A parser that raises a `UserError` for a wrong argument."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_STATUS, f"error: {message}; see --help\n")
+        raise UserError(f"{message}; see --help")
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -136,13 +149,15 @@ def add_num_workers_flag(flags: Flags, default: int, what: str = "data loading p
     add_alias(flags, "--workers", "--num-workers")
 
 
-def add_backend_flags(flags: Flags, fold: bool = False, backend: str | None = None) -> None:
-    """--device, --precision, --backend with the default `backend` and, with `fold`, --fold."""
+def add_backend_flags(flags: Flags, fold: bool = False) -> None:
+    """--device, --precision, --backend and, with `fold`, --fold."""
     flags.add_argument("--device", choices=DEVICES, default="auto", help="device to run on")
     flags.add_argument("--precision", choices=PRECISIONS, default="fp32", help="number format")
-    default = "" if backend else " (default: eager, or that of an exported file)"
-    flags.add_argument("--backend", choices=("auto", *BACKENDS), default=backend,
-                       help=f"inference engine; auto: the fastest that is installed{default}")
+    flags.add_argument("--backend", choices=("auto", *BACKENDS), default="auto",
+                       help="inference engine; auto: the fastest that is installed, for few images "
+                            "eager, which starts at once")
+    flags.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True,
+                       help="keep exported networks for later runs (in $XDG_CACHE_HOME/lednet)")
     if fold:
         flags.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True,
                            help="fold batch norm into the convolutions, which changes no output")

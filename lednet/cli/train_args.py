@@ -5,7 +5,7 @@ This module is quick to import: it does not import PyTorch.
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,22 +122,26 @@ def run_folder(root: Path, name: str) -> Path:
 
 
 def parse_flags(
-    parser: argparse.ArgumentParser, run_path: Callable[[argparse.Namespace], Path], recipes: Path
+    parser: argparse.ArgumentParser,
+    run_path: Callable[[argparse.Namespace], Path],
+    recipes: Path,
+    argv: Sequence[str] | None = None,
 ) -> argparse.Namespace:
     """Arguments, with defaults from the recipe or, with --resume, the options of the run.
 
     Args:
         run_path: returns the run folder.
         recipes: folder of the recipes that are known by name.
+        argv: arguments (default: those of the process).
 
     Raises:
         UserError: a value is invalid, there is no run to resume, or its options are damaged.
     """
     set_recipe(parser, recipe_path(BASE_RECIPE, recipes))  # first: --help shows its values
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.recipe != BASE_RECIPE:
         set_recipe(parser, recipe_path(args.recipe, recipes))
-        args = parser.parse_args()
+        args = parser.parse_args(argv)
     from lednet.training.run_dir import holds_run, read_options  # imports PyTorch
 
     path, resume = run_path(args), args.resume
@@ -148,7 +152,7 @@ def parse_flags(
         known = {action.dest for action in parser._actions} - {"resume"}
         options = {key: value for key, value in saved.items() if key in known}
         set_options(parser, options, path / "options.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.resume = resume
     if resume and args.recipe != saved["recipe"]:
         raise UserError(

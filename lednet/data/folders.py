@@ -6,9 +6,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from lednet.data.labels import IGNORE_INDEX, Color, LabelScheme, camvid_scheme
+from lednet.data.labels import IGNORE_INDEX, Color, LabelScheme, camvid_scheme, generate_color
 from lednet.data.pairs import FileIndex, SplitSpec, name_files
 from lednet.errors import UserError
 from lednet.files import LABEL_SUFFIXES, normalized
@@ -95,7 +93,7 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
             raise UserError(f"{where} is there twice: give each class its own name")
         if unknown := row.keys() - {"name", "id", "color"}:
             raise UserError(f"{where} has {min(unknown)!r}: its keys are name, id and color")
-        colors.append(_color(row["color"], where) if "color" in row else _generated_color(index))
+        colors.append(_color(row["color"], where) if "color" in row else generate_color(index))
         _add_id(file_ids, _byte(row.get("id", str(index)), "id", where), index, where)
     for value in ignored:
         where = f"{path}: `ignore`"
@@ -137,10 +135,3 @@ def _color(value: object, where: str) -> Color:
 def _add_id(file_ids: dict[int, int], file_id: int, index: int, where: str) -> None:
     if file_ids.setdefault(file_id, index) != index:
         raise UserError(f"{where} has the id {file_id}, which is used before: use each id once")
-
-
-def _generated_color(index: int) -> tuple[int, int, int]:
-    """A color for a class index; consecutive ones differ in hue by the golden angle."""
-    hue = round(index * 0.618034 * 255) % 256
-    red, green, blue = Image.new("HSV", (1, 1), (hue, 170, 220)).convert("RGB").tobytes()
-    return red, green, blue

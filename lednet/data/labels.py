@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from lednet.errors import UserError
 from lednet.model import LEDNet
@@ -177,6 +178,13 @@ def camvid_scheme() -> LabelScheme:
     """The 11 CamVid classes of the SegNet split; file value 11 is void."""
     file_ids = {index: index for index in range(11)} | {11: IGNORE_INDEX}
     return LabelScheme("CamVid", tuple(_CAMVID_CLASSES), tuple(_CAMVID_CLASSES.values()), file_ids)
+
+
+def generate_color(index: int) -> Color:
+    """A color for a class index; consecutive ones differ in hue by the golden angle."""
+    hue = round(index * 0.618034 * 255) % 256
+    red, green, blue = Image.new("HSV", (1, 1), (hue, 170, 220)).convert("RGB").tobytes()
+    return red, green, blue
 
 
 def require_classes(

@@ -17,7 +17,6 @@ from PIL import Image
 
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import LabelScheme
-from lednet.data.registry import DEFAULT_SIZES
 from lednet.errors import UserError
 from lednet.export.formats import is_exported
 from lednet.inference.backends import BACKENDS, is_available
@@ -30,7 +29,7 @@ from lednet.inference.writers import (
     predict_video,
     video_output,
 )
-from lednet.visualization import Visualizer, data_uri, output_scheme, shrink
+from lednet.visualization import Visualizer, data_uri, shrink
 
 MAX_SIDE = 16_384
 """Pixels, beyond which an image has no sensible label map."""
@@ -93,16 +92,13 @@ class SharedPredictor(Predictor):
 
     _worker = ThreadPoolExecutor(1, "network")
 
-    def __call__(self, image: Any) -> Any:
-        return self.timed(image)[0]
-
     def timed(self, image: Any) -> tuple[np.ndarray, float]:
         """The label map, and the seconds that it took, without the wait."""
         return self._worker.submit(self._time, image).result()
 
     def _time(self, image: Any) -> tuple[np.ndarray, float]:
         start = time.perf_counter()
-        label = super().__call__(image)
+        label = self(image).labels
         return label, time.perf_counter() - start
 
 
@@ -141,11 +137,10 @@ class Labeller:
         return self._ready[key]
 
     def _open(self, path: Path, backend: str) -> tuple[SharedPredictor, LabelScheme]:
-        predictor = SharedPredictor.from_weights(
-            path, None, DEFAULT_SIZES["cityscapes"], device=self.device,
-            backend=None if is_exported(path) else backend,
-        )  # fmt: skip
-        scheme = output_scheme(predictor.meta, predictor.net.num_classes, path)
+        predictor = SharedPredictor(
+            path, device=self.device, backend="auto" if is_exported(path) else backend
+        )
+        scheme = predictor.scheme
         height, width = predictor.size
         try:
             for more in (0, 1):  # without and with resizing: torch.compile tells the two apart

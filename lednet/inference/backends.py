@@ -1,9 +1,7 @@
 """Inference backends: functions from uint8 images to logits at 1/8 of their size."""
 
-import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,13 +12,13 @@ from lednet.export.common import TRACE_LOCK
 from lednet.export.formats import (
     FORMATS,
     ExportedModel,
-    ExportOptions,
     RunOptions,
     missing_packages,
     require_packages,
     require_supported,
 )
 from lednet.export.wrappers import EndToEndModel
+from lednet.inference.engine_cache import is_cached, open_exported
 
 InferenceFn = Callable[[Tensor], Tensor]
 """images (N, H, W, 3) uint8 on the device -> (N, C, ceil(H/8), ceil(W/8)) float32 there.
@@ -29,6 +27,9 @@ Threads may share one."""
 BACKENDS = ("eager", "compiled", "onnxruntime", "openvino")
 _FILE_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
 """Backend -> format of the file that it runs."""
+FEW_IMAGES, FEW_IMAGES_CACHED = 20, 3
+"""Up to this many images, PyTorch has finished before an engine's file is exported, or opened
+from the cache (see benchmarks/first_answer.py)."""
 _FIRST_WITH_TRITON = (7, 0)
 """Compute capability from which torch.compile can generate code (not for Pascal and older)."""
 
@@ -41,15 +42,36 @@ def is_available(backend: str, device: torch.device) -> bool:
     return backend in BACKENDS
 
 
-def choose_backend(device: torch.device) -> str:
-    """The fastest backend for `device` whose packages are installed (see benchmarks/)."""
+def choose_backend(
+    device: torch.device,
+    graph: EndToEndModel | None = None,
+    size: tuple[int, int] = (0, 0),
+    images: int | None = None,
+) -> str:
+    """The fastest backend for `device` whose packages are installed (see benchmarks/).
+
+    Args:
+        graph, size: the network, and (height, width) of its input.
+        images: number of images to predict, if known: for few, "eager" has no start-up time.
+    """
     if device.type == "cuda":
-        return "compiled"
-    return next((b for b in ("openvino", "onnxruntime") if is_available(b, device)), "eager")
+        backend = "compiled"
+    else:
+        engines = (b for b in ("openvino", "onnxruntime") if is_available(b, device))
+        backend = next(engines, "eager")
+    if images is None or images > FEW_IMAGES:
+        return backend
+    format = _FILE_FORMATS.get(backend)
+    cached = graph and format and is_cached(graph, format, (1, *size))
+    return backend if cached and images > FEW_IMAGES_CACHED else "eager"
 
 
 def build_runner(
-    backend: str, graph: EndToEndModel, device: torch.device, precision: str = "fp32"
+    backend: str,
+    graph: EndToEndModel,
+    device: torch.device,
+    precision: str = "fp32",
+    cache: bool = True,
 ) -> InferenceFn:
     """Build the function that runs `graph` on a backend.
 
@@ -58,6 +80,7 @@ def build_runner(
             where `FORMATS` says.
         graph: with output "logits"; moved to `device`.
         precision: a key of `lednet.device.AMP_DTYPES`.
+        cache: keep what "onnxruntime" and "openvino" export; see `lednet.inference.engine_cache`.
 
     Raises:
         UserError: an unknown backend, or one without its package, the device or the precision.
@@ -75,11 +98,8 @@ def build_runner(
     require_supported(row, f"backend {backend}", options)
 
     def build(example: Tensor) -> InferenceFn:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"network{row.suffix}"
-            batch, height, width, _ = example.shape
-            row.write(graph, path, ExportOptions((batch, height, width)))
-            return exported_runner(row.load(path, options))
+        batch, height, width, _ = example.shape
+        return exported_runner(open_exported(graph, format, (batch, height, width), options, cache))
 
     return _RunnerPerSize(build)
 

@@ -2,26 +2,36 @@
 
 import io
 import itertools
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self, overload
+from typing import Any, BinaryIO, NamedTuple, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import LabelScheme, require_classes
+from lednet.device import choose_device
 from lednet.errors import UserError
 from lednet.export.formats import ExportedModel, is_exported, load
 from lednet.export.wrappers import EndToEndModel
 from lednet.hub import input_size
 from lednet.inference.backends import build_runner, choose_backend, exported_runner
+from lednet.inference.result import Segmentation
 from lednet.inference.sparse_argmax import upsample_argmax
+from lednet.inference.video import open_video
+from lednet.io import map_ordered
 from lednet.model import LEDNet, argmax_at, count_parameters, load_model, resize, upsample_scores
+from lednet.visualization import output_scheme
+
+logger = logging.getLogger(__name__)
 
 ImageInput = (
     np.ndarray
@@ -66,24 +76,37 @@ def tile_spans(length: int, tile: int, overlap: int) -> list[TileSpan]:
 
 
 class Predictor:
-    """A network with its pre- and postprocessing: uint8 images to label maps.
+    """A network with its pre- and postprocessing: images to label maps.
+
+        predictor = Predictor("camvid-d20")
+        result = predictor("street.jpg")
+        result.labels, result.shares, result.overlay()
 
     Images are resized to the network's size as uint8 (antialiased, as in training), scaled to
     [0, 1] and normalized; the logits are upsampled to the image's size before the argmax.
 
     Args:
-        net: is not modified. Or an exported file with logits, which has its own normalization.
-        size: (height, width) in pixels that the network runs at.
-        mean, std: normalization of the [0, 1] image, per channel.
-        backend: one of `lednet.inference.backends.BACKENDS`; "auto" (the fastest that is
-            installed); or None ("eager" for a network, its own runtime for a file).
-        precision: a key of `lednet.device.AMP_DTYPES`; for a file, the one it was opened with.
+        weights: name of released weights, weights file, run folder (its best weights) or exported
+            file with logits; or a network, which is not modified; or an opened exported file.
+        size: (height, width) in pixels that the network runs at; None, for one or both: as
+            trained, or the usual size of the data set if the weights do not state one.
+        mean, std: normalization of the [0, 1] image, per channel (default: that of the weights).
+            An exported file has its own.
+        scheme: classes that the weights must have; None for no check.
+        device: "cpu", "cuda", "mps", or "auto" for the first available of CUDA, MPS and CPU.
+        backend: one of `lednet.inference.backends.BACKENDS`, or "auto" for the fastest that is
+            installed. An exported file is run by its own runtime.
+        precision: a key of `lednet.device.AMP_DTYPES`; for an opened file, the one that it was
+            opened with.
         fold: fuse batch norms into the convolutions (equal outputs, faster).
         scales: sizes relative to `size` whose class probabilities are averaged.
         flip: average with the output for the mirrored image.
         tile: (height, width) in pixels, multiples of 8, to run a `size` that does not fit into
             memory tile by tile; the global pooling then covers a tile instead of the image.
         overlap: of adjacent tiles in pixels, a multiple of 8.
+        expected_images: number of images to come, if known; for few, "auto" chooses "eager",
+            which needs no time to start.
+        cache: keep what a backend exports for later; see `lednet.inference.engine_cache`.
 
     Attributes:
         net: the network; for a file, the one it was written from, without weights.
@@ -93,87 +116,78 @@ class Predictor:
         meta: metadata of the weights or the file; empty for a bare network.
 
     Raises:
-        UserError: as `build_runner`, or tiles that are not compatible with the other options.
+        UserError: the weights cannot be read, or have other classes than `scheme`; no size is
+            known; or a device, backend, precision or tiles that cannot be used.
     """
 
     def __init__(
         self,
-        net: LEDNet | ExportedModel,
-        size: tuple[int, int],
-        mean: Sequence[float] = (0, 0, 0),
-        std: Sequence[float] = (1, 1, 1),
+        weights: str | os.PathLike | LEDNet | ExportedModel,
+        size: tuple[int | None, int | None] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         *,
-        device: torch.device | str = "cpu",
-        backend: str | None = None,
+        scheme: LabelScheme | None = None,
+        device: torch.device | str = "auto",
+        backend: str = "auto",
         precision: str = "fp32",
         fold: bool = True,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         tile: tuple[int, int] | None = None,
         overlap: int = 128,
+        expected_images: int | None = None,
+        cache: bool = True,
     ):
         self.scales, self.flip = tuple(scales), flip
+        self.tile, self.overlap = tile, overlap
+        self._require_compatible_options()
+        self.device = choose_device(device) if isinstance(device, str) else device
+        self._source = "the network"
+        if isinstance(weights, str | os.PathLike):
+            self._source = os.fspath(weights)
+            weights, self.meta = _open(Path(weights), self.device, backend, precision)
+        else:
+            self.meta = weights.meta if isinstance(weights, ExportedModel) else {}
+        exported = weights if isinstance(weights, ExportedModel) else None
+        self.net = weights.build_meta_model() if isinstance(weights, ExportedModel) else weights
+        if scheme is not None:
+            require_classes(self.net, self.meta, scheme, self._source)
+        height, width = size or (None, None)
+        need_default = "size" not in self.meta and None in (height, width)
+        default = _default_size(self.scheme) if need_default else None
+        self.size = input_size(self.meta, default, height, width)
+        self.folded = fold or bool(exported)
+        self.precision = precision
+        if exported:
+            self.backend, self.runner = exported.runtime, exported_runner(exported)
+            if self.meta["precision"] == "int8":
+                self.precision = "int8"
+        else:
+            mean = self.meta.get("mean", (0, 0, 0)) if mean is None else mean
+            std = self.meta.get("std", (1, 1, 1)) if std is None else std
+            graph = EndToEndModel(self.net, mean, std, fold=fold).eval()
+            if backend == "auto":
+                backend = choose_backend(self.device, graph, self.size, expected_images)
+            self.backend = backend
+            self.runner = build_runner(backend, graph, self.device, precision, cache)
+        self.parameters = count_parameters(self.net)
+
+    def _require_compatible_options(self) -> None:
+        tile, overlap = self.tile, self.overlap
         if tile and self.uses_tta:
             raise UserError("--tile does not go together with --scales or --flip: choose one")
         if tile and not 0 <= overlap < min(tile):
             raise UserError(f"an overlap of {overlap} does not suit tiles of {tile}: choose less")
         if tile and any(side % STRIDE for side in (*tile, overlap)):
             raise UserError(f"tiles of {tile} and their overlap of {overlap}: give multiples of 8")
-        if not scales or min(scales) <= 0:
+        if not self.scales or min(self.scales) <= 0:
             raise UserError("--scales must be positive: give 1, or 0.75 1 1.25")
-        self.device = torch.device(device)
-        self.net: LEDNet
-        if isinstance(net, ExportedModel):
-            self.net, self.backend = net.build_meta_model(), net.runtime
-            self.runner = exported_runner(net)
-            precision = "int8" if net.meta["precision"] == "int8" else precision
-            fold = True
-        else:
-            self.net = net
-            self.backend = choose_backend(self.device) if backend == "auto" else backend or "eager"
-            graph = EndToEndModel(net, mean, std, fold=fold).eval()
-            self.runner = build_runner(self.backend, graph, self.device, precision)
-        height, width = size
-        self.size, self.tile, self.overlap = (height, width), tile, overlap
-        self.precision, self.folded = precision, fold
-        self.parameters = count_parameters(self.net)
-        self.meta: dict[str, Any] = {}
 
-    @classmethod
-    def from_weights(
-        cls,
-        path: str | os.PathLike,
-        scheme: LabelScheme | None = None,
-        default_size: tuple[int, int] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        **options: Any,
-    ) -> Self:
-        """Build a predictor from the weights, run folder or exported file at `path`.
-
-        Args:
-            scheme: classes that the weights must have; None for no check.
-            default_size: for weights without a stored training size.
-            height, width: another size in pixels to run the network at.
-            options: of the class.
-
-        Raises:
-            UserError: as `load_model`, `require_classes` and `input_size`; an exported file
-                with label maps, or options that the file has fixed.
-        """
-        net: LEDNet | ExportedModel
-        if is_exported(path):
-            net, meta = _open_logits(Path(path), options)
-            model = net.build_meta_model()
-        else:
-            model, meta = load_model(path)
-            net = model
-            options = {key: meta[key] for key in ("mean", "std") if key in meta} | options
-        if scheme is not None:
-            require_classes(model, meta, scheme, path)
-        predictor = cls(net, input_size(meta, default_size, height, width), **options)
-        predictor.meta = meta
-        return predictor
+    @cached_property
+    def scheme(self) -> LabelScheme:
+        """Names and colors of the classes; "class 0" and so on if the weights do not name them."""
+        return output_scheme(self.meta, self.net.num_classes, self._source)
 
     def prepare(self, images: Tensor, scale: float = 1.0) -> Tensor:
         """Resize images on the device.
@@ -181,8 +195,7 @@ class Predictor:
         images: (N, 3, H, W) uint8 -> (N, h, w, 3) uint8
         """
         size = [round(scale * side) for side in self.size]
-        resized = v2.functional.resize(images.to(self.device), size, antialias=True)
-        return resized.permute(0, 2, 3, 1).contiguous()
+        return resize_images(images.to(self.device), size).permute(0, 2, 3, 1).contiguous()
 
     def forward_logits(self, prepared: Tensor) -> Tensor:
         """Logits before the last upsampling, tile by tile if `tile` is set.
@@ -247,28 +260,77 @@ class Predictor:
         ]
 
     @overload
-    def __call__(self, image: ImageInput) -> np.ndarray: ...
+    def __call__(self, image: ImageInput, *, confidence: bool = False) -> Segmentation: ...
     @overload
-    def __call__(self, image: list[Any] | tuple[Any, ...]) -> list[np.ndarray]: ...
+    def __call__(
+        self, image: list[Any] | tuple[Any, ...], *, confidence: bool = False
+    ) -> list[Segmentation]: ...
 
     def __call__(
-        self, image: ImageInput | list[Any] | tuple[Any, ...]
-    ) -> np.ndarray | list[np.ndarray]:
-        """Label map (H, W) uint8 of one image, at its size. Threads may share a predictor.
+        self, image: ImageInput | list[Any] | tuple[Any, ...], *, confidence: bool = False
+    ) -> Segmentation | list[Segmentation]:
+        """Segment one image, or each of a list or tuple. Threads may share a predictor.
 
         Args:
-            image: see `read_input`; a list or tuple of images gives a list of label maps.
+            image: see `read_input`.
+            confidence: also compute the probability of the predicted class of every pixel.
 
         Raises:
             UserError: not an image, or not 8-bit.
         """
         if isinstance(image, list | tuple):
-            return [self._label_map(one) for one in image]
-        return self._label_map(image)
+            return [self._segment(one, confidence) for one in image]
+        return self._segment(image, confidence)
 
-    def _label_map(self, image: ImageInput) -> np.ndarray:
-        images = torch.tensor(np.ascontiguousarray(read_input(image))).permute(2, 0, 1)[None]
-        return self.label_maps(images)[0][0].cpu().numpy()
+    @torch.inference_mode()
+    def _segment(self, image: ImageInput, confidence: bool) -> Segmentation:
+        pixels = read_input(image)
+        images = torch.tensor(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+        if not confidence:
+            labels = self.label_maps(images)[0][0].cpu().numpy()
+            return Segmentation(labels, pixels, self.scheme)
+        scores = upsample_scores(self.scores(images), pixels.shape[:2])
+        probabilities = scores if self.uses_tta else scores.softmax(dim=1)
+        labels = scores.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+        largest = probabilities.amax(dim=1)[0].float().cpu().numpy()
+        return Segmentation(labels, pixels, self.scheme, largest)
+
+    def stream(self, source: str | os.PathLike) -> Iterator[Segmentation]:
+        """Segment the frames of a video one by one. Two frames are decoded ahead.
+
+        Args:
+            source: video file, or "camera:N" for /dev/videoN, which has no end. Needs PyAV.
+
+        Raises:
+            UserError: the video cannot be read, or PyAV is not installed.
+        """
+        with open_video(source) as video, ThreadPoolExecutor(1) as pool:
+            frames = iter(video)
+            reads = itertools.repeat(partial(next, frames, None))
+            for frame in map_ordered(pool, reads, ahead=2):
+                if frame is None:
+                    break
+                yield self._segment(frame.image, confidence=False)
+        if video.problem:
+            logger.warning("%s", video.problem)
+
+
+def resize_images(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Antialiased bilinear interpolation, equal to torchvision's, which takes seconds to import.
+
+    images: (N, 3, H, W) uint8 -> (N, 3, *size) uint8
+    """
+    if images.shape[-2:] == torch.Size(size):
+        return images
+    if images.device.type == "cpu":
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+    return F.interpolate(images.float(), size, mode="bilinear", antialias=True).round().byte()
+
+
+def _default_size(scheme: LabelScheme) -> tuple[int, int] | None:
+    from lednet.data.registry import DEFAULT_SIZES  # imports torchvision
+
+    return DEFAULT_SIZES.get(scheme.name.lower())
 
 
 def read_input(image: ImageInput) -> np.ndarray:
@@ -318,17 +380,17 @@ def read_input(image: ImageInput) -> np.ndarray:
     )
 
 
-def _open_logits(path: Path, options: dict[str, Any]) -> tuple[ExportedModel, dict[str, Any]]:
-    """Open an exported file for a predictor; the file and its metadata."""
-    exported = load(
-        path,
-        threads=torch.get_num_threads(),
-        device=torch.device(options.get("device", "cpu")).type,
-        precision=options.get("precision", "fp32"),
-    )
+def _open(
+    path: Path, device: torch.device, backend: str, precision: str
+) -> tuple[LEDNet | ExportedModel, dict[str, Any]]:
+    """The network or exported file at `path`, and its metadata."""
+    if not is_exported(path):
+        return load_model(path)
+    threads = torch.get_num_threads()
+    exported = load(path, threads=threads, device=device.type, precision=precision)
     meta = exported.meta
     if meta["output"] != "logits":
         raise UserError(f"{path} returns labels: export it with --output logits")
-    if options.get("backend") not in (None, "auto", exported.runtime):
+    if backend not in ("auto", exported.runtime):
         raise UserError(f"{path} is run by {exported.runtime}: leave --backend out")
     return exported, meta

@@ -279,6 +279,18 @@ def write_video(
             raise UserError(f"{path} cannot be encoded as H.264 ({error.strerror})") from error
 
 
+CAMERA = "camera:"
+"""Prefix of the source names of cameras."""
+
+
+def open_video(source: str | os.PathLike) -> VideoReader:
+    """A reader of a video file, or of the camera "camera:N"; raises as `VideoReader`."""
+    name = os.fspath(source)
+    if name.startswith(CAMERA):
+        return open_camera(name.removeprefix(CAMERA))
+    return VideoReader(source)
+
+
 def open_camera(device: str) -> VideoReader:
     """A reader of a camera, which has no end. Linux only.
 

@@ -7,12 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from lednet.data.dataset import SegmentationDataset
 from lednet.data.image_io import open_image, to_rgb, write_label_map
 from lednet.data.labels import LabelScheme
 from lednet.errors import UserError
@@ -22,6 +21,9 @@ from lednet.inference.video import VideoEncoder, VideoFrame, write_video
 from lednet.io import nearest_existing, temporary_path, write_folder_atomically
 from lednet.plots import contact_sheet
 from lednet.visualization import VISUALIZATIONS, Visualizer, write_picture
+
+if TYPE_CHECKING:
+    from lednet.data.dataset import SegmentationDataset
 
 OUTPUTS = ("labels", *VISUALIZATIONS)
 PHOTO_OUTPUTS = ("overlay", "side")
@@ -187,7 +189,7 @@ def predict_images(
 
     def predict(loaded: tuple[PredictionJob, np.ndarray | UserError]) -> tuple:
         job, image = loaded
-        return job, image, None if isinstance(image, UserError) else predictor(image)
+        return job, image, None if isinstance(image, UserError) else predictor(image).labels
 
     def write(predicted: tuple) -> dict[str, Any]:
         job, image, label = predicted
@@ -225,7 +227,7 @@ def predict_video(
     """
 
     def predict(frame: VideoFrame) -> tuple[VideoFrame, np.ndarray]:
-        return frame, predictor(frame.image)
+        return frame, predictor(frame.image).labels
 
     def write(predicted: tuple[VideoFrame, np.ndarray]) -> dict[str, Any]:
         frame, label = predicted
@@ -246,10 +248,10 @@ def errors_of(entries: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def sample_sheet(
-    predictor: Predictor, data: SegmentationDataset, path: str | os.PathLike, images: int
+    predictor: Predictor, data: "SegmentationDataset", path: str | os.PathLike, images: int
 ) -> None:
     """Draw a contact sheet of `images` images spaced evenly over a data set to a PNG file."""
     count = min(images, len(data))
     samples = (data.read(i * len(data) // count) for i in range(count))
-    rows = [(image, target, predictor(image)) for image, target in samples]
+    rows = [(image, target, predictor(image).labels) for image, target in samples]
     contact_sheet(rows, data.scheme, path)

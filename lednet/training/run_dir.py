@@ -14,7 +14,7 @@ import lednet
 from lednet.device import describe_device
 from lednet.distributed import DistributedContext
 from lednet.errors import UserError
-from lednet.io import read_json, remove_leftovers, write_json, write_text
+from lednet.io import process_command, read_json, remove_leftovers, write_json, write_text
 
 if sys.platform != "win32":
     import fcntl
@@ -192,9 +192,8 @@ class RunDir:
         if not self.main:
             return
         size = dist_context.size
-        launcher = ["torchrun", f"--nproc-per-node={size}"] if size > 1 else ["python"]
         record = {
-            "command": [*launcher, *sys.argv],
+            "command": process_command(size),
             "options": options,
             "environment": environment(repository),
             "hardware": f"{size} x {describe_device(dist_context.device)}",

@@ -1,0 +1,510 @@
+"""Command-line flags of the commands, each of which is also a script.
+
+This module is quick to import: it does not import PyTorch.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from lednet.cli.common import (
+    AUGMENTATIONS,
+    COUNT,
+    LABEL_ENCODINGS,
+    OUTPUTS,
+    POSITIVE,
+    ROOT,
+    VARIANTS,
+    add_alias,
+    add_backend_flags,
+    add_dataset_flags,
+    add_input_size_flags,
+    add_num_workers_flag,
+    add_overlay_flags,
+    add_test_time_flags,
+    at_least,
+    make_parser,
+)
+from lednet.cli.train_args import add_loading_flags, add_recipe_flags, add_run_flags
+
+TOY_IMAGES = 4
+IMAGE_SIZE = (1024, 2048)
+"""(height, width) of a Cityscapes image."""
+
+PREDICT = """Predict images, videos and cameras: label maps, visualizations and class shares.
+
+    python utils/predict.py docs/toy_street.png
+    python utils/predict.py photos "drive/**/*.jpg" clip.mp4 --weights save/mine --out labelled
+    python utils/predict.py camera:0 --outputs side
+    torchrun --nproc-per-node=4 utils/predict.py photos --out labelled
+
+Takes image and video files, folders (searched recursively), patterns and, on Linux, cameras.
+Videos and cameras need PyAV: pip install av. Files in --out (default: save/predictions):
+
+    <name>_labels.png   class index of each pixel; for a video a folder of them
+    <name>_overlay.jpg  image tinted by class, with a legend
+    <name>_color.png    class colours                                  (--outputs color)
+    <name>_side.jpg     image and class colours side by side           (--outputs side)
+    shares.json         share of each class in each image and in all images
+
+For a video, visualizations are .mp4 with its timestamps, and the shares <name>_shares.json.
+
+An interrupted run is resumed by the same command. A camera is recorded until Ctrl-C. Images
+that cannot be read are skipped and named at the end, with exit status 2. Speed on two CPU cores:
+about 12 images of 480x360 a second with the weights camvid-d20.
+"""
+
+EVALUATE = """Score weights on a data set: IoU of each class, mIoU, pixel accuracy.
+
+    python test/eval_iou.py --weights save/cityscapes-d20 --datadir /data/cityscapes
+    python test/eval_iou.py --weights best.pth --dataset camvid --datadir /data/camvid
+
+The image is resized to the network's input, and the logits are resized to the label's size before
+the argmax. With --eval-size network the labels are resized instead, as during training. Weights of
+the original release can be loaded too.
+"""
+
+EVALUATE_CITYSCAPES = """Score a network as the Cityscapes benchmark does, and write the upload.
+
+    python test/eval_cityscapes_server.py --weights save/cityscapes-d20 --datadir /data/cityscapes
+    python test/eval_cityscapes_server.py --weights save/cityscapes-d20 --datadir /data/cityscapes \
+        --subset test
+    python test/eval_cityscapes_server.py --predictions results --datadir /data/cityscapes \
+        --json scores.json --report report.html
+
+An image takes one to two seconds on two CPU cores at 512x1024. Scores and result file are those of
+the official tool (cityscapesscripts). The folder --out receives label-id PNGs under the benchmark's
+names, results.json and, for the test split, upload.zip. The same command resumes an interrupted
+run.
+"""
+
+TRAIN = """Train LEDNet: the encoder on labels at 1/8 size, then the full network.
+
+    python train/main.py --datadir /data/cityscapes
+    python train/main.py --datadir /data/cityscapes --curriculum coarse:100,fine:200
+    python train/main.py --datadir /data/cityscapes --pretrainedEncoder save/imagenet/encoder.pth
+    python train/main.py --dataset camvid --datadir /data/camvid --num-epochs 50
+    python train/main.py --savedir cityscapes-d20 --resume
+    torchrun --nproc-per-node=4 train/main.py --datadir /data/cityscapes
+    torchrun --nproc-per-node=4 --max-restarts=3 train/main.py --savedir long --resume auto
+
+The default is the paper's recipe (train/recipes/paper.yaml): Adam 5e-4, weight decay 1e-4,
+poly decay 0.9, 300 epochs, class-weighted cross-entropy, 512x1024. docs/training.md describes the
+three ways to train, with their hours and disk space; README.md has the scores to expect. A run
+writes to its folder in save/.
+"""
+
+PRETRAIN = """Pretrain LEDNet's encoder as a classifier, on ImageNet or any folders of classes.
+
+    python imagenet/lednet_imagenet.py --datadir /data/imagenet
+    python imagenet/lednet_imagenet.py --datadir /data/imagenet --recipe modern --precision bf16
+    python imagenet/lednet_imagenet.py --savedir imagenet --resume
+    python imagenet/lednet_imagenet.py --datadir /data/imagenet --evaluate save/imagenet/best.pth
+    torchrun --nproc-per-node=4 imagenet/lednet_imagenet.py --datadir /data/imagenet --batch-size 64
+
+The data are in train/<class>/* and val/<class>/*. The run's folder in save/ then holds
+encoder.pth, the best epoch's encoder with its normalization, for
+
+    python train/main.py --datadir /data/cityscapes --pretrainedEncoder save/imagenet/encoder.pth
+
+The default is the paper's recipe: SGD 0.1 with momentum 0.9 and weight decay 1e-4, batch 256,
+150 epochs, constant for 15, then times 0.95 an epoch; random crops of 224x224, flipped. "modern":
+cosine after a warm-up, label smoothing, mixup, colour jitter, a moving average of the weights.
+Hours to expect on ImageNet: docs/training.md. 2,000 small images take minutes on two cores.
+"""
+
+EXPORT = """Export a network to a file that runs without this repository, and check its outputs.
+
+    python utils/export_model.py --weights save/cityscapes-d20 --format onnx
+    python utils/export_model.py --weights save/cityscapes-d20 --format openvino --dynamic
+    python utils/export_model.py --weights save/cityscapes-d20 --format executorch --out net.pte
+    python utils/export_model.py --weights save/camvid-d20 --format openvino --output logits \\
+        --precision int8 --calibrate /data/camvid/train --dataset camvid --datadir /data/camvid
+
+    pip install ".[deploy]"   # packages of the formats; torch needs none
+
+The file takes RGB images (N, H, W, 3) uint8 of the network's size and returns class indices
+(N, H, W) uint8. Files exported with --output logits can be given as --weights to the other
+scripts and to `Predictor`. Before the file is moved into place, its output is compared with the
+network's in PyTorch: at least 0.9999 of the pixels must agree. Otherwise the exit status is 1 and
+nothing is written.
+
+With int8, 0.9 of the pixels must agree, and with --datadir the mIoU on the val images may drop by
+half a point at most.
+
+Half a minute on a CPU for a small fixed size, a minute or two for --dynamic, int8 and
+executorch.
+"""
+
+BENCHMARK = """Measure the speed of a network, alone and from image to label map. No data needed.
+
+    python test/eval_forward_time.py
+    python test/eval_forward_time.py --weights save/cityscapes-d20 --precision fp16 --batch-size 8
+
+The same table as test/eval_cityscapes_server.py prints. The images are random, and so are the
+weights by default, because they do not change the time. On a CPU half a minute.
+"""
+
+CHECK = """Inspect every file of a data set and report what is wrong with it.
+
+    python utils/check_dataset.py --datadir /data/cityscapes
+    python utils/check_dataset.py --dataset camvid --datadir /data/camvid
+    python utils/check_dataset.py --dataset folders --datadir mine --val-stride 6
+
+Checks pairs, sizes, modes, damaged files, label values, absent classes, and images that occur in
+two splits. Prints the findings, and writes report.html, report.json and sheet.png (labels on their
+images, worst aligned first) to --out. A core inspects 13 Cityscapes pairs a second, or 350 of
+CamVid. docs/check_dataset.md explains each finding.
+
+Exit status: 0 without findings, 1 with findings (see --fail-on), 2 if the check could not run.
+"""
+
+
+def predict() -> argparse.ArgumentParser:
+    parser = make_parser(PREDICT)
+    # fmt: off
+    parser.add_argument("inputs", nargs="+", metavar="INPUT",
+                        help='image, video, folder, pattern ("*.jpg"), or camera:NUMBER')
+    parser.add_argument("--weights", type=Path, default=Path("camvid-d20"),
+                        help="released name, weights file, run folder (its best.pth) or exported "
+                             "file")
+    parser.add_argument("--out", type=Path, default=ROOT / "save" / "predictions",
+                        help="folder of the results (default: save/predictions)")
+    parser.add_argument("--outputs", choices=OUTPUTS, nargs="+",
+                        help="files to write (default: labels and overlay for images, overlay for "
+                             "videos)")
+    parser.add_argument("--label-ids", action="store_true",
+                        help="write label ids instead of class indices, as the Cityscapes "
+                             "benchmark expects (Cityscapes weights only)")
+    add_overlay_flags(parser)
+    parser.add_argument("--image-format", choices=("jpg", "png"), default="jpg",
+                        help="format of overlay and side; png is lossless, slower and larger")
+    parser.add_argument("--overwrite", action="store_true", help="discard earlier results")
+    parser.add_argument("--max-frames", type=POSITIVE, metavar="N",
+                        help="stop each video or camera after N frames; a video is then not "
+                             "marked as finished")
+    parser.add_argument("--num-workers", type=POSITIVE, default=2, metavar="N",
+                        help="threads that decode images, and threads that write")
+    add_input_size_flags(parser)
+    add_backend_flags(parser)
+    # fmt: on
+    add_alias(parser, "--what", "--outputs")
+    add_alias(parser, "--photo", "--image-format")
+    return parser
+
+
+def evaluate() -> argparse.ArgumentParser:
+    parser = make_parser(EVALUATE)
+    # fmt: off
+    parser.add_argument("--weights", type=Path, required=True,
+                        help="weights file, run folder (its best.pth), released name or exported "
+                             "file")
+    add_dataset_flags(parser, ("fine", "coarse"), "the hold-out that the training used")
+    parser.add_argument("--subset", choices=("train", "train_extra", "val", "test"), default="val",
+                        help="split to evaluate")
+    parser.add_argument("--eval-size", choices=("full", "network"), default="full",
+                        help="evaluate at the size of the label files or of the network's input")
+    add_alias(parser, "--at", "--eval-size")
+    add_input_size_flags(parser)
+    add_test_time_flags(parser)
+    parser.add_argument("--batch-size", type=POSITIVE, default=1, help="images per batch")
+    add_num_workers_flag(parser, 2)
+    add_backend_flags(parser, fold=True)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot the IoU of each class")
+    parser.add_argument("--contact-sheet", type=Path, metavar="PNG",
+                        help="draw input, truth and prediction of some images")
+    add_alias(parser, "--sheet", "--contact-sheet")
+    parser.add_argument("--sheet-images", type=POSITIVE, default=6, metavar="N",
+                        help="images on the contact sheet")
+    # fmt: on
+    return parser
+
+
+def evaluate_cityscapes() -> argparse.ArgumentParser:
+    parser = make_parser(EVALUATE_CITYSCAPES)
+    # fmt: off
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--weights", type=Path,
+                        help="weights file, run folder (its best.pth), released name or exported "
+                             "file")
+    source.add_argument("--predictions", type=Path, metavar="DIR",
+                        help="evaluate the label-id PNGs below DIR, from any network")
+    data = parser.add_argument_group("data")
+    data.add_argument("--datadir", type=Path, default=ROOT / "datasets" / "cityscapes",
+                      help="Cityscapes in the official layout (default: datasets/cityscapes)")
+    data.add_argument("--subset", choices=("train", "val", "test"), default="val",
+                      help="split to evaluate")
+    data.add_argument("--labels", choices=LABEL_ENCODINGS, default="auto",
+                      help="encoding of the label files; auto: by their names")
+    data.add_argument("--max-images", type=POSITIVE, metavar="N", help="only the first N images")
+    add_num_workers_flag(data, 2, "decoding processes")
+
+    net = parser.add_argument_group("network")
+    add_input_size_flags(net)
+    net.add_argument("--batch-size", type=POSITIVE, default=1, help="images per batch")
+    add_test_time_flags(net)
+    net.add_argument("--tile", type=int, nargs=2, metavar=("H", "W"),
+                     help="run the network on overlapping tiles of this size in pixels, for an "
+                          "input too large for the memory")
+    net.add_argument("--overlap", type=int, default=128, metavar="PIXELS",
+                     help="overlap of neighbouring tiles")
+    add_backend_flags(net, fold=True)
+
+    out = parser.add_argument_group("results")
+    out.add_argument("--out", type=Path,
+                     help="folder for all results (default: <weights>-eval-<subset>)")
+    out.add_argument("--overwrite", action="store_true", help="discard existing results in --out")
+    out.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
+    out.add_argument("--report", nargs="?", const=True, type=Path, metavar="FILE",
+                     help="write an HTML report (default file: report.html in --out)")
+    out.add_argument("--report-images", type=COUNT, default=500, metavar="N",
+                     help="show the N images with the lowest scores in the report")
+    out.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True,
+                     help="measure the speed")
+    out.add_argument("--warmup", type=COUNT, default=3, metavar="N", help="passes before timing")
+    out.add_argument("--runs", type=POSITIVE, default=20, metavar="N", help="timed passes")
+    # fmt: on
+    return parser
+
+
+def train() -> argparse.ArgumentParser:
+    parser = make_parser(TRAIN)
+    data = parser.add_argument_group("data")
+    add_dataset_flags(data)
+    data.add_argument(
+        "--with-val",
+        action="store_true",
+        help="train on the validation images too, for a final model; their score is "
+        "then no estimate of anything",
+    )
+    add_input_size_flags(data, "that of the data set, 512x1024 for Cityscapes")
+    data.add_argument(
+        "--augment",
+        choices=AUGMENTATIONS,
+        help="paper: flip and shift; modern: scale, crop, flip and colour",
+    )
+    data.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="read the decoded data set that datasets/prepare_cityscapes.py has written to DIR",
+    )
+    data.add_argument(
+        "--class-uniform",
+        type=float,
+        metavar="SHARE",
+        help="draw this share of the images (0 to 1) by class, each class as often as another",
+    )
+    add_loading_flags(data)
+
+    net = parser.add_argument_group("network")
+    net.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        default="d20",
+        help="d20: lighter, 0.93 M parameters; d128: heavier, 2.29 M",
+    )
+    net.add_argument(
+        "--pyramid-channels", type=POSITIVE, metavar="D", help="another width of d128's pyramid"
+    )
+    net.add_argument(
+        "--state",
+        type=Path,
+        help="start from the weights of a full network: a file, a run folder or a released name",
+    )
+    net.add_argument(
+        "--reset-head",
+        action="store_true",
+        help="with --state: keep new random weights in the layers of the classes, for "
+        "other classes than those of the weights",
+    )
+    net.add_argument(
+        "--pretrainedEncoder",
+        type=Path,
+        dest="pretrained_encoder",
+        help="weights to take the encoder and its normalization from; skips stage 1",
+    )
+    net.add_argument("--decoder", action="store_true", help="start with stage 2")
+    net.add_argument(
+        "--encoder-lr-factor",
+        type=at_least(0, float),
+        default=1.0,
+        metavar="X",
+        help="factor of the encoder's learning rate in stage 2",
+    )
+    net.add_argument(
+        "--freeze-encoder",
+        type=COUNT,
+        default=0,
+        metavar="N",
+        help="freeze the encoder in the first N epochs of stage 2",
+    )
+
+    recipe = parser.add_argument_group("recipe", "the defaults come from --recipe")
+    add_recipe_flags(recipe, "Adam")
+    recipe.add_argument(
+        "--encoder-epochs",
+        type=POSITIVE,
+        metavar="N",
+        help="epochs of stage 1 (default: as many as of the stage after it)",
+    )
+    recipe.add_argument(
+        "--curriculum",
+        metavar="A:N,B:M",
+        help="Cityscapes: stage 2 on annotations A for N epochs, then on B for M, "
+        "each with its own class weights and schedule, as in "
+        "coarse:100,fine:200",
+    )
+    recipe.add_argument(
+        "--progressive",
+        metavar="HxW:N,...",
+        help="train stage 2 at smaller sizes first, N epochs each, with a schedule for each size",
+    )
+    recipe.add_argument(
+        "--class-weights",
+        choices=("auto", "released", "computed", "none"),
+        help="weights of the loss; computed: 1/ln(c+share) of the training labels; "
+        "auto: the released list for Cityscapes fine, otherwise computed",
+    )
+    recipe.add_argument(
+        "--iouTrain",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        dest="iou_train",
+        help="compute the mIoU of the training batches too",
+    )
+    add_run_flags(parser, "<dataset>-<variant>")
+    return parser
+
+
+def pretrain() -> argparse.ArgumentParser:
+    parser = make_parser(PRETRAIN)
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--datadir",
+        type=Path,
+        default=ROOT / "datasets/imagenet",
+        help="folder with train/ and val/ (default: datasets/imagenet)",
+    )
+    data.add_argument(
+        "--stored-size",
+        type=POSITIVE,
+        default=256,
+        metavar="S",
+        help="images are resized to SxS pixels, from which the crops are taken",
+    )
+    data.add_argument(
+        "--crop-size", type=POSITIVE, default=224, metavar="S", help="side of the network's input"
+    )
+    data.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="read the decoded images that datasets/prepare_imagenet.py has written to DIR",
+    )
+    add_loading_flags(data)
+
+    recipe = parser.add_argument_group("recipe", "the defaults come from --recipe")
+    add_recipe_flags(recipe, "SGD with momentum 0.9")
+    recipe.add_argument(
+        "--augment", choices=AUGMENTATIONS, help="paper: crop and flip; modern: colour too"
+    )
+    recipe.add_argument(
+        "--label-smoothing", type=at_least(0, float), metavar="X", help="0 to below 1"
+    )
+    recipe.add_argument(
+        "--mixup", type=at_least(0, float), metavar="A", help="alpha of Beta(A, A); 0: none"
+    )
+
+    net = parser.add_argument_group("network")
+    net.add_argument("--state", type=Path, help="start from the weights of a classifier")
+    net.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="FILE",
+        help="evaluate these weights on val instead of training",
+    )
+    add_run_flags(parser, "imagenet")
+    return parser
+
+
+def export() -> argparse.ArgumentParser:
+    parser = make_parser(EXPORT)
+    # fmt: off
+    parser.add_argument("--weights", type=Path, required=True,
+                        help="weights file, run folder (its best.pth) or released name")
+    parser.add_argument("--format", choices=("onnx", "openvino", "torch", "executorch"),
+                        default="onnx", help="format of the file")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="file to write (default: the name of the weights with the suffix of "
+                             "the format)")
+    add_input_size_flags(parser)
+    parser.add_argument("--dynamic", action="store_true",
+                        help="accept any batch and size; otherwise one image of one size, which is "
+                             "faster in some runtimes")
+    parser.add_argument("--output", choices=("labels", "logits"), default="labels",
+                        help="class indices at the size of the image, or logits at 1/8 of it")
+    parser.add_argument("--check-images", type=Path, metavar="DIR",
+                        help="compare the outputs on every image below DIR (default: some of "
+                             f"--calibrate, or {TOY_IMAGES} toy street scenes)")
+    parser.add_argument("--min-agreement", type=at_least(0, float), metavar="SHARE",
+                        help="share of the pixels that must get the same class (default: 0.9999; "
+                             "int8: 0.9)")
+    parser.add_argument("--max-difference", type=at_least(0, float), metavar="X",
+                        help="allowed difference between two logits, relative to the largest "
+                             "(default: 1e-3; int8: 0.5)")
+    int8 = parser.add_argument_group("int8")
+    int8.add_argument("--precision", choices=("fp32", "int8"), default="fp32",
+                      help="int8: convolutions in 8 bits, several times faster on many CPUs")
+    int8.add_argument("--calibrate", type=Path, metavar="DIR",
+                      help="images for the calibration of int8, such as those of the training")
+    int8.add_argument("--calibration-images", type=POSITIVE, default=64, metavar="N",
+                      help="number of images to use, evenly spaced")
+    add_dataset_flags(
+        int8, ("fine", "coarse"), "the hold-out that the training used",
+        "folder of the data set on whose val images network and file are evaluated",
+    )
+    int8.add_argument("--max-drop", type=at_least(0, float), default=0.5, metavar="POINTS",
+                      help="allowed drop of the mIoU in percentage points")
+    # fmt: on
+    return parser
+
+
+def benchmark() -> argparse.ArgumentParser:
+    parser = make_parser(BENCHMARK)
+    # fmt: off
+    parser.add_argument("--weights", type=Path,
+                        help="weights file, run folder, released name or exported file (default: "
+                             "random weights, see --variant)")
+    parser.add_argument("--variant", choices=VARIANTS, default="d20", help="network to measure")
+    parser.add_argument("--num-classes", type=POSITIVE, default=20,
+                        help="outputs of the network, void included")
+    add_input_size_flags(parser, "as trained, otherwise 512x1024")
+    parser.add_argument("--image-height", type=POSITIVE, default=IMAGE_SIZE[0], metavar="PIXELS",
+                        help="height of the images")
+    parser.add_argument("--image-width", type=POSITIVE, default=IMAGE_SIZE[1], metavar="PIXELS",
+                        help="width of the images")
+    parser.add_argument("--batch-size", type=POSITIVE, default=1, help="images per batch")
+    add_backend_flags(parser, fold=True)
+    parser.add_argument("--warmup", type=COUNT, default=3, metavar="N", help="passes before timing")
+    parser.add_argument("--runs", type=POSITIVE, default=20, metavar="N", help="timed passes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    # fmt: on
+    return parser
+
+
+def check() -> argparse.ArgumentParser:
+    parser = make_parser(CHECK)
+    # fmt: off
+    add_dataset_flags(parser, ("fine", "coarse", "aug"), "the hold-out that training will use")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="folder of the reports (default: save/check-<dataset>)")
+    parser.add_argument("--images", type=COUNT, default=12, metavar="N",
+                        help="pairs on the contact sheet")
+    parser.add_argument("--fail-on", choices=("error", "warning", "never"), default="warning",
+                        help="lowest severity that makes the exit status 1")
+    add_num_workers_flag(parser, os.cpu_count() or 1,
+                         "decoding processes; 0 decodes in the main process")
+    # fmt: on
+    return parser

@@ -25,6 +25,9 @@ if not RELEASED.is_dir():
 BEST_WEIGHTS = "best.pth"
 """File in a run folder: the weights with the best validation score."""
 
+HUB_PREFIX = "hf-hub:"
+"""Prefix of weights on the Hugging Face Hub: hf-hub:owner/name, as in timm."""
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -37,12 +40,14 @@ def resolve_weights(path: str | os.PathLike) -> Path:
     """The weights file that `path` means.
 
     Args:
-        path: a file, a run folder (its best weights), a folder of released weights, or the name
-            of released weights.
+        path: a file, a run folder (its best weights), a folder of released weights, the name of
+            released weights, or hf-hub:owner/name.
 
     Raises:
         UserError: there is no such file or name, or the folder has no weights.
     """
+    if os.fspath(path).startswith(HUB_PREFIX):
+        path = download(os.fspath(path).removeprefix(HUB_PREFIX))
     path = Path(path)
     if not path.exists() and path.name == str(path) and (RELEASED / path / CONFIG).is_file():
         return RELEASED / path / TENSORS
@@ -55,6 +60,34 @@ def resolve_weights(path: str | os.PathLike) -> Path:
         if (path / name).is_file():
             return path / name
     raise UserError(f"{path} holds no {BEST_WEIGHTS}: give a run whose second stage has begun")
+
+
+def download(repo_id: str, revision: str | None = None) -> Path:
+    """Folder with the weights of a repository of the Hugging Face Hub, downloaded if needed.
+
+    They are kept in the Hub's cache ($HF_HOME), where they are also found without a network.
+
+    Args:
+        repo_id: owner/name.
+        revision: branch, tag or commit (default: the main branch).
+
+    Raises:
+        UserError: huggingface_hub is not installed, or there is no such repository.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError("the Hub needs a package: pip install huggingface_hub") from error
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo_id, revision=revision, allow_patterns=[CONFIG, TENSORS]
+        )
+    except (OSError, ValueError) as error:  # all errors of the package are among these
+        raise UserError(
+            f"no weights {repo_id} here or on the Hugging Face Hub ({type(error).__name__}): check "
+            "the name, and the network connection"
+        ) from error
+    return Path(folder)
 
 
 def weights_checksum(path: str | os.PathLike) -> str:

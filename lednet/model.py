@@ -8,14 +8,16 @@ open-source project for real-time image semantic segmentation" (SCIS 2019,
 """
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lednet.hub import load_network
+from lednet.checkpoint import save_pretrained
+from lednet.hub import HUB_PREFIX, load_network
 
 NORM_EPS = 1e-3
 FEATURE_CHANNELS = 128
@@ -333,14 +335,43 @@ class LEDNet(nn.Module):
         """The network with its weights, in evaluation mode.
 
         Args:
-            name: of released weights ("camvid-d20"), or a path as for `load`. Nothing is
-                downloaded.
+            name: of released weights ("camvid-d20"), or a path as for `load`; if there is none,
+                "owner/name" of a repository of the Hugging Face Hub, which is downloaded.
 
         Raises:
             UserError: there are no such weights, their checksum differs, or they are of another
                 kind of network.
         """
+        name = os.fspath(name)
+        on_hub = name.count("/") == 1 and not name.startswith((".", HUB_PREFIX))
+        if on_hub and not os.path.exists(name):
+            name = HUB_PREFIX + name
         return cls.load(name)[0]
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, meta: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write config.json and model.safetensors to `folder`, for `from_pretrained`.
+
+        Args:
+            meta: metadata of the weights, from `load`.
+        """
+        save_pretrained(folder, self, dict(meta or {}))
+
+    def push_to_hub(
+        self, repo_id: str, meta: Mapping[str, Any] | None = None, private: bool = False
+    ) -> None:
+        """Upload the network to the repository owner/name of the Hugging Face Hub (untested).
+
+        Needs huggingface_hub and its login. The repository is created if there is none.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, meta)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
 
     def extra_repr(self) -> str:
         return (

@@ -25,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
                              "file")
     parser.add_argument("--input", type=Path, required=True,
                         help="an image, or a folder that is searched with its subfolders")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the output images")
+    parser.add_argument("--out", type=Path, default=common.ROOT / "save" / "colored",
+                        help="folder for the output images (default: save/colored)")
     parser.add_argument("--outputs", choices=KINDS, nargs="+", default=KINDS, help="what to draw")
     common.add_alias(parser, "--what", "--outputs")
     common.add_overlay_flags(parser)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -33,7 +34,8 @@ from lednet.export.wrappers import EndToEndModel
 from lednet.inference import backends
 from lednet.inference.benchmark import benchmark, benchmark_rows, count_macs, time_runs
 from lednet.inference.predictor import Predictor, tile_spans
-from lednet.model import Block, Down, SSnbt, argmax_at
+from lednet.inference.video import write_video
+from lednet.model import Block, Down, SSnbt, argmax_at, upsample_scores
 
 VARIANTS = ("d20", "d128")
 SHORT_STAGES = (Down(32), Block(0.03, 1), Down(64), Block(0.03, 1), Down(128), Block(0.3, 5))
@@ -259,6 +261,32 @@ def test_predictor_image_types_equal_labels(net, tmp_path):
     batch = predictor([pixels, tmp_path / "a.png"])
     assert len(batch) == 2 and all(np.array_equal(labels, expected) for labels in batch)
     assert predictor([]) == []
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_predictor_confidence_is_the_largest_probability(net, flip):
+    predictor = Predictor(net, (32, 48), backend="eager", flip=flip)
+    image = random_images(3, 50, 70)
+    result = predictor(image, confidence=True)
+    scores = upsample_scores(predictor.scores(image[None]), (50, 70))[0]
+    expected = (scores if flip else scores.softmax(0)).amax(0).numpy()
+    np.testing.assert_allclose(result.confidence, expected, rtol=1e-5)
+    assert np.array_equal(result.labels, predictor(image).labels)
+    assert predictor(image).confidence is None
+
+
+def test_predictor_stream_segments_frames_in_order(net, tmp_path):
+    pytest.importorskip("av", reason="needs PyAV: pip install av")
+    frames = [np.full((32, 48, 3), 20 * i, np.uint8) for i in range(6)]
+    with write_video(tmp_path / "a.mp4", Fraction(5), Fraction(1, 5)) as video:
+        for i, frame in enumerate(frames):
+            video.append(frame, i)
+    predictor = Predictor(net, (32, 48), backend="eager")
+    found = list(predictor.stream(tmp_path / "a.mp4"))
+    assert [round(result.image.mean() / 20) for result in found] == list(range(6))
+    assert all(np.array_equal(result.labels, predictor(result.image).labels) for result in found)
+    with pytest.raises(UserError, match="cannot be read as a video"):
+        next(predictor.stream(tmp_path / "none.mp4"))
 
 
 @pytest.mark.parametrize(

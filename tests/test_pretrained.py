@@ -170,3 +170,20 @@ def test_release_run_from_released_weights_keeps_history(release, run_inside, ca
     assert result.returncode == 0, result.stderr
     assert "From the weights old.pth, 7 epochs at 9x9, then 1 epochs at 16x24, then" in card
     assert "val (trained on), 7 images" in card and "Trained on train and val." in card
+
+
+def test_from_pretrained_reads_the_hub_cache_without_a_network(tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--somebody--streets", "0123456789" * 4
+    torch.manual_seed(0)
+    net = LEDNet(5)
+    net.save_pretrained(repository / "snapshots" / commit, {"size": [48, 64]})
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    found = LEDNet.from_pretrained("somebody/streets")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), found.parameters(), strict=True))
+    assert load_model("hf-hub:somebody/streets")[1]["size"] == [48, 64]
+    with pytest.raises(UserError, match="no weights somebody/else here or on the Hugging Face Hub"):
+        LEDNet.from_pretrained("somebody/else")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lednet.cli.released_flags import translate
 from lednet.errors import UserError, exit_when_interrupted
 
 DATASETS = ("cityscapes", "camvid", "voc", "ade20k", "folders")
@@ -58,7 +59,13 @@ def format_default(value: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises a `UserError` for a wrong argument."""
+    """A parser that raises a `UserError` for a wrong argument, and takes the release's flags."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(
+            translate(words, self._option_string_actions.keys()), namespace
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

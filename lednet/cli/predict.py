@@ -207,7 +207,10 @@ def run_images(run: Run, images: dict[str, Path]) -> list[str]:
     predicted = [entry for entry in entries if "error" not in entry]
     skipped = [entry for entry in entries if "error" in entry]
     note = f"; {len(done)} were there already (--overwrite starts over)" if done else ""
-    print(f"{len(predicted) - len(done)} of {len(images)} images predicted in {run.args.out}{note}")
+    height, width = run.predictor.size
+    engine = f"{run.predictor.backend} {run.predictor.precision}, network {height}x{width}"
+    count = len(predicted) - len(done)
+    print(f"{count} of {len(images)} images predicted in {run.args.out} ({engine}){note}")
     if predicted:
         shares = writers.class_shares((entry["pixels"] for entry in predicted), run.scheme)
         report = run.conditions() | {"passed_over": skipped, "shares": shares}

@@ -148,9 +148,12 @@ def load_initial_weights(args: argparse.Namespace, run: TrainingRun, net: LEDNet
             state, meta = content["state_dict"], content.get("meta", {})
             new = head_keys(net) if args.reset_head and not part else ()
             state |= {key: net.state_dict()[key] for key in new if key in state}
-            if not part:
+            target: nn.Module = net
+            if args.decoder and not any(key.startswith("decoder.") for key in state):
+                target = net.encoder_stage()  # the weights of stage 1
+            elif not part:
                 require_outputs(net, state, path)
-            report = load_state(net, state, path, part)
+            report = load_state(target, state, path, part)
             run.meta |= {key: meta[key] for key in ("mean", "std") if key in meta}
             if flag == "--state" and (earlier := meta.get("training", meta.get("earlier"))):
                 run.meta["earlier"] = earlier

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lednet.device import describe_device, peak_memory_mb, synchronize
 from lednet.inference.predictor import Predictor
-from lednet.model import resize
 
 NOISY_RATIO = 1.3
 """Ratio of the 95th percentile and the median above which a time is called noisy."""
@@ -57,7 +56,7 @@ def benchmark(
     """Measure a predictor on random images.
 
     "forward" is one pass of the network alone (over one tile, with tiles), from a resized uint8
-    image on the device to logits of its size. "image_to_label_map" is from uint8 images of
+    image on the device to logits at 1/8 of its size. "image_to_label_map" is from uint8 images of
     `image_size` in main memory to uint8 label maps there, with resizing, normalization,
     upsampling and argmax, without files.
 
@@ -78,9 +77,7 @@ def benchmark(
     prepared = predictor.prepare(images)[:, :height, :width].contiguous()
     forward_size = tuple(prepared.shape[1:3])
     with torch.inference_mode():
-        forward = time_runs(
-            lambda: resize(predictor.runner(prepared), forward_size), device, warmup, runs
-        )
+        forward = time_runs(lambda: predictor.runner(prepared), device, warmup, runs)
         whole = time_runs(lambda: predictor.label_maps(images)[0].cpu(), device, warmup, runs)
     for times in (forward, whole):
         times["fps"] = batch * 1000 / times["p50_ms"]

@@ -1,5 +1,6 @@
 """The command `lednet evaluate`: score weights on a data set."""
 
+import os
 import shlex
 from collections.abc import Sequence
 
@@ -7,6 +8,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from lednet.cli import parsers
 from lednet.cli.common import ROOT
+from lednet.data.dataset import SegmentationDataset
 from lednet.data.registry import open_dataset
 from lednet.errors import UserError
 from lednet.evaluation.evaluator import (
@@ -17,9 +19,8 @@ from lednet.evaluation.evaluator import (
     require_labels,
 )
 from lednet.inference.predictor import Predictor
-from lednet.inference.writers import sample_sheet
 from lednet.io import process_command, require_writable, write_json
-from lednet.plots import plot_class_iou
+from lednet.plots import contact_sheet, plot_class_iou
 from lednet.progress import progress_bar
 
 
@@ -36,6 +37,16 @@ def print_table(result: dict) -> None:
         print(f"{name:{width}}  {'absent' if score is None else f'{score:6.4f}'}", end="")
         only = result["class_presence"].get(name) == PREDICTED_ONLY and score == 0
         print("  in no label, but predicted" * only)
+
+
+def draw_samples(
+    predictor: Predictor, data: SegmentationDataset, path: str | os.PathLike, images: int
+) -> None:
+    """Draw a contact sheet of `images` images spaced evenly over a data set to a PNG file."""
+    count = min(images, len(data))
+    samples = (data.read(i * len(data) // count) for i in range(count))
+    rows = [(image, target, predictor(image).labels) for image, target in samples]
+    contact_sheet(rows, data.scheme, path)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -93,5 +104,5 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.plot:
         plot_class_iou(result["class_iou"], data.scheme, args.plot, title)
     if args.contact_sheet:
-        sample_sheet(predictor, data, args.contact_sheet, args.sheet_images)
+        draw_samples(predictor, data, args.contact_sheet, args.sheet_images)
     return result

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,11 +19,7 @@ from lednet.inference.pipeline import run_pipeline
 from lednet.inference.predictor import Predictor
 from lednet.inference.video import VideoEncoder, VideoFrame, write_video
 from lednet.io import nearest_existing, temporary_path, write_folder_atomically
-from lednet.plots import contact_sheet
 from lednet.visualization import VISUALIZATIONS, Visualizer, write_picture
-
-if TYPE_CHECKING:
-    from lednet.data.dataset import SegmentationDataset
 
 OUTPUTS = ("labels", *VISUALIZATIONS)
 PHOTO_OUTPUTS = ("overlay", "side")
@@ -245,13 +241,3 @@ def predict_video(
 def errors_of(entries: Iterable[dict[str, Any]]) -> list[str]:
     """Why images were skipped, from the entries of `predict_images`."""
     return [entry["error"] for entry in entries if "error" in entry]
-
-
-def sample_sheet(
-    predictor: Predictor, data: "SegmentationDataset", path: str | os.PathLike, images: int
-) -> None:
-    """Draw a contact sheet of `images` images spaced evenly over a data set to a PNG file."""
-    count = min(images, len(data))
-    samples = (data.read(i * len(data) // count) for i in range(count))
-    rows = [(image, target, predictor(image).labels) for image, target in samples]
-    contact_sheet(rows, data.scheme, path)

@@ -33,7 +33,8 @@ from lednet.export.fuse import fuse_channel_shuffles, fuse_conv_bn
 from lednet.export.wrappers import EndToEndModel
 from lednet.inference import backends
 from lednet.inference.benchmark import benchmark, benchmark_rows, count_macs, time_runs
-from lednet.inference.predictor import Predictor, tile_spans
+from lednet.inference.predictor import Predictor
+from lednet.inference.tiles import tile_spans
 from lednet.inference.video import write_video
 from lednet.model import Block, Down, SSnbt, argmax_at, upsample_scores
 

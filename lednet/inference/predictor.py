@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from lednet.hub import input_size
 from lednet.inference.backends import build_runner, choose_backend, exported_runner
 from lednet.inference.result import Segmentation
 from lednet.inference.sparse_argmax import upsample_argmax
+from lednet.inference.tiles import STRIDE, tile_spans
 from lednet.inference.video import open_video
 from lednet.io import map_ordered
 from lednet.model import LEDNet, argmax_at, count_parameters, load_model, resize, upsample_scores
@@ -45,34 +46,6 @@ ImageInput = (
     | BinaryIO
 )
 """What `Predictor` is called with; see `read_input`."""
-
-STRIDE = 8
-"""Input pixels per logit along each axis."""
-
-
-class TileSpan(NamedTuple):
-    """One tile along one axis: its input, and the part of its output that is used."""
-
-    start: int
-    stop: int
-    own_start: int
-    own_stop: int
-
-
-def tile_spans(length: int, tile: int, overlap: int) -> list[TileSpan]:
-    """Cover `length` with tiles of size `tile` that overlap by at least `overlap`.
-
-    Each overlap is divided in the middle between its two tiles; the used parts cover the axis
-    exactly once.
-    """
-    if tile >= length:
-        return [TileSpan(0, length, 0, length)]
-    starts = [*range(0, length - tile, tile - overlap), length - tile]
-    borders = [0, *((a + tile + b) // 2 for a, b in itertools.pairwise(starts)), length]
-    return [
-        TileSpan(start, start + tile, *own)
-        for start, own in zip(starts, itertools.pairwise(borders), strict=True)
-    ]
 
 
 class Predictor:

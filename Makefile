@@ -31,7 +31,8 @@ test: setup-dev
 
 docs: setup-dev
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . docs/_build/html
-	@echo "open docs/_build/html/index.html"
+	@echo "open docs/_build/html/index.html, or for the search:"
+	@echo "    $(BIN)/python -m http.server --directory docs/_build/html"
 
 lint: setup-dev
 	$(BIN)/ruff check .

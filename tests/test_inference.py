@@ -480,6 +480,8 @@ def test_time_runs_excludes_warmup():
     calls = []
     time_runs(lambda: calls.append(0), torch.device("cpu"), warmup=2, runs=5)
     assert len(calls) == 7
+    time_runs(lambda: calls.append(1), torch.device("cpu"), warmup=2, runs=50, max_seconds=0)
+    assert calls.count(1) == 2 + 5
 
 
 # Backends

@@ -64,7 +64,7 @@ def run_all() -> dict:
     scores = read_json(RUN / "scores.json")
     start = time.perf_counter()
     predictor = Predictor(RUN, SPEED_SIZE)
-    speed = benchmark(predictor, IMAGE_SIZE, runs=10)
+    speed = benchmark(predictor, IMAGE_SIZE, runs=10, max_seconds=5)
     seconds["speed"] = time.perf_counter() - start
     return {
         "miou": scores["miou"],
@@ -85,8 +85,8 @@ def show(summary: dict) -> None:
     print(f"""
 LEDNet d20, {summary["parameters"]:,} parameters, trained on toy streets
   mIoU on the toy's val split   {summary["miou"]:.3f}
-  network alone, eager fp32     {summary["fps"]:.1f} FPS at {SPEED_SIZE[0]}x{SPEED_SIZE[1]}, \
-batch 1, {summary["device"]}
+  network alone                 {summary["fps"]:.1f} FPS at {SPEED_SIZE[0]}x{SPEED_SIZE[1]}, \
+{speed["backend"]} fp32, {summary["device"]}
   image to label map            {speed["image_to_label_map"]["fps"]:.1f} FPS at \
 {IMAGE_SIZE[0]}x{IMAGE_SIZE[1]}
   took                          {took}

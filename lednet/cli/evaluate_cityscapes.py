@@ -25,6 +25,9 @@ from lednet.inference.progress_log import ProgressLog
 from lednet.io import plain_values, require_writable, write_json
 from lednet.progress import progress_bar
 
+SPEED_SECONDS = 5
+"""Limit for each of the two measurements of the speed."""
+
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parsers.evaluate_cityscapes().parse_args(argv)
@@ -169,7 +172,9 @@ def evaluate(args: argparse.Namespace, dist_context: DistributedContext) -> None
     results.sort(key=lambda result: result.name)  # sums are equal for any number of processes
     full = evaluator.total_scores(result.full for result in results)
     if predictor and args.speed:
-        card = benchmark(predictor, full_size(frames), 1, args.warmup, args.runs)
+        card = benchmark(
+            predictor, full_size(frames), 1, args.warmup, args.runs, max_seconds=SPEED_SECONDS
+        )
     details: dict[str, Any] = {"options": plain_values(vars(args))}
     if card:
         details["speed"] = card

@@ -261,7 +261,7 @@ def evaluate_cityscapes() -> argparse.ArgumentParser:
     out.add_argument("--report-images", type=COUNT, default=500, metavar="N",
                      help="show the N images with the lowest scores in the report")
     out.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True,
-                     help="measure the speed")
+                     help="measure the speed, for some seconds")
     out.add_argument("--warmup", type=COUNT, default=3, metavar="N", help="passes before timing")
     out.add_argument("--runs", type=POSITIVE, default=20, metavar="N", help="timed passes")
     # fmt: on

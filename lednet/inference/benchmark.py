@@ -1,6 +1,7 @@
 """Speed measurements of a predictor, reported with their conditions."""
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,27 +14,40 @@ from torch.utils.flop_counter import FlopCounterMode
 from lednet.device import describe_device, peak_memory_mb, synchronize
 from lednet.inference.predictor import Predictor
 
+MIN_RUNS = 5
 NOISY_RATIO = 1.3
 """Ratio of the 95th percentile and the median above which a time is called noisy."""
 
 
 def time_runs(
-    step: Callable[[], Any], device: torch.device, warmup: int, runs: int
+    step: Callable[[], Any],
+    device: torch.device,
+    warmup: int,
+    runs: int,
+    max_seconds: float = math.inf,
 ) -> dict[str, float]:
     """Time `step`, with the device synchronized before and after each call.
+
+    Args:
+        max_seconds: stop after so much time, but not before `MIN_RUNS` timed calls.
 
     Returns:
         Median and 95th percentile of `runs` calls after `warmup` untimed ones, in ms.
     """
-    times = []
+    times: list[float] = []
+    end = time.perf_counter() + max_seconds
     for run in range(warmup + runs):
+        if len(times) >= MIN_RUNS and time.perf_counter() > end:
+            break
         synchronize(device)
         start = time.perf_counter()
         step()
         synchronize(device)
         if run >= warmup:
             times.append((time.perf_counter() - start) * 1000)
-    p95 = statistics.quantiles(times, n=20, method="inclusive")[-1] if runs > 1 else times[0]
+    p95 = times[0]
+    if len(times) > 1:
+        p95 = statistics.quantiles(times, n=20, method="inclusive")[-1]
     return {"p50_ms": statistics.median(times), "p95_ms": p95}
 
 
@@ -52,6 +66,7 @@ def benchmark(
     batch: int = 1,
     warmup: int = 3,
     runs: int = 20,
+    max_seconds: float = math.inf,
 ) -> dict[str, Any]:
     """Measure a predictor on random images.
 
@@ -64,6 +79,7 @@ def benchmark(
         image_size: (height, width) in pixels.
         batch: number of images.
         warmup, runs: untimed and timed calls of each.
+        max_seconds: limit for the timed calls of each, after at least `MIN_RUNS`.
 
     Returns:
         Conditions, cost and times, serializable as JSON; times in ms for a whole batch, fps in
@@ -77,8 +93,10 @@ def benchmark(
     prepared = predictor.prepare(images)[:, :height, :width].contiguous()
     forward_size = tuple(prepared.shape[1:3])
     with torch.inference_mode():
-        forward = time_runs(lambda: predictor.runner(prepared), device, warmup, runs)
-        whole = time_runs(lambda: predictor.label_maps(images)[0].cpu(), device, warmup, runs)
+        forward = time_runs(lambda: predictor.runner(prepared), device, warmup, runs, max_seconds)
+        whole = time_runs(
+            lambda: predictor.label_maps(images)[0].cpu(), device, warmup, runs, max_seconds
+        )
     for times in (forward, whole):
         times["fps"] = batch * 1000 / times["p50_ms"]
         times["noisy"] = times["p95_ms"] > NOISY_RATIO * times["p50_ms"]
@@ -125,7 +143,7 @@ def benchmark_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "conditions",
             f"{card['backend']}, {card['precision']}, batch norm {card['batch_norm']}, "
-            f"batch {card['batch']}, {card['runs']} runs after {card['warmup']} to warm up; "
+            f"batch {card['batch']}, up to {card['runs']} runs after {card['warmup']} to warm up; "
             "decoding files left out",
         ),
         ("parameters", f"{card['parameters']:,}"),

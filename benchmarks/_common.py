@@ -1,83 +1,64 @@
-"""Shared by the benchmarks: options, timing, alternating runs, tables, plots and records."""
+"""Shared by the benchmarks: timing, alternating runs, tables, plots and records."""
 
 import argparse
+import contextlib
 import itertools
-import multiprocessing
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-from lednet.device import describe_device, synchronize
-from lednet.io import write_atomically, write_between_marks, write_json
+from lednet.cli import common
+from lednet.cli.common import DEVICES
+from lednet.device import autocast, describe_device, synchronize
+from lednet.inference.benchmark import percentiles, with_rate
+from lednet.io import write_atomically, write_json
+from lednet.progress import progress_bar
 from lednet.training.run_dir import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results"
 
 Row = dict[str, Any]
+Size = tuple[int, int]
 Name = TypeVar("Name")
 Result = TypeVar("Result")
 
 
-# Options and records
-
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--json": {"type": Path, "metavar": "FILE", "help": "write results and conditions to FILE"},
-    "--plot": {"type": Path, "metavar": "PNG", "help": "draw the results into PNG"},
-    "--device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "(default: auto)"},
-    "--page": {"type": Path, "help": "write the table between the marks of this page"},
-    "--write": {"type": Path, "metavar": "PAGE",
-                "help": "write the text between the marks of PAGE instead of printing it"},
-}  # fmt: skip
+    "--json": {"type": Path, "metavar": "FILE", "help": "write results and conditions"},
+    "--plot": {"type": Path, "metavar": "PNG", "help": "draw the results"},
+    "--device": {"choices": DEVICES, "default": "auto", "help": "device to run on"},
+}
 """Options that several scripts have."""
 
 
 def make_parser(doc: str | None, *options: str) -> argparse.ArgumentParser:
     """A parser with a script's docstring as help, and `options` of `OPTIONS`."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter)
+    parser = common.make_parser(doc)
     for option in options:
         parser.add_argument(option, **OPTIONS[option])
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, **options: tuple[Any, str]) -> None:
-    """Add an option for each keyword: its default, which also gives its type, and its help."""
+def add_options(parser: argparse.ArgumentParser, **options: tuple[int | bool, str]) -> None:
+    """Add an option for each keyword: its default (a positive number or a switch), and its help."""
     for name, (default, text) in options.items():
-        kind: Row = {"type": type(default)}
+        kind: Row = {"type": common.POSITIVE}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        text = f"{text} (default: %(default)s)"
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **kind)
 
 
-def conditions(device: torch.device) -> Row:
-    """Command, device and environment, for a record of results."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    return {"command": command, "device": describe_device(device), "environment": environment(ROOT)}
-
-
 def write_record(path: Path | None, device: torch.device, results: Row) -> None:
-    """Write results with their conditions as JSON; do nothing without a path."""
+    """Write results with command, device and environment as JSON; do nothing without a path."""
     if path:
-        write_json(path, conditions(device) | results)
-
-
-def publish(text: str, page: Path | None) -> None:
-    """Print a text, or write it between the marks of this script in a page."""
-    if page:
-        write_between_marks(page, f"benchmarks/{Path(sys.argv[0]).name}", text)
-    else:
-        print(text)
+        command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        conditions = {"command": command, "device": describe_device(device)}
+        write_json(path, conditions | {"environment": environment(ROOT)} | results)
 
 
 # Timing
@@ -132,38 +113,52 @@ def time_calls(
     return time_each((call() for _ in range(count)), device, host_clock)
 
 
+def summarize(times: Sequence[float], images: int = 1) -> Row:
+    """Median, 95th percentile, images per second by the median, and whether times are noisy.
+
+    Args:
+        times: milliseconds, each of `images` images.
+    """
+    return with_rate(percentiles(times), images) | {"runs": len(times)}
+
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
+          "fp16": torch.float16}  # fmt: skip
+
+
+def tf32_mode(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
+    """TF32 forbidden on CUDA for "fp32" and allowed for the others; tensors have 16-bit types."""
+    return autocast(device, "tf32" if device.type == "cuda" and precision != "fp32" else "fp32")
+
+
+def rates(amount: float, times: Sequence[float]) -> Row:
+    """Best and median of `amount` over `times` in ms, both per second."""
+    found = summarize(times)
+    best, median = (1000 * amount / t for t in (min(times), found["p50_ms"]))
+    return {"best": best, "median": median, "runs": len(times), "noisy": found["noisy"]}
+
+
+def product_rate(device: torch.device, precision: str, side: int, seconds: float = 0.3) -> Row:
+    """TFLOP/s of a product of two square matrices of random values."""
+    with tf32_mode(device, precision), torch.inference_mode():
+        a, b = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
+        out = torch.empty_like(a)
+        times = time_calls(lambda: torch.matmul(a, b, out=out), device, seconds)
+    return rates(2 * side**3 / 1e12, times)
+
+
 def alternate(
     competitors: Mapping[Name, Callable[[], Result]], rounds: int, warmup: int = 0
 ) -> dict[Name, list[Result]]:
     """Results of each competitor. All run in turn in every round, so that they share the
     machine's load; those of the first `warmup` rounds are left out."""
     results: dict[Name, list[Result]] = {name: [] for name in competitors}
-    for number in tqdm(range(warmup + rounds), "round", leave=False):
+    for number in progress_bar(range(warmup + rounds), unit="round"):
         for name, run in competitors.items():
             result = run()
             if number >= warmup:
                 results[name].append(result)
     return results
-
-
-def percentiles(times: Sequence[float]) -> Row:
-    return {"p50_ms": statistics.median(times), "p95_ms": float(np.quantile(times, 0.95))}
-
-
-def summarize(times: Sequence[float], images: int) -> Row:
-    """Percentiles of `times` in ms, and images per second by the median."""
-    found = percentiles(times)
-    return found | {"fps": 1000 * images / found["p50_ms"], "runs": len(times)}
-
-
-def call_alone(function: Callable[..., Result], *arguments: Any) -> Result | None:
-    """Call a function in a new process; None if it fails."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except Exception as error:
-            print(f"failed in a process of its own: {error}")
-            return None
 
 
 # Tables and plots
@@ -179,7 +174,9 @@ def show(value: Any, digits: int = 3) -> str:
     """A number in few characters; other values as text, None as nothing."""
     if value is None:
         return ""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float):
         return str(value)
     if abs(value) >= 100:
         return f"{value:,.0f}"
@@ -194,25 +191,27 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join((first, ruler, *rest))
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    with write_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+def plot_bars(path: Path, title: str, panels: Mapping[str, Sequence[Row]]) -> None:
+    """Horizontal bars of "ratio_to_plain", a panel for each of `panels`; noisy ones are grey.
 
-
-def plot_bars(
-    path: Path, title: str, xlabel: str, panels: Mapping[str, Sequence[tuple[str, float, str, str]]]
-) -> None:
-    """Horizontal bars, a panel for each of `panels`: (name, value, text, colour) of each bar."""
+    Rows have a "name" and "p50_ms" of an image or a batch; "num_workers" is added to the name.
+    """
     height = 1.6 + 0.45 * max(map(len, panels.values()))
     figure = Figure(figsize=(6 * len(panels), height), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (name, bars) in zip(axes, panels.items(), strict=True):
-        labels, values, texts, colors = zip(*bars, strict=True)
-        axis.barh(labels, values, color=colors)
-        for y, (value, text) in enumerate(zip(values, texts, strict=True)):
-            axis.text(value, y, f" {text}", va="center")
-        axis.set(xlim=(0, 1.45 * max(values)), title=name, xlabel=xlabel)
+    for axis, (name, rows) in zip(axes, panels.items(), strict=True):
+        for y, row in enumerate(rows):
+            ratio = row["ratio_to_plain"]
+            axis.barh(y, ratio, color="#bab0ac" if row["noisy"] else "#4c78a8")
+            text = f" {ratio:.2f}x, {show(row['p50_ms'])} ms" + ", noisy" * row["noisy"]
+            axis.text(ratio, y, text, va="center")
+        labels = [row["name"] + (f", {row['num_workers']} workers" if "num_workers" in row else "")
+                  for row in rows]  # fmt: skip
+        axis.set_yticks(range(len(rows)), labels)
+        axis.set(xlim=(0, 1.45 * max(row["ratio_to_plain"] for row in rows)), title=name)
+        axis.set_xlabel("times as fast as plain")
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=110)

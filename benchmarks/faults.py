@@ -1,6 +1,6 @@
 """Inject faults into training runs, and compare the resumed runs with undisturbed ones.
 
-    python benchmarks/faults.py --json benchmarks/results/faults.json --markdown faults.md
+    python benchmarks/faults.py --json benchmarks/results/faults.json
 
 Each fault gets a small run of its own (32 steps, 32x64 pixels, two stages). The run is then
 resumed, and its weights, optimizer and log are compared with those of an undisturbed run. Five
@@ -26,15 +26,14 @@ import fault_injection as fi
 import torch
 from fault_injection import Fault, Missed, Run, Site
 from make_toy_cityscapes import write_toy_cityscapes
-from tqdm import tqdm
 
 from benchmarks._common import Row, add_options, make_parser, markdown, write_record
 from lednet.errors import UserError, exit_on_user_error
-from lednet.io import write_text
+from lednet.progress import progress_bar
 
 EPOCHS = 2
-KILLS = "SIGKILL at a random moment"
-IN_WRITING = "SIGKILL while a checkpoint is written"
+STEPS = 2 * EPOCHS * fi.STEPS
+"""Steps of a run."""
 
 
 def mount(*arguments: object, command: str = "mount") -> None:
@@ -79,16 +78,13 @@ def random_kills(count: int, seed: int) -> Iterator[Fault]:
     rng = random.Random(seed)
     for number in range(count):
         if number % 4 == 3:
-            steps = rng.randrange(1, 2 * EPOCHS * fi.STEPS - 4)
-            strike = partial(fi.kill_in_writing, number=steps)
-            yield Fault(
-                IN_WRITING, strike, fi.KILLED, leaves=fi.TEMPORARY, struck=fi.left_a_temporary
-            )
+            strike = partial(fi.kill_in_writing, number=rng.randrange(1, STEPS - 4))
+            yield Fault("SIGKILL while a checkpoint is written", strike, fi.KILLED,
+                        leaves=fi.TEMPORARY, struck=fi.left_a_temporary)  # fmt: skip
         else:
-            steps = rng.randrange(2 * EPOCHS * fi.STEPS - 4)
-            seconds = rng.uniform(0, 0.3 if steps else 4)
-            strike = partial(fi.kill, number=steps, seconds=seconds)
-            yield Fault(KILLS, strike, fi.KILLED, leaves=fi.TEMPORARY)
+            steps = rng.randrange(STEPS - 4)
+            strike = partial(fi.kill, number=steps, seconds=rng.uniform(0, 0.3 if steps else 4))
+            yield Fault("SIGKILL at a random moment", strike, fi.KILLED, leaves=fi.TEMPORARY)
 
 
 READ_ONLY = r"error: cannot write \S+: Read-only file system; .*"
@@ -115,7 +111,7 @@ MOUNTED = (
 )
 
 
-def try_fault(folder: Path, fault: Fault, data: Path, references: dict) -> Row:
+def try_fault(fault: Fault, folder: Path, data: Path, references: dict) -> Row:
     """Inject `fault` into a new run in `folder`, resume it, and compare its results."""
     site = Site(folder / "data", folder / "run", EPOCHS)
     shutil.copytree(data, site.data)
@@ -123,7 +119,8 @@ def try_fault(folder: Path, fault: Fault, data: Path, references: dict) -> Row:
     row: Row = {"fault": fault.name, "status": None, "said": "", "problems": [], "compared": False}
     try:
         outcome = fi.suffer(site, fault, *flags, anew=True)
-        row |= {"status": outcome.ended.status, "said": outcome.ended.sentence}
+        said = outcome.ended.sentence.replace(str(site.folder), "RUN")
+        row |= {"status": outcome.ended.status, "said": said.replace(str(site.data), "DATA")}
         row["problems"] += outcome.problems
         if "--skip-corrupt" not in fault.flags:  # skipped images change the weights
             fi.complete(site, *flags, launcher=fault.launcher)
@@ -135,11 +132,9 @@ def try_fault(folder: Path, fault: Fault, data: Path, references: dict) -> Row:
     finally:
         if os.path.ismount(site.folder):
             unmount(site.folder)
-    for path, name in ((site.folder, "RUN"), (site.data, "DATA")):
-        row["said"] = row["said"].replace(str(path), name)
     shutil.rmtree(folder)
     for problem in row["problems"]:
-        tqdm.write(f"{fault.name}: {problem}", file=sys.stderr)
+        print(f"{fault.name}: {problem}", file=sys.stderr)
     return row
 
 
@@ -148,19 +143,14 @@ def table(rows: list[Row]) -> str:
     lines = []
     for name in dict.fromkeys(row["fault"] for row in rows):
         group = [row for row in rows if row["fault"] == name]
-        missed = sum(row["status"] is None for row in group)
-        states = dict.fromkeys(str(row["status"]) for row in group if row["status"] is not None)
-        message = max((row["said"] for row in group), key=len)
         good = sum(not row["problems"] for row in group)
-        result = "yes" if good == len(group) else "**no**"
-        if len(group) > 1:
-            result += f", {good} of {len(group)}"
+        result = ("yes" if good == len(group) else "**no**") + f", {good} of {len(group)}"
         if good and not any(row["compared"] for row in group):
             result = "continues without them, and counts them"
-        status = ", ".join([*states, *([f"{missed} missed"] if missed else [])])
-        lines.append((name, status, message and f"`{message}`", result))
+        status = ", ".join({str(row["status"]) for row in group})  # None: the moment was missed
+        lines.append((name, status, max((row["said"] for row in group), key=len), result))
     head = ("fault", "exit status", "message of the run", "resumed to the same weights and log")
-    return markdown(head, lines) + "\n"
+    return markdown(head, lines)
 
 
 def main() -> None:
@@ -171,7 +161,6 @@ def main() -> None:
         seed=(1, "of their times"),
         jobs=(2, "runs at a time"),
     )
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to FILE")
     args = parser.parse_args()
     if not sys.platform.startswith("linux"):
         raise UserError("processes and limits are those of Linux: run this on Linux")
@@ -192,12 +181,10 @@ def main() -> None:
             fi.complete(references[launcher], launcher=launcher)
         with ThreadPoolExecutor(args.jobs) as pool:
             folders = [scratch / f"{number:03d}" for number in range(len(faults))]
-            work = pool.map(partial(try_fault, data=data, references=references), folders, faults)
-            rows = list(tqdm(work, "faults", len(faults), unit="fault"))
-    print(table(rows), end="")
+            work = pool.map(partial(try_fault, data=data, references=references), faults, folders)
+            rows = list(progress_bar(work, total=len(faults), desc="faults", unit="fault"))
+    print(table(rows))
     write_record(args.json, torch.device("cpu"), {"rows": rows})
-    if args.markdown:
-        write_text(args.markdown, table(rows))
     sys.exit(any(row["problems"] for row in rows))
 
 

@@ -22,58 +22,51 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # The scripts that are started from here find lednet, which need not be installed, in this way.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[0], os.getenv("PYTHONPATH"))))
 
-from benchmarks._common import ROOT, Row, make_parser, markdown, show
+from benchmarks._common import Row, make_parser, markdown, show
 from lednet.errors import UserError, exit_on_user_error
-from lednet.io import read_json, write_between_marks, write_json, write_text
+from lednet.io import read_json, write_json, write_text
 
-WEIGHTS = {"machine": 1.5, "proof": 5.0, "inference": 5.0, "training": 4.0, "run": 7.0}
-"""The legs in their order, each with its share of the remaining time."""
+LEGS = {"machine": ("gpu_legs", 1.5), "proof": ("gpu_proof", 5.0), "inference": ("gpu_speed", 5.0),
+        "training": ("gpu_speed", 4.0), "run": ("gpu_legs", 7.0)}  # fmt: skip
+"""The legs in their order: the module of the function of the same name, and the share of the
+remaining time."""
 RESERVE = 8.0
 """Seconds kept for this process and for ending the last leg."""
 LEAST_SECONDS = 15.0
 """A leg with less time is left out."""
 ATTEMPTS = 4
 """How often a leg is started whose process ends early; each start resumes the one before."""
-LOG_BYTES = 8_000_000
-PAGE = ROOT / "docs/gpu.md"
 MARK = "LEDNET_GPU_LEG"
 """Environment variable by which the processes of a leg are found, whatever their group."""
 
 
-class Ended(NamedTuple):
-    """How a leg ended: `status` is "ran", "failed", "over its limit" or "left out"."""
-
-    status: str
-    seconds: float
-    limit: float
-
-
-def run_leg(name: str, command: Sequence[str], work: Path, log: Path, limit: float) -> Ended:
-    """Run a leg for at most `limit` seconds, and append its output to `log`.
+def run_leg(command: Sequence[str], path: Path, log: Path, limit: float) -> str:
+    """Run a leg, which writes `path`, for at most `limit` seconds; append its output to `log`.
 
     A process that ends early is started again as long as that brings new rows.
+
+    Returns:
+        "ran", "failed" or "over its limit".
     """
-    begin, path = time.monotonic(), work / f"{name}.json"
-    status = "failed"
+    end, status = time.monotonic() + limit, "failed"
     for attempt in range(ATTEMPTS):
-        before, left = progress(path), limit - (time.monotonic() - begin)
+        before, left = read_leg(path), end - time.monotonic()
         if attempt and left < LEAST_SECONDS:
-            status = "over its limit"
-            break
+            return "over its limit"
         seconds = left - min(10.0, 0.15 * left)  # at which the leg ends by itself
         with open(log, "a", encoding="utf-8") as output:
-            print(f"\n=== {name}: {left:.0f} s ===", file=output, flush=True)
+            print(f"\n=== {path.stem}: {left:.0f} s ===", file=output, flush=True)
             code = run_process([*command, "--seconds", f"{seconds:.1f}"], output, left)
         status = {0: "ran", None: "over its limit"}.get(code, "failed")
-        if status != "failed" or progress(path) == before:
+        if status != "failed" or read_leg(path) == before:
             break
-    return Ended(status, time.monotonic() - begin, limit)
+    return status
 
 
 def run_process(command: Sequence[str], output: Any, seconds: float) -> int | None:
@@ -104,12 +97,6 @@ def read_leg(path: Path) -> Row:
     return {}
 
 
-def progress(path: Path) -> tuple[int, Row | None]:
-    """Number of measurements, and the current one."""
-    found = read_leg(path)
-    return len(found.get("rows", [])), found.get("current")
-
-
 def leg_command(name: str, work: Path) -> list[str]:
     """The command of a leg, without its --seconds."""
     return [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--leg", name,
@@ -121,34 +108,27 @@ def run_legs(args: argparse.Namespace, work: Path) -> Row:
     end = time.monotonic() + 60 * args.minutes - RESERVE
     command = " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
     results: Row = {"command": command, "dry_run": args.dry_run, "legs": {}}
-    log = args.out / "log.txt"
     for index, name in enumerate(args.legs):
-        rest = sum(WEIGHTS[leg] for leg in args.legs[index:])
-        limit = (end - time.monotonic()) * WEIGHTS[name] / rest
-        ended = Ended("left out", 0.0, max(limit, 0.0))
+        begin, path = time.monotonic(), work / f"{name}.json"
+        rest = sum(LEGS[leg][1] for leg in args.legs[index:])
+        limit = (end - begin) * LEGS[name][1] / rest
+        ended: Row = {"status": "left out", "limit": max(limit, 0.0)}
         try:
             if limit >= LEAST_SECONDS:
                 print(f"{name}: {limit:.0f} s at most ...", flush=True)
-                ended = Ended("interrupted", 0.0, limit)
-                ended = run_leg(name, leg_command(name, work), work, log, limit)
+                ended["status"] = "interrupted"
+                log = args.out / "log.txt"
+                ended["status"] = run_leg(leg_command(name, work), path, log, limit)
         finally:
-            print(f"{name}: {ended.status} after {ended.seconds:.0f} s", flush=True)
-            found = read_leg(work / f"{name}.json")
+            ended["seconds"] = time.monotonic() - begin
+            print(f"{name}: {ended['status']} after {ended['seconds']:.0f} s", flush=True)
+            found = read_leg(path)
             if killed := found.pop("current", None):
                 found["rows"].append({**killed, "error": "ended in it; see log.txt"})
-            results["legs"][name] = ended._asdict() | found
+            results["legs"][name] = ended | found
             write_json(args.out / "results.json", results)
             write_text(args.out / "summary.md", summary(results))
-            shorten(log)
     return results
-
-
-def shorten(log: Path) -> None:
-    """Keep the beginning and the end of a log that is too long."""
-    content = log.read_bytes() if log.is_file() else b""
-    if len(content) > LOG_BYTES:
-        half = LOG_BYTES // 2
-        log.write_bytes(content[:half] + b"\n... cut out ...\n" + content[-half:])
 
 
 # The summary
@@ -157,7 +137,7 @@ def shorten(log: Path) -> None:
 def summary(results: Mapping[str, Any]) -> str:
     """All results as Markdown tables, with the keys of the rows as titles of the columns."""
     parts = [f"`{results['command']}`"]
-    if results.get("dry_run"):
+    if results["dry_run"]:
         parts.append("A dry run on a CPU: no figure says anything about a GPU.")
     counts = []
     for name, leg in results["legs"].items():
@@ -194,8 +174,6 @@ def text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(": ".join(map(text, item)) if isinstance(item, list) else text(item)
                          for item in value)  # fmt: skip
-    if isinstance(value, bool):
-        return "yes" if value else "**no**"
     return show(value, digits=4)
 
 
@@ -206,10 +184,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     # fmt: off
     parser.add_argument("--data", type=Path, help="folder of the data set (default: toy data)")
-    parser.add_argument("--dataset", choices=("cityscapes", "camvid"), default="cityscapes")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=9.5, help="time limit (default: 9.5)")
-    parser.add_argument("--legs", nargs="+", choices=tuple(WEIGHTS), default=list(WEIGHTS),
+    parser.add_argument("--dataset", choices=("cityscapes", "camvid"), default="cityscapes",
+                        help="layout of --data")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True,
+                        help="folder of the results")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time limit")
+    parser.add_argument("--legs", nargs="+", choices=tuple(LEGS), default=list(LEGS),
                         help="legs to run, always in this order (default: all)")
     parser.add_argument("--only", metavar="REGEX", help="only measurements whose names match")
     parser.add_argument("--golden", type=Path, metavar="DIR",
@@ -219,23 +199,16 @@ def build_parser() -> argparse.ArgumentParser:
                              "a released name (default: cityscapes-demo-d20, training from "
                              "scratch)")
     parser.add_argument("--dry-run", action="store_true", help="run on a CPU, at tiny sizes")
-    parser.add_argument("--write-docs", type=Path, metavar="JSON",
-                        help="only write the tables of a results.json into docs/gpu.md")
-    parser.add_argument("--leg", choices=tuple(WEIGHTS), help=argparse.SUPPRESS)
+    parser.add_argument("--leg", choices=tuple(LEGS), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     # fmt: on
     return parser
 
 
-MODULES = {"machine": "gpu_legs", "proof": "gpu_proof", "inference": "gpu_speed",
-           "training": "gpu_speed", "run": "gpu_legs"}  # fmt: skip
-"""Module of the function of each leg, which has the leg's name."""
-
-
 def run_in_this_process(args: argparse.Namespace) -> NoReturn:
     """Run one leg and end the process."""
-    function = getattr(importlib.import_module(f"benchmarks.{MODULES[args.leg]}"), args.leg)
+    function = getattr(importlib.import_module(f"benchmarks.{LEGS[args.leg][0]}"), args.leg)
     function(importlib.import_module("benchmarks.gpu_legs").open_leg(args))
     sys.stdout.flush()
     os._exit(0)  # without waiting for threads, whose processes are ended by the parent
@@ -243,14 +216,9 @@ def run_in_this_process(args: argparse.Namespace) -> NoReturn:
 
 def main() -> int:
     args = build_parser().parse_args()
-    args.legs = [name for name in WEIGHTS if name in args.legs]
-    if args.write_docs:
-        write_between_marks(PAGE, "benchmarks/gpu.py", summary(read_json(args.write_docs)))
-        return 0
     if args.leg:
         run_in_this_process(args)
-    if args.out is None:
-        raise UserError("no --out: name a folder for the results")
+    args.legs = [name for name in LEGS if name in args.legs]
     for flag in ("data", "golden"):
         path = getattr(args, flag)
         if path and not path.is_dir():

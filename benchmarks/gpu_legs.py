@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import faulthandler
 import gc
-import importlib.metadata
 import json
 import math
 import os
@@ -18,13 +17,12 @@ import platform
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,23 +30,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._common import ROOT, Row, time_calls
+from benchmarks._common import ROOT, Row, product_rate, rates, summarize, time_calls
 from lednet.data.registry import open_dataset
-from lednet.device import autocast, describe_device
+from lednet.device import describe_device
 from lednet.errors import UserError
 from lednet.io import read_json, write_json
 from lednet.model import LEDNet, load_model
-from lednet.training.run_dir import environment
+from lednet.training.cuda_graph import record_cuda_graph, warm_up
+from lednet.training.run_dir import environment, read_records
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
-          "fp16": torch.float16}  # fmt: skip
 CONTEXT_LOST = 3
 """Exit status of a leg whose CUDA context no longer works; it can be started again."""
-
-
-class NeedsCuda(Exception):
-    """A measurement makes sense on a GPU only."""
 
 
 class Leg:
@@ -129,8 +121,6 @@ class Leg:
         faulthandler.dump_traceback_later(min(limit, max(self.left(), 1) + 5), exit=True, file=2)
         try:
             found = function()
-        except NeedsCuda:
-            found["note"] = "needs CUDA"
         except Exception as error:
             print(f"{name} failed:", flush=True)
             traceback.print_exc(file=sys.stdout)
@@ -149,16 +139,14 @@ class Leg:
     def _recover(self) -> None:
         """Free memory; end the process if CUDA no longer works."""
         gc.collect()
-        if not self.cuda:
-            return
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.zeros(1, device=self.device).add_(1).item()
-        except Exception:
-            traceback.print_exc(file=sys.stdout)
-            sys.stdout.flush()
-            os._exit(CONTEXT_LOST)
+        if self.cuda:
+            try:
+                torch.cuda.empty_cache()
+                use(self.device)
+            except Exception:
+                traceback.print_exc(file=sys.stdout)
+                sys.stdout.flush()
+                os._exit(CONTEXT_LOST)
 
 
 def finite(value: Any) -> Any:
@@ -172,6 +160,11 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def use(device: torch.device) -> None:
+    """Compute something on the device and wait for it."""
+    torch.zeros(1, device=device).add_(1).item()
+
+
 def open_leg(args: argparse.Namespace) -> Leg:
     """The leg `args.leg`, on a GPU, or on a CPU in a dry run."""
     faulthandler.enable()
@@ -180,40 +173,21 @@ def open_leg(args: argparse.Namespace) -> Leg:
         torch.set_num_threads(1)
         return Leg(args, torch.device("cpu"), path)
     if not torch.cuda.is_available():
-        raise UserError("no CUDA GPU can be used here: mend the driver, or try --dry-run")
-    device = torch.device("cuda", 0)
-    torch.zeros(1, device=device).add_(1).item()  # statistics of memory need a context
+        raise UserError("no CUDA GPU can be used here: repair the driver, or try --dry-run")
+    use(device := torch.device("cuda", 0))  # statistics of memory need a context
     return Leg(args, device, path)
 
 
-def float_modes(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
-    """TF32 permitted or forbidden; 16-bit precisions are up to the module."""
-    if device.type == "cuda":
-        return autocast(device, "fp32" if precision == "fp32" else "tf32")
-    if precision == "tf32":
-        raise NeedsCuda
-    return contextlib.nullcontext()
-
-
-def capture(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def capture(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """`call` as a CUDA graph: recorded once, replayed at each call, with the same output tensor."""
-    if not torch.cuda.is_available():
-        raise NeedsCuda
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
+    warm_up(call, device)
+    replay, (output,) = record_cuda_graph(lambda: (call(),))
 
-    def replay() -> Tensor:
-        graph.replay()
+    def run() -> Tensor:
+        replay()
         return output
 
-    return replay
+    return run
 
 
 def toy_data(args: argparse.Namespace) -> Path:
@@ -269,31 +243,19 @@ def describe_machine(device: torch.device) -> Row:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "platform": platform.platform(),
     }
-    if device.type != "cuda":
-        return found
-    properties = torch.cuda.get_device_properties(device)
-    found |= {
-        "memory_gb": properties.total_memory / 1e9,
-        "multiprocessors": properties.multi_processor_count,
-        "l2_mb": getattr(properties, "L2_cache_size", 0) / 1e6,
-        "capability": f"{properties.major}.{properties.minor}",
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-    with contextlib.suppress(Exception):
-        found["triton"] = importlib.metadata.version("triton")
-    with contextlib.suppress(Exception):
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit"]
-        done = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, timeout=20)
-        keys = ("driver", "max_clock", "power_limit")
-        found |= dict(zip(keys, done.stdout.decode().splitlines()[0].split(", "), strict=False))
+    if device.type == "cuda":
+        found |= {
+            "memory_gb": torch.cuda.get_device_properties(device).total_memory / 1e9,
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+        with contextlib.suppress(Exception):
+            query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit"]
+            done = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, timeout=9)
+            values = done.stdout.decode().splitlines()[0].split(", ")
+            found |= dict(zip(("driver", "max_clock", "power_limit"), values, strict=False))
     return found
-
-
-def rates(amount: float, times: Sequence[float]) -> Row:
-    """Best and median of `amount` over `times` in ms, both per second."""
-    best, median = min(times) / 1000, statistics.median(times) / 1000
-    return {"best": amount / best, "median": amount / median, "runs": len(times)}
 
 
 def copy_rate(device: torch.device, size: int) -> Row:
@@ -301,15 +263,6 @@ def copy_rate(device: torch.device, size: int) -> Row:
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return rates(2 * size / 1e9, time_calls(lambda: target.copy_(source), device, 0.3))
-
-
-def product_rate(device: torch.device, precision: str, side: int, seconds: float = 0.3) -> Row:
-    """TFLOP/s of a product of two square matrices of random values."""
-    with float_modes(device, precision), torch.inference_mode():
-        a, b = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
-        out = torch.empty_like(a)
-        times = time_calls(lambda: torch.matmul(a, b, out=out), device, seconds)
-    return rates(2 * side**3 / 1e12, times)
 
 
 def best_rates(rows: Iterable[Row]) -> dict[str, float]:
@@ -371,7 +324,7 @@ def run_flags(leg: Leg, folder: Path, minutes: float) -> list[str]:
 
 def train(leg: Leg) -> Row:
     """Train, copy the files of the run, and read its scores."""
-    out = Path(leg.args.out)
+    row: Row = {}
     with tempfile.TemporaryDirectory(dir=leg.args.work) as name:
         folder = Path(name) / "run"
         seconds = 3.0 if leg.dry else leg.left() - OVERHEAD
@@ -382,41 +335,39 @@ def train(leg: Leg) -> Row:
         leg.note()
         print(leg.info["command"], flush=True)
         process = subprocess.Popen([sys.executable, "train/main.py", *flags], cwd=ROOT)
-        stopped = False
         try:
             process.wait(timeout=max(leg.left() - 6, 5))
         except subprocess.TimeoutExpired:
-            stopped = True
+            row["note"] = "stopped at its limit"
             process.send_signal(signal.SIGTERM)  # it saves, and ends after its step
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=5)
             process.kill()
-        for source, target in (
-            ("best.pth", "weights.pth"), ("log.jsonl", "log.jsonl"), ("curves.png", "curves.png")
-        ):  # fmt: skip
+        else:
+            if process.returncode:
+                row["error"] = f"train/main.py ended with {process.returncode}; see log.txt"
+        files = {"best.pth": "weights.pth", "log.jsonl": "log.jsonl", "curves.png": "curves.png"}
+        for source, target in files.items():
             if (folder / source).is_file():
-                shutil.copyfile(folder / source, out / target)
-        row = scores(folder / "log.jsonl")
-        output = (folder / "log.txt").read_text(encoding="utf-8") if row else ""
-        leg.info["fallbacks"] = [line for line in output.splitlines() if "--cuda-graph:" in line]
-    if stopped:
-        row["note"] = "stopped at its limit"
-    elif process.returncode:
-        row["error"] = f"train/main.py ended with {process.returncode}; see log.txt"
+                shutil.copyfile(folder / source, Path(leg.args.out) / target)
+        if (folder / "log.jsonl").is_file():
+            row |= scores(folder)
+            lines = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
+            leg.info["fallbacks"] = [line for line in lines if "--cuda-graph:" in line]
     return row
 
 
-def scores(path: Path) -> Row:
+def scores(folder: Path) -> Row:
     """Speed, memory and scores of a run, from its log."""
-    if not path.is_file():
-        return {}
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = read_records(folder)
     scored = [r for r in records if r.get("val_miou") is not None]
     best: Row = max(scored, key=lambda r: r["val_miou"], default={})
+    speed = summarize([1000 / r["images_per_second"] for r in records])
     return {
         "epochs": len(records),
         "training_seconds": sum(r["seconds"] for r in records),
-        "images_per_second": statistics.median(r["images_per_second"] for r in records),
+        "images_per_second": speed["fps"],
+        "noisy": speed["noisy"],
         "gpu_memory_mb": records[-1].get("gpu_memory_mb"),
         "best_val_miou": best.get("val_miou"),
         "best_epoch": best.get("epoch"),

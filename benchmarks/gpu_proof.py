@@ -2,18 +2,15 @@
 
 import contextlib
 import importlib
-import json
 import math
 import re
 import runpy
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks._common import ROOT, Row
-from benchmarks.gpu_legs import (
-    PRECISIONS,
-    Leg,
-    NeedsCuda,
-    float_modes,
-    image_folder,
-    toy_data,
-    trained_network,
-)
+from benchmarks._common import ROOT, Row, tf32_mode
+from benchmarks.gpu_legs import Leg, image_folder, toy_data, trained_network
 from benchmarks.inference import load_images
 from benchmarks.training import KEYS, Batches, make_trainer, without_dropout
 from lednet.checkpoint import load_checkpoint
@@ -43,9 +32,13 @@ from lednet.inference.predictor import Predictor
 from lednet.model import LEDNet
 from lednet.training.checkpointing import Checkpoints
 
+sys.path.insert(0, str(ROOT / "tests"))
+
+from fault_injection import Run, Site, complete
+
 CPU = torch.device("cpu")
 VARIANTS = ("d20", "d128")
-TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 5e-2}
+TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 5e-2, "fp16": 5e-3}
 """Largest error of the network's outputs, relative to the largest value. For the last three,
 about four times the error of rounding each operand of the convolutions on a CPU."""
 EQUAL_LABELS = 0.999
@@ -54,10 +47,6 @@ LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-3, 0.1
 """Largest errors after 20 steps, relative to the loss and to the change of the weights. Rounding
 alone causes 5e-5 and 0.01."""
 FP16_FLAGS = ("--precision", "fp16", "--ema-decay", "0.9", "--sync-batch-norm")
-PREDICTORS = (
-    *product(("eager",), PRECISIONS), ("onnxruntime", "fp32"),
-    *product(("compiled",), ("fp32", "bf16", "tf32", "fp16")),  # half a minute each
-)  # fmt: skip
 
 
 def at_most(value: float, limit: float, **facts: Any) -> Row:
@@ -67,30 +56,30 @@ def at_most(value: float, limit: float, **facts: Any) -> Row:
 def proof(leg: Leg) -> None:
     """Check the results on this device."""
     torch.backends.cudnn.benchmark = False
-    checks: list[tuple[str, Callable[..., Row], tuple, bool, float]] = []
-    for variant in VARIANTS:
-        checks.append((f"tests/golden {variant} fp32", committed_error, (variant,), False, 1))
-        checks += [
-            (f"golden {variant} {precision}", golden_error, (variant, precision),
-             precision != "fp32", 1)
-            for precision in PRECISIONS if leg.args.golden
-        ]  # fmt: skip
-    checks += [
-        ("gradients of a step, fp32", gradient_error, (), False, 5),
-        ("folded against plain, fp32", fold_error, (), False, 2),
-        ("captured step against eager, fp32", captured_error, (), True, 5),
-    ]
-    checks += [
-        (f"Predictor {backend} {precision}", predictor_error, (backend, precision),
-         (backend, precision) != ("eager", "fp32"), 30 if backend == "compiled" else 3)
-        for backend, precision in PREDICTORS
-    ]  # fmt: skip
     pool = ThreadPoolExecutor(2 if leg.dry else 4)
     background = start_background_checks(leg, pool)
-    for name, check, arguments, gpu_only, needs in checks:
-        run = partial(check, leg, *arguments)
-        leg.measure(name, run, cuda=gpu_only, needs=needs, limit=90.0)
+
+    def check(
+        name: str, error: Callable[..., Row], *words: str, cuda: bool = False, needs: float = 1.0
+    ) -> None:
+        leg.measure(name, partial(error, leg, *words), cuda=cuda, needs=needs, limit=90.0)
         collect(leg, background)
+
+    for variant in ("d20", "d128"):
+        check(f"tests/golden {variant} fp32", committed_error, variant)
+        for precision in TOLERANCES if leg.args.golden else ():
+            name, cuda = f"golden {variant} {precision}", precision != "fp32"
+            check(name, golden_error, variant, precision, cuda=cuda)
+    check("gradients of a step, fp32", gradient_error, needs=5.0)
+    check("folded against plain, fp32", fold_error, needs=2.0)
+    check("captured step against eager, fp32", captured_error, cuda=True, needs=5.0)
+    for precision in TOLERANCES:
+        name = f"Predictor eager {precision}"
+        check(name, predictor_error, "eager", precision, cuda=precision != "fp32", needs=3.0)
+    others = (("onnxruntime", "fp32"), *(("compiled", precision) for precision in TOLERANCES))
+    for backend, precision in others:  # compilation takes half a minute
+        name, needs = f"Predictor {backend} {precision}", 30.0 if backend == "compiled" else 3.0
+        check(name, predictor_error, backend, precision, cuda=True, needs=needs)
     collect(leg, background, wait=True)
     pool.shutdown(wait=False, cancel_futures=True)
 
@@ -117,7 +106,7 @@ def committed_error(leg: Leg, variant: str) -> Row:
     net = LEDNet(20, variant).eval()
     net.load_state_dict(formula["formula_state"](net))
     net.to(leg.device)
-    with torch.inference_mode(), float_modes(leg.device, "fp32"):
+    with torch.inference_mode(), tf32_mode(leg.device, "fp32"):
         image = formula["formula_image"]().to(leg.device)
         logits = relative_error(net(image)[:, :, ::4, ::4], reference["logits"])
         encoder = relative_error(net.encoder_stage()(image), reference["encoder_logits"])
@@ -274,59 +263,29 @@ def start_background_checks(leg: Leg, pool: ThreadPoolExecutor) -> dict[str, Fut
     return {name: pool.submit(job) for name, job in jobs.items()}
 
 
-def toy_command(leg: Leg, folder: Path, *flags: str) -> list[str]:
-    """A short training of stage 2 on toy data."""
-    command = f"--height 64 --width 128 --batch-size 2 --num-workers 0 --augment modern --decoder \
-        --no-iouTrain --num-epochs {2 if leg.dry else 3} --device {leg.device.type}"
-    return ["train/main.py", "--datadir", str(toy_data(leg.args)), "--savedir", str(folder),
-            *command.split(), *flags]  # fmt: skip
-
-
-def start(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def finish(leg: Leg, process: subprocess.Popen[str], must_succeed: bool = True) -> str:
-    """Output of a process, which is killed when the leg's time is over."""
-    try:
-        output = process.communicate(timeout=max(leg.left() - 3, 1))[0]
-    except subprocess.TimeoutExpired:
-        process.kill()
-        print(process.communicate()[0], flush=True)
-        raise
-    if process.returncode:
-        print(output, flush=True)
-        if must_succeed:
-            text = " ".join(output.split())[-200:]
-            raise RuntimeError(f"exit status {process.returncode}: {text}")
-    return output
+@contextlib.contextmanager
+def toy_runs(leg: Leg, *names: str) -> Iterator[list[Site]]:
+    """Sites of short trainings of stage 2 on toy data."""
+    with tempfile.TemporaryDirectory(dir=leg.args.work, ignore_cleanup_errors=True) as folder:
+        flags = ("--height", 64, "--width", 128, "--num-workers", 0, "--augment", "modern",
+                 "--decoder", "--device", leg.device.type)  # fmt: skip
+        epochs = 2 if leg.dry else 3
+        yield [Site(toy_data(leg.args), Path(folder) / name, epochs, flags) for name in names]
 
 
 def resumed_difference(leg: Leg, deterministic: bool) -> Row:
     """Final weights of a run that is killed and resumed, against those of an uninterrupted one."""
-    work = tempfile.TemporaryDirectory(dir=leg.args.work, ignore_cleanup_errors=True)
-    with work as name, contextlib.ExitStack() as cleanup:
-        whole, killed = Path(name) / "whole", Path(name) / "killed"
-        flags = ["--save-steps", "3"] + ["--deterministic"] * deterministic
-        other, process = (start(toy_command(leg, folder, *flags)) for folder in (whole, killed))
-        cleanup.callback(other.kill)
-        cleanup.callback(process.kill)
-        while process.poll() is None and not Checkpoints(killed).paths():
-            time.sleep(0.01)
-        if process.poll() is not None:
-            finish(leg, process)
-            raise RuntimeError("the run ended before it could be killed")
-        process.kill()
-        process.communicate()
-        step = int(Checkpoints(killed).paths()[0].stem[-9:])
-        finish(leg, start([*toy_command(leg, killed, *flags), "--resume"]))
-        finish(leg, other)
+    flags = ("--save-steps", 3, *["--deterministic"] * deterministic)
+    with toy_runs(leg, "whole", "killed") as (whole, killed):
+        other, run = (Run(site, *flags) for site in (whole, killed))
+        run.wait_for_steps()
+        run.abandon()
+        step = killed.step()
+        complete(killed, *flags)
+        other.finish()
         expected, found = (
-            load_checkpoint(Checkpoints(folder).paths()[0])["state_dict"]
-            for folder in (whole, killed)
+            load_checkpoint(Checkpoints(site.folder).paths()[0])["state_dict"]
+            for site in (whole, killed)
         )
     largest = max((found[key].double() - expected[key].double()).abs().max() for key in expected)
     row = at_most(largest.item(), 0.0, note=f"difference of weights; killed at step {step}")
@@ -338,23 +297,25 @@ def resumed_difference(leg: Leg, deterministic: bool) -> Row:
 def finite_run(leg: Leg, *flags: str) -> Row:
     """The last loss of a run on a GPU that torchrun starts; train/main.py must take its flags."""
     if not leg.cuda:
-        raise NeedsCuda
-    with tempfile.TemporaryDirectory(dir=leg.args.work) as name:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-        finish(leg, start([*launcher, *toy_command(leg, Path(name) / "run", *flags)]))
-        log = (Path(name) / "run/log.txt").read_text()
-        lines = (Path(name) / "run/log.jsonl").read_text().splitlines()
-    loss = json.loads(lines[-1])["train_loss"]
+        return {"note": "needs CUDA"}
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
+    with toy_runs(leg, "run") as (site,):
+        complete(site, *flags, launcher=launcher)
+        log, loss = (site.folder / "log.txt").read_text(), site.records()[-1]["train_loss"]
     passed = math.isfinite(loss) and "--cuda-graph:" not in log  # steps that were not captured
     return {"value": loss, "limit": "finite", "passed": passed, "note": "last loss"}
 
 
 def gpu_tests(leg: Leg) -> Row:
     """The project's tests that need a GPU."""
-    files = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py"))
-             if "mark.gpu" in p.read_text(encoding="utf-8")]  # fmt: skip
-    command = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    process = start([*command, "--continue-on-collection-errors", *files])
-    output = finish(leg, process, must_succeed=False).strip()
-    summary = output.splitlines()[-1].strip("= ") if output else "no output"
-    return {"value": summary, "limit": "all pass", "passed": process.returncode == 0}
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py"))
+             if "mark.gpu" in path.read_text(encoding="utf-8")]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "--continue-on-collection-errors", *files], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=max(leg.left() - 3, 1),
+    )  # fmt: skip
+    if done.returncode:
+        print(done.stdout, flush=True)
+    summary = (done.stdout.strip() or "no output").splitlines()[-1].strip("= ")
+    return {"value": summary, "limit": "all pass", "passed": done.returncode == 0}

@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -14,28 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks._common import Row, percentiles, summarize, time_calls
-from benchmarks.gpu_legs import (
-    DTYPES,
-    PRECISIONS,
-    Leg,
-    capture,
-    ceilings,
-    data_of,
-    float_modes,
-    image_folder,
-    trained_network,
-)
-from benchmarks.inference import Peer, load_images
+from benchmarks._common import DTYPES, Row, Size, summarize, tf32_mode, time_calls
+from benchmarks.gpu_legs import Leg, capture, ceilings, data_of, image_folder, trained_network
+from benchmarks.inference import Peer, ToLabels, labels_of, load_images
 from benchmarks.training import TrainingData, busy_share, make_trainer, time_steps
 from lednet.data.registry import open_dataset
 from lednet.device import peak_memory_mb, synchronize
 from lednet.export.fuse import fuse_channel_shuffles, fuse_conv_bn
 from lednet.inference.benchmark import count_macs
 from lednet.inference.predictor import Predictor
-from lednet.model import LEDNet, resize
-
-Size = tuple[int, int]
+from lednet.model import LEDNet
 
 PEERS = ("lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large")
 LOGITS, LABELS = "logits", "labels"
@@ -84,47 +73,20 @@ GRAPH = Variant(precision="bf16", engine="graph")
 COMPILED = Variant(precision="bf16", engine="reduce-overhead")
 
 
-def make_core(variant: Variant, net: LEDNet) -> nn.Module:
-    """A new module for a variant, on the CPU, in float32: images to logits of any size."""
+def make_module(variant: Variant, net: LEDNet, normalization: Row) -> ToLabels:
+    """A new module for a variant, on the CPU."""
+    core: nn.Module
     if variant.network != "lednet":
-        return Peer(variant.network)
-    if not variant.fold:
-        return copy.deepcopy(nn.Sequential(net.encoder, net.decoder)).eval()
-    folded = fuse_conv_bn(net)
-    if not variant.shuffles:
-        return fuse_channel_shuffles(folded)
-    return nn.Sequential(folded.encoder, folded.decoder)
-
-
-class EndToEnd(nn.Module):
-    """A core with what precedes and follows it.
-
-    For "logits": (N, 3, H, W) floats to logits (N, C, H, W). For "labels": (N, H, W, 3) uint8 to
-    label maps (N, H, W) uint8.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, core: nn.Module, scope: str, normalization: Row, variant: Variant):
-        super().__init__()
-        self.core, self.scope, self.dtype = core, scope, DTYPES[variant.precision]
-        self.layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-        for key, value in (("mean", 0.0), ("std", 1.0)):
-            values = torch.tensor(normalization.get(key, [value] * 3), dtype=torch.float32)
-            self.register_buffer(key, values)
-
-    def prepare(self, images: Tensor) -> Tensor:
-        x = ((images.float() / 255 - self.mean) / self.std).to(self.dtype).permute(0, 3, 1, 2)
-        return x.contiguous(memory_format=self.layout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.scope == LABELS:
-            x = self.prepare(x)
-        logits = self.core(x)
-        if logits.shape[-2:] != x.shape[-2:]:
-            logits = resize(logits, x.shape[-2:])
-        return logits.argmax(1).to(torch.uint8) if self.scope == LABELS else logits
+        core = Peer(variant.network)
+    elif not variant.fold:
+        core = copy.deepcopy(nn.Sequential(net.encoder, net.decoder))
+    else:
+        folded = fuse_conv_bn(net)
+        core = nn.Sequential(folded.encoder, folded.decoder)
+        core = core if variant.shuffles else fuse_channel_shuffles(folded)
+    dtype = DTYPES[variant.precision]
+    layout = torch.channels_last if variant.channels_last else torch.contiguous_format
+    return ToLabels(core, normalization, dtype, layout).eval()
 
 
 @torch.no_grad()
@@ -150,11 +112,6 @@ def row_name(title: str, scope: str, size: Size, batch: int) -> str:
     return f"{title}; {scope} {size[0]}x{size[1]} x{batch}"
 
 
-def copies(times: list[float], batch: int) -> Row:
-    """`summarize` for times with the copies from and to main memory."""
-    return {f"copies_{key}": value for key, value in summarize(times, batch).items()}
-
-
 class InferenceTable:
     """Measurements of inference. Labels are compared with those of the network as published, for
     the same size and batch."""
@@ -167,9 +124,9 @@ class InferenceTable:
 
     @lru_cache(maxsize=2)  # noqa: B019 - lives as long as the process
     def images(self, size: Size, batch: int) -> Tensor:
-        """(batch, *size, 3) uint8; eight different ones at most."""
+        """(batch, 3, *size) uint8, channels last as decoders write them; eight different ones."""
         few = load_images(image_folder(self.leg.args), size, min(batch, 8))
-        return few[torch.arange(batch) % len(few)].permute(0, 2, 3, 1).contiguous()
+        return few[torch.arange(batch) % len(few)].contiguous(memory_format=torch.channels_last)
 
     def measure(self, variant: Variant, size: Size, batch: int, *scopes: str) -> None:
         slow = {"reduce-overhead": 35.0, "max-autotune": 60.0}
@@ -187,20 +144,22 @@ class InferenceTable:
     def _measure(self, variant: Variant, scope: str, size: Size, batch: int) -> Row:
         device = self.leg.device
         start = time.perf_counter()
-        core = make_core(variant, self.net)
-        row = self._floor(core, variant, scope, size, batch)
-        module = EndToEnd(core, scope, self.normalization, variant).eval().to(device)
-        core.to(dtype=module.dtype).to(memory_format=module.layout)
+        module = make_module(variant, self.net, self.normalization)
+        row = self._floor(module.net, variant, scope, size, batch)
+        module.to(device).net.to(dtype=module.dtype).to(memory_format=module.memory_format)
         images = self.images(size, batch)
         given = images.to(device)
-        example = module.prepare(given) if scope == LOGITS else given
+        function: Callable[[Tensor], Tensor] = module
+        example = given
+        if scope == LOGITS:
+            function, example = module.logits, module.prepare(given)
         mode = torch.inference_mode() if variant.engine == "eager" else torch.no_grad()
-        with mode, float_modes(device, variant.precision):
-            call: Callable[[], Tensor] = partial(module, example)
+        with mode, tf32_mode(device, variant.precision):
+            call: Callable[[], Tensor] = partial(function, example)
             if variant.engine == "graph":
-                call = capture(call)
+                call = capture(call, device)
             elif variant.engine != "eager":
-                call = partial(torch.compile(module, mode=variant.engine, dynamic=False), example)
+                call = partial(torch.compile(function, mode=variant.engine, dynamic=False), example)
             call()
             synchronize(device)
             row["prepared_s"] = time.perf_counter() - start
@@ -220,7 +179,7 @@ class InferenceTable:
 
     def _with_copies(self, call: Callable[[], Tensor], given: Tensor, images: Tensor) -> Row:
         """The same from page-locked main memory and back to it, by the host's clock."""
-        source, target = images, torch.empty(images.shape[:3], dtype=torch.uint8)
+        source, target = images, torch.empty_like(images[:, 0])
         if self.leg.cuda:
             source, target = source.pin_memory(), target.pin_memory()
 
@@ -228,8 +187,11 @@ class InferenceTable:
             given.copy_(source, non_blocking=True)
             target.copy_(call(), non_blocking=True)
 
-        times = time_calls(whole, self.leg.device, self.seconds, host_clock=True)
-        return copies(times, len(images))
+        return self._time_copies(whole, len(images))
+
+    def _time_copies(self, call: Callable[[], object], batch: int) -> Row:
+        times = time_calls(call, self.leg.device, self.seconds, host_clock=True)
+        return {f"copies_{key}": value for key, value in summarize(times, batch).items()}
 
     def _agreement(self, size: Size, labels: Tensor) -> Row:
         """Share of the labels that equal those of the network as published."""
@@ -256,20 +218,20 @@ class InferenceTable:
     def predictor(self, backend: str, precision: str, size: Size, batch: int) -> None:
         """`Predictor` as a user calls it: uint8 in main memory to label maps there."""
 
-        def run() -> Row:
-            images = self.images(size, batch).permute(0, 3, 1, 2).contiguous()
+        def measure() -> Row:
+            images = self.images(size, batch)
             predictor = Predictor(
                 self.net, size, **self.normalization, device=self.leg.device, backend=backend,
                 precision=precision,
             )  # fmt: skip
-            call = lambda: predictor.label_maps(images)[0].cpu()  # noqa: E731
-            times = time_calls(call, self.leg.device, self.seconds, host_clock=True)
-            row = copies(times, batch) | {"peak_mb": peak_memory_mb(self.leg.device)}
-            return row | self._agreement(size, call().to(self.leg.device))
+            run = labels_of(predictor)
+            row = self._time_copies(partial(run, images), batch)
+            row |= {"peak_mb": peak_memory_mb(self.leg.device)}
+            return row | self._agreement(size, run(images).to(self.leg.device))
 
         free_memory(self.leg)
         self.leg.measure(
-            row_name(f"Predictor, {backend}, {precision}", LABELS, size, batch), run, limit=100,
+            row_name(f"Predictor, {backend}, {precision}", LABELS, size, batch), measure, limit=100,
             needs=30 if backend == "compiled" else 2, cuda=backend == "compiled",
         )  # fmt: skip
 
@@ -297,7 +259,7 @@ def inference(leg: Leg) -> None:
         table.measure(variant, large, one)
     table.measure(COMPILED, small, one, LABELS)
     table.predictor("compiled", "bf16", small, one)
-    for precision in PRECISIONS:
+    for precision in DTYPES:
         table.measure(Variant(precision=precision), small, one, LOGITS)
     table.measure(PUBLISHED._replace(precision="tf32"), small, one, LOGITS)
     for precision in ("fp16", "tf32", "fp32"):
@@ -365,11 +327,11 @@ class TrainingTable:
         start = time.perf_counter()
         run()  # starts workers, compiles or captures
         prepared, times = time.perf_counter() - start, run()
-        seconds = sum(times[1:]) / len(times[1:]) / 1000 / batch
-        row = percentiles(times) | {"prepared_s": prepared, "peak_mb": peak_memory_mb(device)}
-        row |= {"images_per_second": 1 / seconds}
+        rate = 1000 * batch / statistics.mean(times[1:])
+        row = summarize(times, batch) | {"prepared_s": prepared, "peak_mb": peak_memory_mb(device)}
+        row["images_per_second"], _ = rate, row.pop("fps")  # the mean includes waiting for data
         plain = self.leg.find(f"{PLAIN} {size[0]}x{size[1]} x{batch}", "images_per_second")
-        row |= {"x_plain": 1 / seconds / plain} if plain else {}
+        row |= {"x_plain": rate / plain} if plain else {}
         self.leg.note(**row)  # a profiler that fails does not lose them
         return row | ({"busy": busy_share(run, device)} if profile else {})
 

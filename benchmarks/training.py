@@ -32,32 +32,28 @@ from torch import Tensor, nn
 from benchmarks._common import (
     ROOT,
     Row,
+    Size,
     Stopwatch,
     add_options,
     alternate,
-    call_alone,
     make_parser,
-    percentiles,
     plot_bars,
     print_row,
+    summarize,
     time_each,
     write_record,
 )
+from lednet.cli.common import COUNT, DATASETS, POSITIVE
 from lednet.data.cache import CachedDataset, build_cache
 from lednet.data.dataset import PairDataset, SegmentationDataset
 from lednet.data.device_cache import DeviceLoader, load_to_device
 from lednet.data.loaders import make_loaders
-from lednet.data.registry import DATASETS, open_dataset
+from lednet.data.registry import open_dataset
 from lednet.data.transforms import Augmentation
-from lednet.device import (
-    allow_tf32,
-    choose_device,
-    describe_device,
-    fast_precisions,
-    peak_memory_mb,
-)
+from lednet.device import allow_tf32, choose_device, fast_precisions
 from lednet.distributed import DistributedContext
-from lednet.errors import UserError, exit_on_user_error
+from lednet.errors import exit_on_user_error
+from lednet.io import plain_values
 from lednet.model import LEDNet
 from lednet.training.losses import WeightedCrossEntropy
 from lednet.training.tasks import Segmentation
@@ -141,7 +137,7 @@ class TrainingData:
     def __init__(
         self,
         whole: SegmentationDataset,
-        size: tuple[int, int],
+        size: Size,
         max_images: int,
         device: torch.device,
         folder: Path,
@@ -237,16 +233,17 @@ class Comparison:
     def rows(
         self, title: str, competitors: Mapping[str, Callable[[], list[float]]], **facts: Any
     ) -> list[Row]:
-        """A row for each: images per second in the median round, p50 and p95 of a batch."""
+        """A row for each; times are the mean times of a batch in each round."""
         print(title + "".join(f", {value} {key}" for key, value in facts.items()))
         rows: list[Row] = []
         for name, rounds in alternate(competitors, self.args.rounds).items():
-            rate = 1000 * self.args.batch_size / statistics.median(map(statistics.mean, rounds))
-            ratio = rate / rows[0]["images_per_second"] if rows else 1.0
-            row: Row = {"name": name, "images_per_second": rate, "ratio_to_plain": ratio}
-            row |= percentiles(list(itertools.chain(*rounds)))
+            row: Row = {"name": name}
+            row |= summarize([*map(statistics.mean, rounds)], self.args.batch_size)
+            row["images_per_second"] = row.pop("fps")
+            first = rows[0] if rows else row
+            row["ratio_to_plain"] = row["images_per_second"] / first["images_per_second"]
             rows.append(row | facts)
-            print_row(row)
+            print_row(rows[-1])
         return rows
 
     def loaders_alone(self, workers: int) -> list[Row]:
@@ -281,7 +278,6 @@ class Comparison:
     def measure(self) -> Row:
         """Run all measurements; see the module's docstring."""
         args, files = self.args, self.data.files
-        image_size = list(files.read(0)[0].shape[:2])
         loaders = [row for workers in args.num_workers for row in self.loaders_alone(workers)]
         trainers = {way: self.trainer(way) for way in self.ways}
         steps = self.steps_alone(trainers)
@@ -289,65 +285,28 @@ class Comparison:
         print(f"best: {best}")
         pair = {PLAIN: trainers[PLAIN], FAST: trainers[best]}
         both = [row for workers in args.num_workers for row in self.both(pair, workers)]
-        peaks = {}
-        for way in dict.fromkeys((PLAIN, best)) if args.memory else ():
-            peaks[way] = call_alone(peak_memory, args, self.device, self.data.folder, way)
-            print(f"peak memory, {way}: {peaks[way]}")
         return {
-            "dataset": args.dataset,
             "images": len(files),
-            "image_size": image_size,
-            "size": [args.height, args.width],
-            "batch_size": args.batch_size,
-            "rounds": args.rounds,
+            "image_size": list(files.read(0)[0].shape[:2]),
             "loader": loaders,
             "step": steps,
             "best": best,
             "whole": both,
-            "peak_memory": peaks,
-            "peak_memory_of": "GPU's tensors" if self.device.type == "cuda" else "whole process",
         }
 
 
-def peak_memory(args: argparse.Namespace, device: torch.device, cache: Path, way: str) -> Row:
-    """Peak memory of this process in MB, before the first of two steps and after them."""
-    bench = Comparison(args, device, cache)
-    trainer, loader = bench.trainer(way), bench.loader(PLAIN if way == PLAIN else FAST, 2, 0)
-    before = peak_memory_mb(device)
-    time_steps(trainer, loader)
-    return {"before_mb": before, "peak_mb": peak_memory_mb(device)}
-
-
-def plot(record: Row, device: str, path: Path) -> None:
-    """Bars of images per second, a panel each for loader, step and both."""
-    panels = {}
-    for part, title in (("loader", "loader alone"), ("step", "step alone"), ("whole", "both")):
-        panels[title] = [
-            (row["name"] + (f", {row['num_workers']} workers" if "num_workers" in row else ""),
-             row["images_per_second"],
-             f"{row['images_per_second']:.3g} ({row['ratio_to_plain']:.2f}x)",
-             "#bab0ac" if row["name"] == PLAIN else "#4c78a8")
-            for row in record[part]
-        ]  # fmt: skip
-    height, width = record["size"]
-    title = f"Training at {height}x{width}, batch {record['batch_size']}: {device}"
-    plot_bars(path, title, "images per second", panels)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, "--json", "--plot")
+    parser = make_parser(__doc__, "--json", "--plot", "--device")
     # fmt: off
-    parser.add_argument("--dataset", choices=DATASETS, default="cityscapes")
+    parser.add_argument("--dataset", choices=DATASETS, default="cityscapes", help="data set")
     parser.add_argument("--datadir", type=Path,
                         help="folder of the data set (default: datasets/<dataset>)")
-    parser.add_argument("--num-workers", type=int, nargs="+", metavar="N",
+    parser.add_argument("--num-workers", type=COUNT, nargs="+", metavar="N",
                         default=[0, min(4, os.cpu_count() or 1)],
-                        help="numbers of loading processes to compare (default: 0, and one per "
-                             "core, 4 at most)")
-    parser.add_argument("--steps", type=int, help="per round (default: 2; on GPUs 60)")
+                        help="numbers of loading processes to compare")
+    parser.add_argument("--steps", type=POSITIVE, help="per round (default: 2; on GPUs 60)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="compare torch.compile too, minutes more (default: on GPUs)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     # fmt: on
     add_options(
         parser,
@@ -356,7 +315,6 @@ def build_parser() -> argparse.ArgumentParser:
         width=(1024, "in pixels"),
         batch_size=(4, "images of a step"),
         rounds=(3, "of all competitors"),
-        memory=(True, "peak memory, each in a process of its own"),
     )
     return parser
 
@@ -367,17 +325,14 @@ def main() -> None:
     args.datadir = args.datadir or ROOT / "datasets" / args.dataset
     if args.compile is None:
         args.compile = device.type == "cuda"
-    if args.steps is None:
-        args.steps = 60 if device.type == "cuda" else 2
-    for name in ("max_images", "height", "width", "batch_size", "steps", "rounds"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is too small: give 1 or more")
-    start = time.perf_counter()
+    args.steps = args.steps or (60 if device.type == "cuda" else 2)
     with tempfile.TemporaryDirectory() as folder:
         record = Comparison(args, device, Path(folder) / "cache").measure()
-    write_record(args.json, device, record | {"seconds": time.perf_counter() - start})
+    write_record(args.json, device, {"options": plain_values(vars(args))} | record)
     if args.plot:
-        plot(record, describe_device(device), args.plot)
+        title = f"Training at {args.height}x{args.width}, batch {args.batch_size}"
+        panels = {"loader alone": "loader", "step alone": "step", "both": "whole"}
+        plot_bars(args.plot, title, {name: record[part] for name, part in panels.items()})
 
 
 if __name__ == "__main__":

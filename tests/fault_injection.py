@@ -68,18 +68,20 @@ class Site:
         data: a toy Cityscapes tree.
         folder: the run folder.
         num_epochs: epochs of each stage.
+        options: further flags of train/main.py.
         next_says: pattern that the next process must print.
     """
 
     data: Path
     folder: Path
     num_epochs: int = 2
+    options: tuple[object, ...] = ()
     next_says: str = ""
 
     @property
     def flags(self) -> tuple[object, ...]:
         paths = ("--datadir", self.data, "--savedir", self.folder)
-        return (*paths, *FLAGS, "--num-epochs", self.num_epochs)
+        return (*paths, *FLAGS, "--num-epochs", self.num_epochs, *self.options)
 
     def step(self) -> int:
         """Number of the newest checkpoint; 0 without one."""

@@ -9,10 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 
-from benchmarks import gpu, gpu_legs, gpu_speed
+from benchmarks import _common, gpu, gpu_legs, gpu_speed
 from benchmarks.gpu_legs import Leg
 from lednet import LEDNet
 
@@ -53,7 +52,7 @@ def test_gpu_dry_run_writes_results_and_summary(run_script, tmp_path):
 )
 def test_leg_dry_run_measures_and_checks(leg, name, only, count, toy_cityscapes):
     vars(leg.args).update(data=toy_cityscapes, dataset="cityscapes", only=only)
-    getattr(importlib.import_module(f"benchmarks.{gpu.MODULES[name]}"), name)(leg)
+    getattr(importlib.import_module(f"benchmarks.{gpu.LEGS[name][0]}"), name)(leg)
     rows = {row["name"]: row for row in json.loads(leg.path.read_text())["rows"]}
     assert len(rows) == count and not [row for row in rows.values() if "error" in row]
     if name == "proof":
@@ -136,6 +135,13 @@ def test_measure_keeps_rows_and_facts_of_failures(leg, capsys):
     assert last["name"] == "fifth" and "log.txt" in last["error"]
 
 
+def test_summarize_marks_noisy_times():
+    assert _common.summarize([10.0] * 9 + [20.0] * 2, 2) | {"p95_ms": 0} == {
+        "p50_ms": 10, "p95_ms": 0, "fps": 200, "noisy": True, "runs": 11,
+    }  # fmt: skip
+    assert not _common.summarize([10.0] * 99 + [20.0])["noisy"]
+
+
 def test_count_traffic_adds_inputs_and_outputs_of_layers():
     net = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
     expected = (3 + 5 + 5 + 5 / 4) * 8 * 12
@@ -145,27 +151,22 @@ def test_count_traffic_adds_inputs_and_outputs_of_layers():
 @pytest.mark.parametrize("variant", [gpu_speed.Variant(), gpu_speed.Variant(shuffles=False)])
 def test_variant_computes_the_labels_of_the_network(variant):
     torch.manual_seed(0)
-    net, images = LEDNet(20).eval(), torch.randint(0, 256, (1, 40, 56, 3), dtype=torch.uint8)
+    net, images = LEDNet(20).eval(), torch.randint(0, 256, (1, 3, 40, 56), dtype=torch.uint8)
     normalization = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
-    mean, std = (torch.tensor(values) for values in normalization.values())
-    core = gpu_speed.make_core(variant, net)
-    model = gpu_speed.EndToEnd(core, gpu_speed.LABELS, normalization, variant)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in normalization.values())
+    module = gpu_speed.make_module(variant, net, normalization)
     with torch.no_grad():
-        expected = net(((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)).argmax(1)
-        assert (model(images) == expected).float().mean() > 0.999
+        expected = net((images.float() / 255 - mean) / std).argmax(1)
+        assert (module(images) == expected).float().mean() > 0.999
 
 
 def test_gpu_with_missing_options_is_refused(run_inside, tmp_path):
-    done = run_inside("benchmarks/gpu.py", "--dry-run")
-    assert done.returncode == 2 and "--out" in done.stderr
-    done = run_inside("benchmarks/gpu.py", "--out", tmp_path / "out", "--data", tmp_path / "none")
-    assert done.returncode == 2 and "check --data" in done.stderr
+    run_inside("benchmarks/gpu.py", "--dry-run").assert_error("--out")
+    missing = ("--out", tmp_path / "out", "--data", tmp_path / "none")
+    run_inside("benchmarks/gpu.py", *missing).assert_error("check --data")
 
 
-def test_gpu_write_docs_writes_tables_into_the_page(monkeypatch, tmp_path):
-    page = tmp_path / "gpu.md"
-    page.write_text((ROOT / "docs/gpu.md").read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr(gpu, "PAGE", page)
+def test_summary_shows_all_rows_as_tables():
     rows = [
         {"name": "a", "value": 0.98765, "passed": False},
         {"name": "b", "value": 4321.0, "passed": True, "note": "one|two"},
@@ -176,21 +177,20 @@ def test_gpu_write_docs_writes_tables_into_the_page(monkeypatch, tmp_path):
         "proof": {**ended, "info": {}, "rows": rows, "left_out": ["c"]},
         "run": {**ended, "info": {"command": "python train/main.py"}, "rows": [run]},
     }
-    (tmp_path / "results.json").write_text(json.dumps({"command": "c", "legs": legs}))
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--write-docs", str(tmp_path / "results.json")])
-    assert gpu.main() == 0
-    text = page.read_text(encoding="utf-8")
-    assert "Not yet run" not in text and "| proof | ran | 9 | 20 | 2 | 1 |" in text
-    assert "| a | 0.9877 | **no** |  |\n| b | 4,321 | yes | one/two |" in text
+    text = gpu.summary({"command": "c", "dry_run": False, "legs": legs})
+    assert "| proof | ran | 9 | 20 | 2 | 1 |" in text
+    assert "| a | 0.9877 | no |  |\n| b | 4,321 | yes | one/two |" in text
     assert "command python train/main.py" in text and "left for: c." in text
     assert "- class iou: road 0.5\n- curve: 2: 0.25" in text
 
 
 def test_scores_of_log_are_those_of_best_and_last_epoch(tmp_path):
     scores = ((1, None), (2, 0.25), (3, 0.2))
-    lines = [{"epoch": e, "seconds": 2.0, "images_per_second": 9.0, "val_miou": v}
-             for e, v in scores]  # fmt: skip
+    lines = [
+        {"stage": "decoder", "epoch": e, "seconds": 2.0, "images_per_second": 9.0, "val_miou": v}
+        for e, v in scores
+    ]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = gpu_legs.scores(tmp_path / "log.jsonl")
+    found = gpu_legs.scores(tmp_path)
     assert (found["epochs"], found["best_val_miou"], found["best_epoch"]) == (3, 0.25, 2)
     assert found["last_val_miou"] == 0.2 and found["curve"] == [[2, 0.25], [3, 0.2]]

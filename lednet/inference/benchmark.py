@@ -45,10 +45,19 @@ def time_runs(
         synchronize(device)
         if run >= warmup:
             times.append((time.perf_counter() - start) * 1000)
-    p95 = times[0]
-    if len(times) > 1:
-        p95 = statistics.quantiles(times, n=20, method="inclusive")[-1]
+    return percentiles(times)
+
+
+def percentiles(times: Sequence[float]) -> dict[str, float]:
+    """Median and 95th percentile of times in ms."""
+    p95 = statistics.quantiles(times, n=20, method="inclusive")[-1] if len(times) > 1 else times[0]
     return {"p50_ms": statistics.median(times), "p95_ms": p95}
+
+
+def with_rate(times: dict[str, float], images: int) -> dict[str, Any]:
+    """Add "fps", images per second by the median, and "noisy" to the `percentiles` of a batch."""
+    noisy = times["p95_ms"] > NOISY_RATIO * times["p50_ms"]
+    return {**times, "fps": images * 1000 / times["p50_ms"], "noisy": noisy}
 
 
 @torch.inference_mode()
@@ -93,13 +102,9 @@ def benchmark(
     prepared = predictor.prepare(images)[:, :height, :width].contiguous()
     forward_size = tuple(prepared.shape[1:3])
     with torch.inference_mode():
-        forward = time_runs(lambda: predictor.runner(prepared), device, warmup, runs, max_seconds)
-        whole = time_runs(
-            lambda: predictor.label_maps(images)[0].cpu(), device, warmup, runs, max_seconds
-        )
-    for times in (forward, whole):
-        times["fps"] = batch * 1000 / times["p50_ms"]
-        times["noisy"] = times["p95_ms"] > NOISY_RATIO * times["p50_ms"]
+        limits = (device, warmup, runs, max_seconds)
+        forward = time_runs(lambda: predictor.runner(prepared), *limits)
+        whole = time_runs(lambda: predictor.label_maps(images)[0].cpu(), *limits)
     return {
         "device": describe_device(device),
         "torch": torch.__version__,
@@ -119,8 +124,8 @@ def benchmark(
         "gmacs": count_macs(predictor.net, forward_size) / 1e9,
         "peak_memory_mb": peak_memory_mb(device),
         "peak_memory_of": "GPU's tensors" if device.type == "cuda" else "whole process",
-        "forward": forward,
-        "image_to_label_map": whole,
+        "forward": with_rate(forward, batch),
+        "image_to_label_map": with_rate(whole, batch),
     }
 
 

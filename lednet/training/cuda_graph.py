@@ -66,7 +66,7 @@ class CapturedStep:
 
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:
-                _warm_up(call, device)
+                warm_up(call, device)
                 restore()
                 self._replay, self.outputs = record(call)
             finally:
@@ -84,7 +84,7 @@ class CapturedStep:
         return self.outputs
 
 
-def _warm_up(call: Callable[[], Outputs], device: torch.device) -> None:
+def warm_up(call: Callable[[], object], device: torch.device) -> None:
     """Run `call` a few times, on CUDA in a side stream, as recording requires."""
     if device.type != "cuda":
         for _ in range(WARM_UP_STEPS):

@@ -80,6 +80,18 @@ class DistributedContext:
         return DistributedDataParallel(model, device_ids=ids)
 
 
+def _require_environment() -> None:
+    """Raise a `UserError` unless the variables of `torchrun` are complete."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name)
+        if value is None or not (value.isdecimal() or name == "MASTER_ADDR"):
+            state = "not set" if value is None else repr(value)
+            raise UserError(
+                f"WORLD_SIZE is set in the environment, but {name} is {state}: start several "
+                "processes with torchrun, or unset WORLD_SIZE for a single one"
+            )
+
+
 def init_distributed(device_name: str = "auto") -> DistributedContext:
     """Join the process group that `torchrun` describes in the environment, if there is one.
 
@@ -89,14 +101,21 @@ def init_distributed(device_name: str = "auto") -> DistributedContext:
         device_name: see `choose_device`.
 
     Raises:
-        UserError: the device is not available.
+        UserError: the device is not available, the environment describes a part of a process
+            group only, or this process has no GPU of its own.
     """
     device = choose_device(device_name)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return DistributedContext(rank=0, size=1, device=device)
+    _require_environment()
+    size = int(os.environ["WORLD_SIZE"])
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= (count := torch.cuda.device_count()):
+            raise UserError(
+                f"process {device.index + 1} of this machine has no GPU ({count} can be used): "
+                "start one process per GPU with --nproc-per-node, or choose --device cpu"
+            )
         torch.cuda.set_device(device)
     store, rank, _ = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from lednet.data.loaders import make_loaders
 from lednet.data.samplers import ResumableDistributedSampler
-from lednet.distributed import DistributedContext
+from lednet.distributed import DistributedContext, init_distributed
+from lednet.errors import UserError
 from lednet.signals import StopRequest
 from lednet.training.losses import resize_target
 from lednet.training.signals import Action, CheckpointTimer, TrainingStopped
@@ -322,3 +323,30 @@ def test_stopped_run_of_several_processes_resumes(results):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-6)
             for key in ("train_miou", "val_miou", "lr"):
                 assert ours[key] == theirs[key]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "but RANK is not set: start several processes with torchrun"),
+        ({"WORLD_SIZE": "two"}, "but WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "x"}, "but LOCAL_RANK is 'x'"),
+    ],
+)
+def test_init_distributed_with_an_incomplete_environment_is_refused(monkeypatch, values, words):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        init_distributed("cpu")
+
+
+def test_init_distributed_with_more_processes_than_gpus_is_refused(monkeypatch):
+    names = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2", "MASTER_PORT": "1"}
+    for name, value in {**names, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"process 3 of this machine has no GPU \(2 can be used\)"):
+        init_distributed("cuda")

@@ -17,7 +17,13 @@ import os
 import random
 from pathlib import Path
 
-from lednet.cli.common import add_num_workers_flag, make_parser, print_help_early
+from lednet.cli.common import (
+    SEED,
+    add_num_workers_flag,
+    make_parser,
+    print_help_early,
+    usable_cpus,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = {"train": 96, "val": 24, "test": 6, "train_extra": 24}
@@ -36,8 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, type=int, default=count, help=f"scenes in {split}")
     parser.add_argument("--width", type=int, default=512, help="width in pixels")
     parser.add_argument("--height", type=int, default=256, help="height in pixels")
-    parser.add_argument("--seed", type=int, default=1, help="random seed")
-    add_num_workers_flag(parser, min(os.cpu_count() or 1, 8), "drawing processes")
+    parser.add_argument("--seed", type=SEED, default=1, help="random seed")
+    add_num_workers_flag(parser, min(usable_cpus(), 8), "drawing processes")
     return parser
 
 

@@ -115,6 +115,11 @@ def unused_images(files: Iterable[Path], used: Collection[Path]) -> list[Path]:
     return [path for path in files if path.suffix.lower() in formats and path not in used]
 
 
+def expand_home(text: str) -> str:
+    """`text` with a leading `~/` as the home folder, which shells leave in `--flag=~/folder`."""
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
 def read_text(path: str | os.PathLike) -> str:
     """Read a text file that people edit: UTF-8, with or without a byte order mark.
 

@@ -91,6 +91,8 @@ def test_train_damaged_data_is_refused(train, own_camvid, tmp_path, damage, word
         (("--clip-norm", 0), "--clip-norm is 0"),
         (("--ema-decay", 1), "--ema-decay is 1"),
         (("--accumulate", 0), "--accumulate: '0' is not a whole number"),
+        (("--seed", -1), "--seed: '-1' is not a whole number from 0 to 4294967295"),
+        (("--seed", 2**64), "is not a whole number from 0"),
         (("--warmup-epochs", 3, "--num-epochs", 3), "leaves nothing of a stage's 3 epochs"),
         (("--sync-batch-norm",), "needs CUDA GPUs"),
         pytest.param(

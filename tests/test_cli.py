@@ -1,5 +1,6 @@
 """Flags that the scripts share: help without PyTorch, earlier spellings, defaults, choices."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -132,3 +133,23 @@ def test_to_arguments_flags_of_keywords():
     assert api.to_arguments(parsers.train(), train) == expected
     with pytest.raises(TypeError, match="argument 'epochs'"):
         api.to_arguments(parsers.train(), {"epochs": 3})
+
+
+def test_home_folder_is_expanded_in_flags_and_nowhere_else(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = common.make_parser("text")
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument("--out")
+    args = parser.parse_args(["--out=~/runs", "~/a b.png", "~.png", "a/~/b"])
+    assert (args.out, args.paths) == ("/home/me/runs", ["/home/me/a b.png", "~.png", "a/~/b"])
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"), [(None, 6), ("max 100000", 6), ("150000 100000", 2), ("900000 1000", 6)]
+)
+def test_usable_cpus_respects_affinity_and_quota(monkeypatch, tmp_path, quota, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setattr(common, "CPU_QUOTA", tmp_path / "cpu.max")
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert common.usable_cpus() == expected

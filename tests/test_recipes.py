@@ -42,6 +42,12 @@ def test_set_recipe_sets_defaults_that_flags_override(parser, tmp_path):
     assert vars(parser.parse_args(["--num-epochs", "9"])) == expected | {"num_epochs": 9}
 
 
+def test_set_recipe_expands_the_home_folder(parser, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    set_recipe(parser, write(tmp_path / "r.yaml", "{out: ~/runs}"))
+    assert parser.parse_args([]).out == Path("/home/me/runs")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -10,7 +10,6 @@ labels are read.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from lednet.cli.common import (
@@ -18,6 +17,7 @@ from lednet.cli.common import (
     add_num_workers_flag,
     make_parser,
     print_help_early,
+    usable_cpus,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
                              "1.1 and 1.2 are those of the paper's full network and encoder stage")
     parser.add_argument("--format", choices=("table", "yaml", "json"), default="table",
                         help="output format")
-    add_num_workers_flag(parser, os.cpu_count() or 1, "decoding threads")
+    add_num_workers_flag(parser, usable_cpus(), "decoding threads")
     # fmt: on
     return parser
 

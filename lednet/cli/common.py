@@ -4,7 +4,9 @@ This module is quick to import: it does not import PyTorch.
 """
 
 import argparse
+import contextlib
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, NoReturn
 
 from lednet.cli.released_flags import translate
 from lednet.errors import UserError, exit_when_interrupted
+from lednet.files import expand_home
 
 DATASETS = ("cityscapes", "camvid", "voc", "ade20k", "folders")
 ANNOTATIONS = ("fine", "coarse", "both", "aug")
@@ -36,6 +39,9 @@ def recipe_folder(script_folder: str) -> Path:
     packaged = Path(__file__).resolve().parents[1] / "recipes" / script_folder
     return folder if folder.is_dir() else packaged
 
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of CPU time that a container has in each period, and the period."""
 
 Flags = argparse.ArgumentParser | argparse._ArgumentGroup
 
@@ -69,6 +75,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        return super()._get_value(action, expand_home(arg_string))  # type: ignore[misc]
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -111,6 +120,18 @@ def at_least(least: float, kind: type = int, most: float = math.inf) -> Callable
 
 POSITIVE = at_least(1)
 COUNT = at_least(0)
+SEED = at_least(0, most=2**32 - 1)
+
+
+def usable_cpus() -> int:
+    """CPU cores that this process may use, rounded up: of its affinity (`taskset`, Slurm) and of
+    the quota of its container (`docker run --cpus`)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no file, or no quota
+        quota, period = CPU_QUOTA.read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return cores
 
 
 # fmt: off

@@ -4,7 +4,6 @@ This module is quick to import: it does not import PyTorch.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from lednet.cli.common import (
@@ -24,6 +23,7 @@ from lednet.cli.common import (
     add_test_time_flags,
     at_least,
     make_parser,
+    usable_cpus,
 )
 from lednet.cli.train_args import add_loading_flags, add_recipe_flags, add_run_flags
 
@@ -504,7 +504,7 @@ def check() -> argparse.ArgumentParser:
                         help="pairs on the contact sheet")
     parser.add_argument("--fail-on", choices=("error", "warning", "never"), default="warning",
                         help="lowest severity that makes the exit status 1")
-    add_num_workers_flag(parser, os.cpu_count() or 1,
+    add_num_workers_flag(parser, usable_cpus(),
                          "decoding processes; 0 decodes in the main process")
     # fmt: on
     return parser

@@ -4,12 +4,11 @@ This module is quick to import: it does not import PyTorch.
 """
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lednet.cli.common import add_num_workers_flag
+from lednet.cli.common import add_num_workers_flag, usable_cpus
 
 if TYPE_CHECKING:
     from lednet.data.cache import CacheableDataset
@@ -24,9 +23,7 @@ def add_cache_flags(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help=f"folder to write (default: {default})"
     )
-    add_num_workers_flag(
-        parser, os.cpu_count() or 1, "decoding processes; 0 decodes in the main process"
-    )
+    add_num_workers_flag(parser, usable_cpus(), "decoding processes; 0 decodes in the main process")
     parser.add_argument(
         "--rebuild",
         action="store_true",

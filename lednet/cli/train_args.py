@@ -4,7 +4,6 @@ This module is quick to import: it does not import PyTorch.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ from lednet.cli.common import (
     POSITIVE,
     PRECISIONS,
     SCHEDULES,
+    SEED,
     Flags,
     add_alias,
     add_num_workers_flag,
     at_least,
+    usable_cpus,
 )
 from lednet.errors import UserError
 from lednet.training.config import recipe_path, set_options, set_recipe
@@ -30,7 +31,7 @@ NOT_NEGATIVE = at_least(0, float)
 # fmt: off
 def add_loading_flags(data: Flags) -> None:
     """Flags about loading the data."""
-    add_num_workers_flag(data, min(4, os.cpu_count() or 1))
+    add_num_workers_flag(data, min(4, usable_cpus()))
     data.add_argument("--skip-corrupt", action="store_true",
                       help="replace training images that cannot be read by others, and report them")
     add_alias(data, "--skip-damaged", "--skip-corrupt")
@@ -57,7 +58,7 @@ def add_recipe_flags(recipe: Flags, optimizer: str) -> None:
     recipe.add_argument("--ema-decay", type=NOT_NEGATIVE, metavar="D",
                         help="decay of an exponential moving average of the weights, which is then "
                              "evaluated and saved; 0: none")
-    recipe.add_argument("--seed", type=int, default=1, help="random seed")
+    recipe.add_argument("--seed", type=SEED, default=1, help="random seed")
     recipe.add_argument("--accumulate", type=POSITIVE, default=1, metavar="N",
                         help="batches whose gradients are accumulated for one step")
     recipe.add_argument("--clip-norm", type=NOT_NEGATIVE, metavar="X",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lednet.errors import UserError
+from lednet.files import expand_home
 from lednet.io import read_yaml
 
 ABOUT = ("data", "command", "hours", "score")
@@ -88,6 +89,7 @@ def set_options(parser: argparse.ArgumentParser, options: dict[str, Any], source
 
 def _convert(action: argparse.Action, value: Any) -> Any:
     switch = {"true": True, "false": False}
+    value = expand_home(value) if isinstance(value, str) else value
     if value in (None, "null", "~", ""):
         return None
     if action.nargs == 0:

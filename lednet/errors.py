@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
+from lednet.streams import lasting_output
+
 EXIT_STATUS = 2
 INTERRUPTED = 130
 
@@ -45,6 +47,21 @@ def shared_memory_error(error: Exception) -> UserError | None:
     )
 
 
+def memory_error(error: Exception) -> UserError | None:
+    """A `UserError` if `error` of Python, NumPy or PyTorch says that the memory is full."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        place = "memory"
+    elif "out of memory" in text:
+        place = "memory of the GPU"
+    else:
+        return None
+    return UserError(
+        f"the {place} is full: reduce --batch-size, --height and --width, or --num-workers, or "
+        "stop other programs that use it (docs/troubleshooting.md#out-of-memory)"
+    )
+
+
 def exit_when_interrupted() -> None:
     """Exit at SIGINT with status 130 and no traceback, before `exit_on_user_error` begins."""
 
@@ -64,9 +81,15 @@ def _handle_sigint(handler: Callable[[int, FrameType | None], None]) -> None:
 def exit_on_user_error() -> Iterator[None]:
     """Print a `UserError` as `error: sentence` to standard error and exit with status 2.
 
-    An interrupt from the keyboard exits with status 130, as shells expect; child processes end
-    without a message.
+    Memory that is full is reported likewise. An interrupt from the keyboard exits with status 130,
+    as shells expect; child processes end without a message. Within the block, output that cannot
+    be written is dropped; see `lednet.streams`.
     """
+    with lasting_output():
+        yield from _exit_on_user_error()
+
+
+def _exit_on_user_error() -> Iterator[None]:
     process = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -83,8 +106,8 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_STATUS)
-    except (RuntimeError, OSError) as error:
-        if full := shared_memory_error(error):
+    except (RuntimeError, OSError, MemoryError) as error:
+        if full := shared_memory_error(error) or memory_error(error):
             print(f"error: {full}", file=sys.stderr)
             sys.exit(EXIT_STATUS)
         raise

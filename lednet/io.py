@@ -159,9 +159,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` to `path`, atomically."""
+    """Write `text` to `path`, atomically. Bytes of file names that are not UTF-8 become codes."""
     with write_atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -6,7 +6,11 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),  # the terminal was closed
+)
 
 REPEAT_SECONDS = 2
 """A second signal within this time is taken for the same one: a scheduler's signal reaches a
@@ -14,7 +18,7 @@ process both directly and through `torchrun`."""
 
 
 class StopRequest:
-    """Records SIGTERM and SIGINT. A later signal ends the process at once.
+    """Records `STOP_SIGNALS`. A later signal ends the process at once.
 
     Attributes:
         number: number of the first signal; 0 before it.
@@ -34,8 +38,14 @@ class StopRequest:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Record signals while the block runs, instead of ending (main thread only)."""
-        before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
+        """Record signals while the block runs, instead of ending (main thread only).
+
+        Signals that are ignored stay so: SIGHUP with `nohup`, SIGINT in background jobs.
+        """
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self._record)
         try:
             yield
         finally:

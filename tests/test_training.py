@@ -355,6 +355,20 @@ def test_checkpoint_timer_saves_by_steps_and_by_minutes(monkeypatch):
     request.number = signal.SIGTERM
     assert timer.poll(1) == Action.STOP and timer.signal == signal.SIGTERM
     assert timer.stop_signal() == signal.SIGTERM
+    request.number = signal.SIGHUP  # 1, the value of Action.SAVE
+    assert timer.poll(1) == Action.STOP and timer.signal == signal.SIGHUP
+
+
+def test_stop_request_leaves_ignored_signals_ignored(monkeypatch):
+    """As `nohup` and background jobs of a shell set them."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        request = StopRequest()
+        with request.watching():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not request.number and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_stop_request_ends_at_a_later_signal(monkeypatch):

@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        return super()._get_value(action, expand_home(arg_string))  # type: ignore[misc]
+        return super()._get_value(action, expand_home(arg_string))
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

@@ -81,7 +81,7 @@ def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -
         image.info["raw_mode"] = _raw_mode(image)
         image.load()
         return image
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except IsADirectoryError as error:
         raise UserError(f"{_name(source)} is a folder, not an image: give a file") from error

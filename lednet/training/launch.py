@@ -130,7 +130,7 @@ def launch(
 ) -> None:
     """Join the other processes, and train.
 
-    Exits with 143 or 130 after SIGTERM or SIGINT.
+    Exits with 143, 130 or 129 after SIGTERM, SIGINT or SIGHUP.
 
     Raises:
         UserError: the device or its precision is not available, another process of the run or a

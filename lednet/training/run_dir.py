@@ -178,7 +178,7 @@ class RunDir:
         print(text, flush=True)
         path = self.path / "log.txt"
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text + "\n")
         except OSError as error:
             raise UserError(

@@ -23,7 +23,8 @@ class TrainingStopped(Exception):
     """A signal asked the run to stop, and it has been saved.
 
     Attributes:
-        exit_status: 143 after SIGTERM, 130 after SIGINT (128 plus the number of the signal).
+        exit_status: 128 plus the number of the signal: 143 after SIGTERM, 130 after SIGINT, 129
+            after SIGHUP.
     """
 
     def __init__(self, number: int):
@@ -67,12 +68,13 @@ class CheckpointTimer:
         synchronized = due or context.device.type != "cuda" or step % SYNC_STEPS == 0
         if context.size > 1 and not synchronized:
             return Action.CONTINUE
-        # Numbers of signals are larger than that of a checkpoint.
-        decision = context.all_reduce_max(self.request.number or int(due or late))
+        # Numbers of signals begin at 1; Action.SAVE is smaller than any of them plus that.
+        request = self.request.number + Action.SAVE if self.request.number else int(due or late)
+        decision = context.all_reduce_max(request)
         if decision:
             self._saved = time.monotonic()
         if decision > Action.SAVE:
-            self.signal = decision
+            self.signal = decision - Action.SAVE
         return Action(min(decision, Action.STOP))
 
     def stop_signal(self) -> int:

@@ -139,7 +139,7 @@ MISSING = "1 frame without a file (berlin_000000_000019)"
 DAMAGED = f"1 file damaged or unreadable ({NAME}): write it again"
 MODE = f"1 file not 8-bit single-channel ({NAME}: {{}}): write the ids".format
 VOID = "255, the void of trainIds (berlin_"
-TRAIN_IDS = "holds an id above 18, so they are probably trainIds"
+TRAIN_IDS = "hold no id above 18 and mostly ids that are not evaluated, so they are probably"
 FAULTS = {
     "none": (lambda folder: None, []),
     "missing": (lambda folder: file(folder).unlink(), [COUNT(5, 6), MISSING]),
@@ -196,6 +196,14 @@ FAULTS = {
     "void": (ids_with(255), [f"1 file with {VOID}"]),
     "trainIds": (ids_with(18, 6, IDS % 19), [TRAIN_IDS]),
     "trainIds with void": (ids_with(255, 6, IDS % 19), [f"6 files with {VOID}", TRAIN_IDS]),
+    "label ids of few classes": (
+        lambda folder: [
+            write_label_map(file(folder, i), np.array([0, 7, 7, 8, 11, 17], np.uint8)[IDS % 6])
+            for i in range(6)
+        ],
+        [],
+    ),
+    "road alone": (ids_with(7, 6, 0 * IDS + 7), []),
     "one id above trainIds": (
         lambda folder: [ids_with(18, 6, IDS % 19)(folder), ids_with(19, 1, IDS % 19)(folder)], []
     ),

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from lednet.data.labels import CITYSCAPES_LABELS, IGNORE_INDEX
@@ -42,6 +43,8 @@ MAX_BYTES = 64 * 2**20
 _FRAME = re.compile(r"([A-Za-z-]+)_\d{6}_\d{6}(?!\d)")
 _MAX_ID = max(label.id for label in CITYSCAPES_LABELS)
 _MAX_TRAIN_ID = max(label.train_id for label in CITYSCAPES_LABELS if not label.ignore_in_eval)
+_NOT_EVALUATED = [label.id for label in CITYSCAPES_LABELS if label.id > 0 and label.ignore_in_eval]
+"""Label ids besides 0 (unlabeled) that networks with the evaluated classes do not write."""
 
 _PROBLEMS = {
     "folder": ("folder", "in the zip", "put the images at its top level"),
@@ -163,7 +166,7 @@ def check_submission(
         raise ValueError(f"subset must be one of {tuple(NUM_FILES)}, not {subset!r}")
     path = Path(path)
     problems: dict[str, list[str]] = defaultdict(list)
-    ids: set[int] = set()
+    counts = np.zeros(256, np.int64)
     with contextlib.ExitStack() as stack:
         if path.is_dir():
             files = [
@@ -188,8 +191,8 @@ def check_submission(
         results = pool.map(lambda image: _check_image(image, size), images)
         hidden = not progress
         bar = progress_bar(results, total=len(images), desc=path.name, unit="file", disable=hidden)
-        for image, (remarks, image_ids) in zip(images, bar, strict=True):
-            ids |= image_ids
+        for image, (remarks, pixels) in zip(images, bar, strict=True):
+            counts += pixels
             for kind, remark in remarks.items():
                 problems[kind].append(f"{image.name}: {remark}" if remark else image.name)
     sentences = []
@@ -200,12 +203,25 @@ def check_submission(
             f"add one for each image of {subset}"
         )
     sentences += [_sentence(kind, problems[kind], subset) for kind in _PROBLEMS if problems[kind]]
-    if ids and max(ids) <= _MAX_TRAIN_ID:
+    if _are_train_ids(counts):
         sentences.append(
-            f"no file of {path} holds an id above {_MAX_TRAIN_ID}, so they are probably trainIds: "
-            "convert them to labelIds"
+            f"the files of {path} hold no id above {_MAX_TRAIN_ID} and mostly ids that are not "
+            "evaluated, so they are probably trainIds: convert them to labelIds"
         )
     return sentences
+
+
+def _are_train_ids(counts: np.ndarray) -> bool:
+    """Whether pixels, counted by id (256,), are those of trainIds.
+
+    Label ids up to 18 alone are no sign: a few images may show only road (7) and building (11).
+    Most ids of that range are not evaluated as label ids, and are large classes as trainIds.
+    """
+    known = counts[: _MAX_ID + 1]
+    if known[_MAX_TRAIN_ID + 1 :].any():
+        return False
+    unusual = known[_NOT_EVALUATED].sum()
+    return bool(unusual and 2 * (known[0] + unusual) > known.sum())
 
 
 def _sentence(kind: str, names: Sequence[str], subset: str) -> str:
@@ -246,14 +262,17 @@ def _check_names(
     problems["missing"] = [frame for frame in frames or () if frame not in by_frame]
 
 
-def _check_image(image: _File, size: tuple[int, int]) -> tuple[dict[str, str], set[int]]:
-    """Problems of one image (key of `_PROBLEMS` -> remark), and its label ids."""
+_NO_PIXELS = np.zeros(256, np.int64)
+
+
+def _check_image(image: _File, size: tuple[int, int]) -> tuple[dict[str, str], np.ndarray]:
+    """Problems of one image (key of `_PROBLEMS` -> remark), and its pixels of each id (256,)."""
     if image.num_bytes > MAX_BYTES:
-        return {"large": f"{image.num_bytes >> 20} MiB"}, set()
+        return {"large": f"{image.num_bytes >> 20} MiB"}, _NO_PIXELS
     try:
         return _check_png(image.read(), size)
     except Exception:  # zipfile, struct and PIL raise any type on damaged files
-        return {"damaged": ""}, set()
+        return {"damaged": ""}, _NO_PIXELS
 
 
 # PNG specification, 5.2 (signature) and 11.2.1 (header and colour types)
@@ -261,9 +280,9 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
 
 
-def _check_png(data: bytes, size: tuple[int, int]) -> tuple[dict[str, str], set[int]]:
+def _check_png(data: bytes, size: tuple[int, int]) -> tuple[dict[str, str], np.ndarray]:
     if not _PNG_SIGNATURE.startswith(data[:8]):
-        return {"format": ""}, set()
+        return {"format": ""}, _NO_PIXELS
     width, height, bits, color_type = struct.unpack_from(">IIBB", data, 16)
     problems = {}
     if (height, width) != tuple(size):
@@ -272,13 +291,12 @@ def _check_png(data: bytes, size: tuple[int, int]) -> tuple[dict[str, str], set[
         problems["mode"] = f"{bits}-bit {_COLOR_TYPES.get(color_type, 'unknown')}"
     # Larger images are not decoded: they could exhaust the memory.
     if "mode" in problems or height > size[0] or width > size[1]:
-        return problems, set()
+        return problems, _NO_PIXELS
     Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # checksums
-    counts = Image.open(io.BytesIO(data), formats=["PNG"]).histogram()
-    ids = {value for value, count in enumerate(counts) if count}
-    if IGNORE_INDEX in ids:
+    counts = np.array(Image.open(io.BytesIO(data), formats=["PNG"]).histogram())
+    if counts[IGNORE_INDEX]:
         problems["void"] = ""
-        ids.remove(IGNORE_INDEX)
-    if outside := [value for value in sorted(ids) if value > _MAX_ID]:
-        problems["ids"] = str(outside[0])
-    return problems, ids
+    outside = np.flatnonzero(counts[_MAX_ID + 1 : IGNORE_INDEX])
+    if len(outside):
+        problems["ids"] = str(_MAX_ID + 1 + outside[0])
+    return problems, counts

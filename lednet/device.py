@@ -4,6 +4,7 @@ import contextlib
 import platform
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,8 +30,10 @@ def allow_tf32(allowed: bool) -> None:
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Autocast context for a precision of `AMP_DTYPES` on `device`.
 
-    On CUDA, TF32 is forbidden inside for "fp32" and allowed for the others. The backward pass runs
-    outside of it: call `allow_tf32` for training.
+    On CUDA, TF32 is forbidden inside for "fp32" and allowed for the others. PyTorch has one such
+    setting for all threads: while threads are inside with different precisions, it is forbidden,
+    and the settings from before return when the last one leaves. The backward pass runs outside of
+    it: call `allow_tf32` for training.
 
     Raises:
         UserError: fp16 on a CPU, where it overflows and is not faster, or tf32 without CUDA.
@@ -44,12 +47,33 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         if device.type != "cuda":
             yield
             return
-        before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        allow_tf32(precision != "fp32")
-        try:
+        with _tf32(precision != "fp32"):
             yield
-        finally:
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+_tf32_lock = threading.Lock()
+_tf32_inside: list[bool] = []
+"""What each thread inside `_tf32` asked for."""
+_tf32_before: tuple[bool, bool] = (True, False)
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    global _tf32_before
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    with _tf32_lock:
+        if not _tf32_inside:
+            _tf32_before = cudnn.allow_tf32, matmul.allow_tf32
+        _tf32_inside.append(allowed)
+        allow_tf32(all(_tf32_inside))
+    try:
+        yield
+    finally:
+        with _tf32_lock:
+            _tf32_inside.remove(allowed)
+            allow_tf32(all(_tf32_inside))
+            if not _tf32_inside:
+                cudnn.allow_tf32, matmul.allow_tf32 = _tf32_before
 
 
 def fast_precisions(device: torch.device) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import warnings
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from lednet.data.dataset import SkipCorruptDataset
 from lednet.data.device_cache import DeviceLoader
 from lednet.data.loaders import make_loaders
 from lednet.data.registry import open_training_data
+from lednet.device import autocast
 from lednet.distributed import DistributedContext
 from lednet.training import loss_reader, time_budget
 from lednet.training.checkpointing import Checkpoints
@@ -345,3 +347,21 @@ def test_bad_values_are_refused(flags, message, run_inside, tmp_path):
     result = run_inside("train/main.py", "--savedir", tmp_path / "run", *flags)
     assert result.returncode == 2 and message in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_autocast_of_several_threads_restores_the_settings_of_tf32():
+    """While one thread computes in fp32, none uses TF32; in the end, all is as before."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before, gpu = (cudnn.allow_tf32, matmul.allow_tf32), torch.device("cuda")
+    allowed = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of autocast, without a GPU
+        first, second = autocast(gpu, "fp32"), autocast(gpu, "tf32")
+        for step in ("enter first", "enter second", "leave first", "leave second"):
+            context = first if step.endswith("first") else second
+            if step.startswith("enter"):
+                context.__enter__()
+            else:
+                context.__exit__(None, None, None)
+            allowed.append((cudnn.allow_tf32, matmul.allow_tf32))
+    assert allowed == [(False, False), (False, False), (True, True), before]

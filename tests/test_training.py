@@ -1,5 +1,7 @@
 """Losses, schedules, samplers, the trainer, and runs that are stopped and resumed."""
 
+import errno
+import fcntl
 import lzma
 import math
 import os
@@ -51,7 +53,7 @@ from lednet.training.losses import (
     resize_target,
 )
 from lednet.training.lr_schedule import lr_factor
-from lednet.training.run_dir import read_options, read_records
+from lednet.training.run_dir import RunDir, read_options, read_records
 from lednet.training.signals import Action, CheckpointTimer, TrainingStopped
 from lednet.training.trainer import NonFiniteLoss, step_generator
 
@@ -388,6 +390,15 @@ def test_stop_request_ends_at_a_later_signal(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
     statuses = [TrainingStopped(number).exit_status for number in (signal.SIGTERM, signal.SIGINT)]
     assert statuses == [143, 130]
+
+
+def test_run_dir_on_a_file_system_without_locks_warns(tmp_path, monkeypatch, caplog):
+    def refuse(*arguments) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    RunDir(tmp_path / "run")
+    assert "run is not protected against a second run" in caplog.text
 
 
 def test_checkpoints_keeps_the_newest(tmp_path):

@@ -1,6 +1,7 @@
 """The folder of a training run: options, logs and checkpoints."""
 
 import json
+import logging
 import platform
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from lednet.io import process_command, read_json, remove_leftovers, write_json, 
 
 if sys.platform != "win32":
     import fcntl
+
+logger = logging.getLogger(__name__)
 
 RENAMED_OPTIONS = {
     "val_every": "val_stride",
@@ -155,7 +158,8 @@ class RunDir:
     def _take_lock(self) -> None:
         """Lock the folder against other processes, on POSIX systems only.
 
-        The lock ends with the process, and worker processes do not inherit it.
+        The lock ends with the process, and worker processes do not inherit it. Some network file
+        systems have no locks, which is logged.
         """
         if sys.platform == "win32":
             return
@@ -166,6 +170,13 @@ class RunDir:
                 f"another process is training in {self.path}: wait for its end, or choose "
                 "another --savedir"
             ) from error
+        except OSError as error:
+            logger.warning(
+                "%s is not protected against a second run, because its file system has no locks "
+                "(%s)",
+                self.path,
+                error.strerror,
+            )
 
     def log(self, text: str) -> None:
         """Print `text` and append it to `log.txt`.

@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from lednet.errors import UserError
+from lednet.files import require_content
 from lednet.io import max_pixels, read_json, write_atomically, write_json
 
 # Prefixes of keys: DataParallel and DDP, torch.compile, the release's classifier.
@@ -116,6 +117,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             numbers, strings and plain containers.
     """
     path = Path(path)
+    require_content(path)
     content = _read_released(path.parent) if path.name == TENSORS else _read_torch_file(path)
     if "meta" in content:
         require_meta(content["meta"], path)
@@ -263,9 +265,16 @@ def load_state(
     """Copy `state` into `net`, all of it or nothing.
 
     Raises:
-        UserError: a key is missing, unexpected or of another shape; names `source`.
+        UserError: a key is missing, unexpected or of another shape, or a value is infinite or NaN;
+            names `source`.
     """
     report = require_fit(net, state, source, part)
+    for key in report.loaded:
+        if not state[key].float().isfinite().all():
+            raise UserError(
+                f"{source} has values that are not finite ({key}): take weights from before the "
+                "training diverged"
+            )
     net.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
     return report
 

@@ -120,6 +120,22 @@ def expand_home(text: str) -> str:
     return os.path.expanduser(text) if text.startswith("~/") else text
 
 
+def require_content(path: str | os.PathLike) -> None:
+    """Raise a `UserError` if `path` is text in place of a binary file that was not downloaded: a
+    pointer of Git LFS, or a web page."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512).lstrip().lower()
+    except OSError:
+        return
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a pointer of Git LFS instead of the file: git lfs pull")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise UserError(
+            f"{path} is a web page instead of the file: open it in a browser, and download again"
+        )
+
+
 def read_text(path: str | os.PathLike) -> str:
     """Read a text file that people edit: UTF-8, with or without a byte order mark.
 

@@ -4,9 +4,13 @@ import unicodedata
 
 import pytest
 
+from lednet.checkpoint import load_checkpoint
+from lednet.data.image_io import open_image
 from lednet.data.pairs import name_files
 from lednet.errors import UserError
+from lednet.export.formats import load as load_exported
 from lednet.files import IMAGE_SUFFIXES, find_files, match_files, read_text, split_pattern
+from lednet.inference.video import VideoReader
 from lednet.io import require_writable
 
 
@@ -144,3 +148,26 @@ def test_require_writable_read_only_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write to any folder
     with pytest.raises(UserError, match="is read-only; choose another folder"):
         require_writable(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html></html>", "is a web page"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("a.pth", load_checkpoint),
+        ("model.safetensors", load_checkpoint),
+        ("a.png", open_image),
+        ("a.mp4", VideoReader),
+        ("a.onnx", load_exported),
+    ],
+)
+def test_files_that_were_not_downloaded_are_named(tmp_path, name, read, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} .*{message}"):
+        read(tmp_path / name)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lednet.data import dataset
-from lednet.data.image_io import read_ids
+from lednet.data import dataset, image_io
+from lednet.data.image_io import open_image, read_ids
 from lednet.data.registry import open_dataset
 from lednet.errors import UserError
 
@@ -148,3 +148,19 @@ def test_open_dataset_unused_images_are_logged(tmp_path, caplog):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "images/b.gif")
     open_dataset("folders", tmp_path, "")
     assert "1 image files are not used, because of their format or name: b.gif" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "logged"), [("a.tif", 1), ("a.webp", 1), ("a.png", 1), ("b.jpg", 0)]
+)
+def test_open_image_with_several_images_takes_the_first_and_says_so(
+    tmp_path, monkeypatch, caplog, name, logged
+):
+    monkeypatch.setattr(image_io, "_warned", [])
+    first, *others = (Image.new("L" if name == "a.tif" else "RGB", (9, 9), v) for v in (9, 80, 160))
+    options = {"format": "MPO"} if name == "b.jpg" else {}
+    first.save(tmp_path / name, save_all=True, append_images=others, **options)
+    for _ in range(2):
+        assert np.abs(np.asarray(open_image(tmp_path / name)).astype(int) - 9).max() < 20
+    assert len(caplog.records) == logged
+    assert all(f"{name} holds 3 images" in record.getMessage() for record in caplog.records)

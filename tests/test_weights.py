@@ -149,6 +149,18 @@ def test_load_weights_damaged_file_is_refused(net, tmp_path, damage):
         load_weights(net, tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_load_weights_that_are_not_finite_are_refused(net, tmp_path, value):
+    state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    state["encoder.0.conv.weight"][0, 0, 0, 0] = value
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(
+        UserError, match=r"w\.pth has values that are not finite \(encoder\.0\.conv"
+    ):
+        load_weights(net, tmp_path / "w.pth")
+    assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
+
+
 @pytest.mark.parametrize(
     ("meta", "words"),
     [

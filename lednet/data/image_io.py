@@ -1,5 +1,7 @@
 """Reading image files safely: permitted formats, size limit and conversion to RGB."""
 
+import contextlib
+import logging
 import os
 import warnings
 import zlib
@@ -10,7 +12,10 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lednet.errors import UserError
+from lednet.files import require_content
 from lednet.io import LIMIT, max_pixels, write_atomically
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 """Permitted formats, detected by content, not suffix. Pillow's other readers are not exposed to
@@ -79,6 +84,7 @@ def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -
     try:
         image = open_header(source, limit)
         image.info["raw_mode"] = _raw_mode(image)
+        _warn_of_more_images(image, source)
         image.load()
         return image
     except (UserError, MemoryError):
@@ -97,7 +103,38 @@ def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -
         reason = f"or no {', '.join(FORMATS)} image" if unknown else _reason(error)
     except Exception as error:  # parsers raise errors of any type on damaged bytes
         reason = _reason(error)
+    if isinstance(source, str | os.PathLike):
+        require_content(source)
     raise UserError(f"{_name(source)} is damaged ({reason}): copy it again")
+
+
+def _warn_of_more_images(image: Image.Image, source: str | os.PathLike | BinaryIO) -> None:
+    """Log the first file of a process with further images: TIFF pages, or an animation.
+
+    The second image of a JPEG is a preview.
+    """
+    if _warned or image.format in ("JPEG", "MPO"):
+        return
+    count = getattr(image, "n_frames", 1) if image.format != "TIFF" else _count_pages(source)
+    if count > 1:
+        _warned.append(source)
+        logger.warning(
+            "%s holds %d images, of which the first is used, here and in other such files: split "
+            "it into a file for each image to use all",
+            _name(source),
+            count,
+        )
+
+
+def _count_pages(source: str | os.PathLike | BinaryIO) -> int:
+    """Pages of a TIFF file; 1 if unknown. Counting moves the position in an opened image."""
+    if isinstance(source, str | os.PathLike):
+        with contextlib.suppress(Exception), Image.open(source, formats=["TIFF"]) as image:
+            return getattr(image, "n_frames", 1)
+    return 1
+
+
+_warned: list[object] = []
 
 
 def _reason(error: Exception) -> str:

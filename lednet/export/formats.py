@@ -16,6 +16,7 @@ from lednet.export.onnx import load_onnx, write_onnx
 from lednet.export.openvino import PRECISION_HINTS, compile_openvino, load_openvino, write_openvino
 from lednet.export.torch_export import load_torch, write_torch
 from lednet.export.wrappers import EndToEndModel
+from lednet.files import require_content
 
 __all__ = ["FORMATS", "MIN_TRACED_SIDE", "ExportOptions", "ExportedModel", "Format", "RunOptions",
            "compile_openvino", "is_exported", "load", "missing_packages", "require_packages",
@@ -80,6 +81,7 @@ def load(path: str | os.PathLike, **options: Any) -> ExportedModel:
             f"{path} is no exported network: give a file that ends in one of {', '.join(rows)}"
         )
     require_supported(rows[path.suffix], path, run_options)
+    require_content(path)
     return rows[path.suffix].load(path, run_options)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from lednet.data import image_io
 from lednet.errors import UserError
+from lednet.files import require_content
 from lednet.io import write_atomically
 
 VIDEO_SUFFIXES = (
@@ -32,6 +33,8 @@ CAMERA_FORMAT = "v4l2"
 BT709 = 1
 """Code of BT.709 for colour space, primaries and transfer function in H.264."""
 DEFAULT_RATE = Fraction(25)
+MAX_STEP_BACK = 1
+"""Timestamps that go back by more seconds begin anew: recordings joined by appending the files."""
 MAX_MISSING_FRAMES = 3
 """A video may end this many frames early, because its stated duration is not always exact."""
 
@@ -49,6 +52,13 @@ def import_av() -> ModuleType:
 
 class VideoError(UserError):
     """A video or camera cannot be read. Other inputs are not affected."""
+
+
+def _require_content(source: str) -> None:
+    try:
+        require_content(source)
+    except UserError as error:
+        raise VideoError(str(error)) from error
 
 
 class VideoFrame(NamedTuple):
@@ -100,6 +110,8 @@ class VideoReader:
                 url, format=format, container_options=options, metadata_errors="replace"
             )
         except self._av.error.FFmpegError as error:
+            if not format:
+                _require_content(self.source)
             raise VideoError(
                 f"{source} cannot be read as a video ({error.strerror}): check it, or copy it again"
             ) from error
@@ -151,6 +163,8 @@ class VideoReader:
                 pts += step
             else:
                 first = frame.pts - number * step if first is None else first
+                if (frame.pts - first - pts) * self.time_base < -MAX_STEP_BACK:
+                    first = frame.pts - pts - step
                 pts = max(frame.pts - first, pts + 1)  # encoders need increasing timestamps
             yield VideoFrame(number, pts, image, aspect)
             number += 1

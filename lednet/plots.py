@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
 from lednet.fonts import drawable, pil_font, plot_families
 from lednet.io import write_atomically
-from lednet.visualization import colorize, draw_legend
+from lednet.visualization import colorize, draw_legend, require_jpeg_size
 
 _TRAIN_COLOR, _VAL_COLOR = "#4c78a8", "#f58518"
 
@@ -24,6 +24,7 @@ def _save(figure: Figure, path: str | os.PathLike) -> None:
         texts = figure.findobj(Text)
         for text in texts:
             text.set_text(drawable(text.get_text()))
+            text.set_parse_math(False)  # a name may contain dollar signs
         families = plot_families(text.get_text() for text in texts)
         for text in texts:
             text.set_fontfamily(families)
@@ -112,7 +113,7 @@ def contact_sheet(
         rows: (image (H, W, 3) uint8 RGB, truth (H, W), prediction (H, W)), the last two
             class indices. Where the truth is void, the prediction is dimmed.
         scheme: names and colours of the classes.
-        path: PNG to write.
+        path: PNG or JPEG to write.
         tile_width: width of each of the three columns in pixels.
     """
     tiles = []
@@ -137,15 +138,19 @@ def tile_sheet(
         rows: images (H, W, 3) uint8 RGB, one for each column; those of the first are photographs.
         headings: one for each column.
         scheme: names and colours of the classes.
-        path: PNG to write.
+        path: PNG or JPEG to write.
         tile_width: width of each column in pixels.
         captions: one for each row, drawn on its first image.
+
+    Raises:
+        ImageTooLarge: see `require_jpeg_size`.
     """
     margin, top = 8, 28
     lefts = [margin + column * (tile_width + margin) for column in range(len(headings))]
     heights = [round(tile_width * row[0].shape[0] / row[0].shape[1]) for row in rows]
     legend = draw_legend(scheme, lefts[-1] + tile_width + margin)
     height = top + sum(heights) + margin * len(rows) + legend.height
+    require_jpeg_size(path, legend.width, height)
     sheet = Image.new("RGB", (legend.width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for left, heading in zip(lefts, headings, strict=True):

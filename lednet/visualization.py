@@ -4,6 +4,7 @@ import base64
 import io
 import os
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,21 @@ _BAND = 32
 """Rows that are blended at a time, so that their values stay in a processor's cache."""
 _JPEG = {"quality": 90, "subsampling": 0}
 """With colours at full resolution, because they tell classes apart."""
+_JPEG_SIDE = 65_500
+"""Largest width and height that libjpeg writes."""
+
+
+class ImageTooLarge(UserError):
+    """An image has more pixels a side than the format of its file."""
+
+
+def require_jpeg_size(path: str | os.PathLike, width: int, height: int) -> None:
+    """Raise `ImageTooLarge` if the file at `path` would be a JPEG of too many pixels a side."""
+    if Path(path).suffix.lower() in (".jpg", ".jpeg") and max(width, height) > _JPEG_SIDE:
+        raise ImageTooLarge(
+            f"cannot write {path}: it would be {width}x{height}, and a JPEG has at most "
+            f"{_JPEG_SIDE:,} pixels a side; write PNG"
+        )
 
 
 def output_scheme(meta: dict[str, Any], num_outputs: int, source: str | os.PathLike) -> LabelScheme:
@@ -173,7 +189,12 @@ class Visualizer:
 
 
 def write_picture(path: str | os.PathLike, pixels: np.ndarray) -> None:
-    """Write RGB pixels (H, W, 3) uint8 to a PNG or JPEG file, by its suffix, atomically."""
+    """Write RGB pixels (H, W, 3) uint8 to a PNG or JPEG file, by its suffix, atomically.
+
+    Raises:
+        ImageTooLarge: see `require_jpeg_size`.
+    """
+    require_jpeg_size(path, pixels.shape[1], pixels.shape[0])
     with write_atomically(path) as temporary:
         image = Image.fromarray(pixels)
         if temporary.suffix.lower() == ".png":

@@ -12,8 +12,16 @@ from lednet.checkpoint import save_checkpoint
 from lednet.data.labels import IGNORE_INDEX, LabelScheme, camvid_scheme, cityscapes_scheme
 from lednet.inference.predictor import Predictor
 from lednet.model import load_model
-from lednet.plots import contact_sheet, plot_class_iou
-from lednet.visualization import Visualizer, colorize, draw_legend, output_scheme, overlay
+from lednet.plots import contact_sheet, plot_class_iou, tile_sheet
+from lednet.visualization import (
+    ImageTooLarge,
+    Visualizer,
+    colorize,
+    draw_legend,
+    output_scheme,
+    overlay,
+    write_picture,
+)
 
 SCHEME = camvid_scheme()
 VOID = SCHEME.num_classes
@@ -114,6 +122,24 @@ def test_plot_class_iou_names_of_any_script_warn_of_no_glyph(tmp_path):
     iou = dict.fromkeys(names, 0.5)
     plot_class_iou(iou, named_scheme(*names), tmp_path / "a.png", "\u9053")
     assert (tmp_path / "a.png").stat().st_size
+
+
+def test_plot_class_iou_dollar_signs_are_no_formula(tmp_path):
+    names = ("5$ to 10$", "a$^$b")
+    plot_class_iou(dict.fromkeys(names, 0.5), named_scheme(*names), tmp_path / "a.png", "$\\x$")
+    assert (tmp_path / "a.png").stat().st_size
+
+
+def test_jpeg_of_too_many_pixels_a_side_is_refused_by_name(tmp_path):
+    long = np.zeros((1, 65_501, 3), np.uint8)
+    with pytest.raises(ImageTooLarge, match=r"a\.jpg: it would be 65501x1, .* write PNG"):
+        write_picture(tmp_path / "a.jpg", long)
+    write_picture(tmp_path / "a.jpg", long[:, 1:])
+    write_picture(tmp_path / "a.png", long)
+    tall = np.zeros((66_000, 10, 3), np.uint8)
+    with pytest.raises(ImageTooLarge, match=r"b\.JPEG: it would be"):
+        tile_sheet([(tall,)], "a", SCHEME, tmp_path / "b.JPEG", tile_width=10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "a.png"]
 
 
 def test_contact_sheet_has_columns_and_legend(tmp_path):

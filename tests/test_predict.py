@@ -207,6 +207,15 @@ def test_video_reader_frames_without_or_with_equal_timestamps_advance(tmp_path, 
         assert [frame.pts for frame in reader] == [0, 40, 80, 81, 82, 110]
 
 
+def test_video_reader_appended_recordings_follow_each_other(tmp_path):
+    """As `cat a.ts b.ts` joins them: the timestamps of the second begin anew."""
+    parts = [make_video(tmp_path / f"{n}.ts", n, Fraction(25)).read_bytes() for n in (40, 50, 30)]
+    (tmp_path / "all.ts").write_bytes(b"".join(parts))
+    with VideoReader(tmp_path / "all.ts") as reader:
+        seconds = [float(frame.pts * reader.time_base) for frame in reader]
+    np.testing.assert_allclose(seconds, np.arange(120) / 25, atol=1e-3)
+
+
 def test_write_video_keeps_class_colours_apart_and_pads_odd_sides(tmp_path):
     colors = np.array(cityscapes_scheme().colors, np.uint8)
     stripes = colors.repeat(16, axis=0)[None, :-1].repeat(31, axis=0)
@@ -495,6 +504,14 @@ def test_predict_damaged_image_is_named_and_others_are_done(predict, many, out):
     for path in many.iterdir():
         path.write_bytes(b"no image")
     assert_refused(predict(many, "--overwrite"), "0.png is damaged", "and 4 more")
+
+
+def test_predict_image_too_wide_for_jpeg_is_named_and_others_are_done(predict, photos, out):
+    Image.new("RGB", (65_501, 2)).save(photos / "wide.png")
+    result = predict(photos, "--no-legend")
+    assert_refused(result, "wide.png: cannot write", "a JPEG has at most 65,500 pixels a side")
+    assert "2 of 3 images" in result.stdout and (out / "a_overlay.jpg").is_file()
+    assert predict(photos, "--no-legend", "--image-format", "png").returncode == 0
 
 
 def test_predict_too_long_name_is_named_and_others_are_done(predict, photos, out):

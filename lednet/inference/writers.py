@@ -19,7 +19,7 @@ from lednet.inference.pipeline import run_pipeline
 from lednet.inference.predictor import Predictor
 from lednet.inference.video import VideoEncoder, VideoFrame, write_video
 from lednet.io import nearest_existing, temporary_path, write_folder_atomically
-from lednet.visualization import VISUALIZATIONS, Visualizer, write_picture
+from lednet.visualization import VISUALIZATIONS, ImageTooLarge, Visualizer, write_picture
 
 OUTPUTS = ("labels", *VISUALIZATIONS)
 PHOTO_OUTPUTS = ("overlay", "side")
@@ -171,7 +171,8 @@ def predict_images(
 
     Returns:
         An entry for each image, in order: "name", "path", "height", "width", and "pixels" from
-        `count_pixels`; "error" instead of the last three for an image that cannot be read.
+        `count_pixels`; "error" instead of the last three for an image that cannot be read, or is
+        too large for the format of an output.
 
     Raises:
         UserError: A file cannot be written.
@@ -192,8 +193,11 @@ def predict_images(
         entry: dict[str, Any] = {"name": job.name, "path": str(job.path)}
         if label is None:
             return entry | {"error": str(image)}
-        for kind, path in job.outputs.items():
-            output.write(kind, path, image, label)
+        try:
+            for kind, path in job.outputs.items():
+                output.write(kind, path, image, label)
+        except ImageTooLarge as error:
+            return entry | {"error": f"{job.path}: {error} (--image-format png)"}
         entry["height"], entry["width"] = label.shape
         entry["pixels"] = count_pixels(label, predictor.net.num_classes)
         on_written(entry)

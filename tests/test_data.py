@@ -314,6 +314,19 @@ def test_open_dataset_own_data(own_data, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("classes: [{name: a, colour: [1, 2, 3]}]", "'colour': its keys are name, id and color"),
+        ("classes: [{name: a}]\nignored: [255]", "has 'ignored': its keys are classes and ignore"),
+    ],
+)
+def test_read_class_file_unknown_key_names_the_known_ones(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_class_file(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
     "word",
     ["no", "on", "null", "~", "010", "1_000", "0x1f", "1e3", "2024-01-31", "12:30:45", ".nan"],
 )

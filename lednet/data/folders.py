@@ -65,9 +65,9 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
     Unquoted words such as `no` or `null` are names as written.
 
     Raises:
-        UserError: the file does not exist or has another structure; an id or color is not a whole
-            number from 0 to 255, an id or name is used twice, a name is empty or "void", or there
-            are more than 254 classes.
+        UserError: the file does not exist, has another structure or an unknown key; an id or color
+            is not a whole number from 0 to 255, an id or name is used twice, a name is empty or
+            "void", or there are more than 254 classes.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,6 +79,8 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
         raise UserError(
             f"{path} must hold `classes`, a list of {{name, id, color}}: see datasets/README.md"
         )
+    if unknown := content.keys() - {"classes", "ignore"}:
+        raise UserError(f"{path} has {min(unknown)!r}: its keys are classes and ignore")
     if not isinstance(ignored, list):
         raise UserError(f"{path}: `ignore` is {ignored!r}: give a list of ids, such as [255]")
     if len(rows) >= IGNORE_INDEX:

@@ -5,7 +5,18 @@ import ast
 from conftest import ROOT
 
 FLOORS = (
-    {"errors", "files", "io", "device", "distributed", "fonts", "metrics", "progress", "signals"},
+    {
+        "errors",
+        "files",
+        "io",
+        "device",
+        "distributed",
+        "fonts",
+        "metrics",
+        "progress",
+        "signals",
+        "streams",
+    },
     {"checkpoint"},
     {"hub"},
     {"model"},

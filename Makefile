@@ -1,13 +1,14 @@
 # make demo    set up, then train and evaluate on toy street scenes
 # make test    set up with the packages for development, then run the tests
 # make docs    set up with the packages for development, then build the documentation site
+# make live    set up with the packages for development, then build the live page; make docs adds it
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: setup setup-dev demo test docs lint test-oldest clean-demo
+.PHONY: setup setup-dev demo test live docs lint test-oldest clean-demo
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
@@ -28,6 +29,9 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+live: setup-dev
+	$(BIN)/python docs/build_live.py
 
 docs: setup-dev
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . docs/_build/html

@@ -49,6 +49,12 @@ python_use_unqualified_type_names = True
 html_theme = "furo"
 html_title = "LEDNet"
 html_extra_path = ["site"]  # index.html, which leads to docs/index.html
+HAS_LIVE = (Path(__file__).parent / "_build/site/live/models.json").is_file()
+"""Whether `make live` has built the live page."""
+if HAS_LIVE:
+    html_extra_path.append("_build/site")
+else:
+    exclude_patterns.append("**/live")
 html_show_sphinx = False
 html_copy_source = False
 html_show_sourcelink = False
@@ -97,6 +103,8 @@ def skip_generated(
 
 
 def setup(app: Sphinx) -> None:
+    if HAS_LIVE:
+        app.tags.add("live")
     app.connect("autodoc-skip-member", skip_generated)
     app.connect("autodoc-process-docstring", escape_rest, priority=400)  # before napoleon's
     app.connect("source-read", list_modules)

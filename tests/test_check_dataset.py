@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image, ImageFilter
 from test_bad_input import assert_refused
-from test_page import chromium, opened
+from test_page import opened
 
 from lednet import UserError
 from lednet.data.labels import cityscapes_scheme
@@ -480,8 +480,8 @@ def test_page_shows_all_parts_escapes_text_and_refers_to_no_other_file(page):
     assert html.count("val: val_03.png</span>") == html.count("train: train_11.png</span>") == 1
 
 
-def test_page_in_a_browser_fits_a_phone_and_loads_all_images(page):
-    with chromium() as browser, opened(browser, page, 360, "dark") as view:
+def test_page_in_a_browser_fits_a_phone_and_loads_all_images(browser, page):
+    with opened(browser, page, 360, "dark") as view:
         assert view.evaluate("document.documentElement.scrollWidth") <= 360
         view.locator("#findings summary").first.click()
         assert view.locator("#findings .files li").first.is_visible()

@@ -24,7 +24,7 @@ FLOORS = (
     {"visualization", "plots", "html"},
     {"training", "export"},
     {"inference", "evaluation", "validation"},
-    {"cli", "demo"},
+    {"cli"},
     {"api", "__main__"},
 )
 INDEPENDENT = {"training", "export", "inference", "evaluation", "validation"}

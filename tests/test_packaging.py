@@ -58,8 +58,6 @@ def test_wheel_is_complete(built):
     assert {
         "lednet/py.typed",
         "lednet/data/classes/ADE20K.yaml",
-        "lednet/demo/page.css",
-        "lednet/demo/page.js",
         "lednet/templates/evaluation.html",
         "lednet/templates/dataset.html",
         "lednet/templates/model_card.md",

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import io
 import re
-import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,25 +30,6 @@ SCHEME = LabelScheme(
     colors=((128, 64, 128), (0, 0, 142), (0, 80, 100)),
     file_ids={0: 0, 1: 1, 2: 2},
 )
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-QUIET = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
-
-@contextlib.contextmanager
-def chromium(*flags: str) -> Iterator[Any]:
-    """A headless browser; skips the test if there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs a browser: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=[*QUIET, *flags])
-        yield running
-        running.close()
 
 
 @contextlib.contextmanager
@@ -206,12 +186,6 @@ def test_report_leaves_no_file_after_an_error(tmp_path):
         with pytest.raises(ValueError, match="zip"):
             write_toy(tmp_path / "report.html", matrix=np.zeros(shape, int))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture

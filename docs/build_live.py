@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT / "datasets"))
 
 import base64
 import hashlib
+import http.client
 import io
 import shutil
 import tarfile
@@ -48,10 +49,11 @@ import numpy as np
 from make_toy_cityscapes import toy_scene
 from PIL import Image
 
+from lednet.data.registry import DEFAULT_SIZES
 from lednet.errors import UserError, exit_on_user_error
 from lednet.export.exporter import export
 from lednet.hub import input_size, list_pretrained, resolve_weights, weights_checksum
-from lednet.io import write_atomically, write_json
+from lednet.io import write_atomically, write_json, write_text
 from lednet.model import load_model
 from lednet.visualization import output_scheme
 
@@ -65,8 +67,8 @@ RUNTIME = [
       for suffix in ("mjs", "wasm")),
 ]  # fmt: skip
 """Files of the archive: WebAssembly alone, and WebGPU for browsers without and with JSPI."""
-SAMPLES = (("val", 0), ("val", 4), ("val", 7))
-"""Toy street scenes: split and index."""
+SAMPLES = (0, 4, 7)
+"""Toy street scenes."""
 
 
 def fetch_runtime(cache: Path = CACHE) -> bytes:
@@ -77,10 +79,11 @@ def fetch_runtime(cache: Path = CACHE) -> bytes:
     """
     path = cache / URL.rpartition("/")[2]
     try:
-        data = (
-            path.read_bytes() if path.is_file() else urllib.request.urlopen(URL, timeout=60).read()
-        )
-    except OSError as error:
+        if path.is_file():
+            data = path.read_bytes()
+        else:
+            data = urllib.request.urlopen(URL, timeout=60).read()
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"cannot download {URL} ({error}): connect to the internet once, or put the file at "
             f"{path}"
@@ -96,7 +99,8 @@ def fetch_runtime(cache: Path = CACHE) -> bytes:
 
 def extract_runtime(folder: Path) -> None:
     """Write the files of `RUNTIME` to `folder`, unless they are there."""
-    if all((folder / Path(name).name).is_file() for name in RUNTIME):
+    stamp = folder / "VERSION"  # written last
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == VERSION:
         return
     with tarfile.open(fileobj=io.BytesIO(fetch_runtime())) as archive:
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,16 +109,16 @@ def extract_runtime(folder: Path) -> None:
             assert member is not None  # the checksum is right
             with write_atomically(folder / Path(name).name) as temporary:
                 temporary.write_bytes(member.read())
+    write_text(stamp, VERSION)
 
 
-def add_model(weights: str | Path, folder: Path) -> dict[str, Any]:
+def add_model(path: Path, folder: Path) -> dict[str, Any]:
     """Export weights to `folder`, unless they are there; returns their entry of models.json."""
-    net, meta = load_model(weights)
-    size = input_size(meta)
-    scheme = output_scheme(meta, net.num_classes, weights)
-    path = resolve_weights(weights)
+    net, meta = load_model(path)
+    size = input_size(meta, DEFAULT_SIZES["cityscapes"])
+    scheme = output_scheme(meta, net.num_classes, path)
     name = path.parent.name if path.stem in ("best", "model") else path.stem
-    file = folder / f"{name}-{weights_checksum(weights)[:8]}.onnx"
+    file = folder / f"{name}-{weights_checksum(path)[:8]}.onnx"
     if not file.is_file():
         print(f"exporting {name} ...", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,10 +148,13 @@ def build(folder: Path = LIVE, weights: Sequence[str | Path] = ()) -> None:
     Raises:
         UserError: as `fetch_runtime`, `load_model` and `export`.
     """
+    paths = [resolve_weights(path) for path in weights or list_pretrained()]
     extract_runtime(folder / "runtime")
-    models = [add_model(path, folder / "models") for path in weights or list_pretrained()]
-    for number, (split, index) in enumerate(SAMPLES, start=1):
-        scene = toy_scene(1, split, index, width=768, height=384)
+    models = [add_model(path, folder / "models") for path in paths]
+    for file in set((folder / "models").iterdir()) - {folder / model["file"] for model in models}:
+        file.unlink()  # of other weights
+    for number, index in enumerate(SAMPLES, start=1):
+        scene = toy_scene(1, "val", index, width=768, height=384)
         with write_atomically(folder / f"sample-{number}.jpg") as temporary:
             Image.fromarray(scene.image).save(temporary, quality=90, subsampling=0)
     shutil.copytree(PAGE, folder, dirs_exist_ok=True)

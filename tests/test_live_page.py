@@ -182,6 +182,8 @@ def test_page_camera_and_video_are_predicted_until_stopped(open_page, tmp_path):
     assert overlay(page).any()
     page.get_by_role("button", name="Front / back").click()
     page.get_by_role("button", name="Stop camera").click()
+    page.locator("#engine").select_option("single")  # the last frame's classes may be others
+    page.get_by_role("button", name="Drop an image").wait_for()
     path = tmp_path / "clip.mp4"
     with write_video(path, Fraction(25), Fraction(1, 25)) as writer:
         for i in range(10):
@@ -225,8 +227,13 @@ def test_page_has_threads_on_hosts_without_headers(browser, folder):
 
 def test_server_sends_isolation_headers_and_lists_no_folders(url):
     connection = http.client.HTTPConnection(url.split("/")[2], timeout=20)
-    for path, status in (("/", 200), ("/models/", 404), ("/../weights0/small.pth", 404)):
-        connection.request("GET", path)
+    for path, host, status in (
+        ("/", "127.0.0.1:1", 200),
+        ("/models/", "localhost", 404),
+        ("/../weights0/small.pth", "localhost", 404),
+        ("/", "evil.example", 403),
+    ):
+        connection.request("GET", path, headers={"Host": host})
         response = connection.getresponse()
         response.read()
         assert response.status == status

@@ -3,10 +3,9 @@
     python utils/serve.py
     python utils/serve.py --weights save/mine --port 8000
 
-Serves static files at http://127.0.0.1:8080 and opens a browser. Images, videos and cameras are
-processed in the browser; nothing is sent to the server. The first call downloads ONNX Runtime Web
-(33 MB) and exports the released weights, in about a minute; it needs the network once, and
-`pip install ".[deploy]"`.
+Serves static files at http://127.0.0.1:8080 and opens a browser, which processes the images; the
+server receives none. The first call downloads ONNX Runtime Web (33 MB) and exports the released
+weights, in about a minute. Needs `pip install ".[deploy]"`.
 """
 
 import argparse
@@ -46,30 +45,31 @@ import build_live
 from lednet.errors import UserError, exit_on_user_error
 from lednet.hub import list_pretrained
 
+FOLDER = build_live.CACHE / "live"
+"""Not the one that `make docs` publishes, as it may hold weights of --weights."""
 HEADERS = {
     # The first two isolate the page, which WebAssembly threads need.
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",  # the browser asks whether a file has changed
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
 }
 """Headers of every response."""
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves the files of a folder, and lists no folders."""
-
-    extensions_map = SimpleHTTPRequestHandler.extensions_map | {
-        ".mjs": "text/javascript",
-        ".wasm": "application/wasm",
-    }
+    """Serves the files of a folder to pages of this machine, and lists no folders."""
 
     def end_headers(self) -> None:
         for name, value in HEADERS.items():
             self.send_header(name, value)
         super().end_headers()
+
+    def send_head(self) -> Any:
+        # Other pages can let a host name of theirs point to this machine (DNS rebinding).
+        if self.headers.get("Host", "").partition(":")[0] not in ("127.0.0.1", "localhost"):
+            return self.send_error(403)
+        return super().send_head()
 
     def list_directory(self, path: Any) -> None:
         self.send_error(404)
@@ -78,22 +78,22 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
 
-def make_server(folder: Path, port: int) -> ThreadingHTTPServer:
-    """
+def make_server(folder: Path, port: int, handler: type[Handler] = Handler) -> ThreadingHTTPServer:
+    """A server of the files in `folder` on 127.0.0.1.
+
     Raises:
         UserError: the port is taken.
     """
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=str(folder)))
+        return ThreadingHTTPServer(("127.0.0.1", port), partial(handler, directory=str(folder)))
     except OSError as error:
         raise UserError(f"cannot serve at port {port} ({error.strerror}): choose --port") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    with make_server(build_live.LIVE, args.port) as server:
-        weights = [args.weights, *list_pretrained()] if args.weights else ()
-        build_live.build(build_live.LIVE, weights)
+    with make_server(FOLDER, args.port) as server:
+        build_live.build(FOLDER, [args.weights, *list_pretrained()] if args.weights else ())
         url = f"http://127.0.0.1:{server.server_port}"
         print(f"{url} shows the page; Ctrl-C ends it", flush=True)
         if args.browser:

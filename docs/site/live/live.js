@@ -87,6 +87,8 @@ async function openNetwork() {
   $("about").textContent = about(entry);
   say(`${entry.name} is ready: ${ENGINES[network.engine]}.`);
   if (state.source?.bitmap) await showImage();
+  else if (state.source && video.paused) await predict(await toBitmap(video, STREAM_SIDE));
+  else if (!state.source) view.setEmpty(true); // what is shown has other classes
 }
 
 async function addOwnModel(file) {
@@ -99,6 +101,7 @@ async function addOwnModel(file) {
 // Images, videos and cameras
 
 function setSource(source) {
+  say("");
   state.source?.bitmap?.close();
   state.source?.stream?.getTracks?.().forEach((track) => track.stop());
   if (video.src) URL.revokeObjectURL(video.src);
@@ -139,11 +142,13 @@ async function takeFile(file) {
 }
 
 async function takeVideo(file) {
-  setSource({ name: file.name, stream: true });
+  const source = { name: file.name, stream: true };
+  setSource(source);
   video.src = URL.createObjectURL(file);
   try {
     await video.play();
   } catch {
+    if (source !== state.source) return; // another one was chosen meanwhile
     setSource(null);
     throw new Error(`${file.name} is no video that this browser can play: give an MP4 or WebM file`);
   }
@@ -193,8 +198,6 @@ async function predict(bitmap) {
     const result = await network.run(bitmap);
     if (network !== state.network || source !== state.source) return result.bitmap.close();
     view.show(result, Boolean(source.stream));
-    document.querySelector(".demo").classList.remove("empty");
-    $("invitation").hidden = true;
     showFacts(source, network, result);
   } finally {
     if (network === state.network) state.busy = false;
@@ -210,8 +213,8 @@ function showFacts(source, network, { width, height, network: ms, total }) {
   const facts = [
     ["wide", source.stream?.getTracks ? "source" : "file", source.name],
     ["wide", "engine", ENGINES[network.engine]],
-    ["", "network", `${ms.toFixed(0)} ms`],
-    ["", "whole", `${total.toFixed(0)} ms`],
+    [rate ? "" : "half", "network", `${ms.toFixed(0)} ms`],
+    [rate ? "" : "half", "whole", `${total.toFixed(0)} ms`],
     ...(rate ? [["", `p50 of ${recent.length}`, `${median.toFixed(0)} ms`], ["", "FPS", rate.toFixed(1)]] : []),
     ["half", "image", `${width} × ${height}`],
     ["half", "network input", `${network.info.size[1]} × ${network.info.size[0]}`],

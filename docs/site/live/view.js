@@ -47,6 +47,13 @@ export class View {
     $("classes").replaceChildren(...this.rows.map((row) => row.item));
   }
 
+  setEmpty(empty) {
+    document.querySelector("main").classList.toggle("empty", empty);
+    $("invitation").hidden = !empty;
+    $("layers").hidden = empty;
+    if (empty) this.result = null;
+  }
+
   toggle(names, visible) {
     for (const name of names) visible ? this.hidden.delete(name) : this.hidden.add(name);
     this.rows.forEach((row, index) => (row.box.checked = this.colors[index] && !this.hidden.has(this.classes[index])));
@@ -66,13 +73,13 @@ export class View {
   // Shows a result of the network. Rows go by share, but keep their places in a `stream`.
   show(result, stream) {
     const { bitmap, width, height, counts } = result;
-    this.result?.bitmap.close();
     this.result = result;
+    this.setEmpty(false);
     for (const canvas of [$("image"), $("overlay")])
       if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
     $("image").getContext("2d", { alpha: false }).drawImage(bitmap, 0, 0);
+    bitmap.close();
     $("layers").style.setProperty("--ratio", width / height);
-    $("layers").hidden = false;
     const shares = counts.map((count) => count / (width * height));
     this.rows.forEach((row, index) => {
       row.share.textContent = percent(shares[index]);

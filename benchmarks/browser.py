@@ -31,7 +31,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from benchmarks._common import Row, add_options, alternate, make_parser, print_row, write_record
 from lednet import Predictor
 from lednet.errors import UserError, exit_on_user_error
-from lednet.export.formats import RunOptions, load_onnx
+from lednet.exporting.formats import RunOptions, load_onnx
 from lednet.files import IMAGE_SUFFIXES, find_files
 
 SERVE = runpy.run_path(str(ROOT / "utils/serve.py"))

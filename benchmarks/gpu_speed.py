@@ -21,7 +21,7 @@ from benchmarks.inference import Peer, ToLabels, labels_of, load_images
 from benchmarks.training import TrainingData, busy_share, make_trainer, time_steps
 from lednet.data.registry import open_dataset
 from lednet.device import peak_memory_mb, synchronize
-from lednet.export.fuse import fuse_channel_shuffles, fuse_conv_bn
+from lednet.exporting.fuse import fuse_channel_shuffles, fuse_conv_bn
 from lednet.inference.benchmark import count_macs
 from lednet.inference.predictor import Predictor
 from lednet.model import LEDNet

@@ -49,9 +49,9 @@ from lednet.device import (
     synchronize,
 )
 from lednet.errors import UserError, exit_on_user_error
-from lednet.export.common import import_optional
-from lednet.export.exporter import export
-from lednet.export.formats import compile_openvino, missing_packages
+from lednet.exporting.common import import_optional
+from lednet.exporting.exporter import export
+from lednet.exporting.formats import compile_openvino, missing_packages
 from lednet.files import IMAGE_SUFFIXES, find_files
 from lednet.inference.backends import BACKENDS, is_available
 from lednet.inference.benchmark import count_macs

@@ -51,7 +51,7 @@ from PIL import Image
 
 from lednet.data.registry import DEFAULT_SIZES
 from lednet.errors import UserError, exit_on_user_error
-from lednet.export.exporter import export
+from lednet.exporting.exporter import export
 from lednet.hub import input_size, list_pretrained, resolve_weights, weights_checksum
 from lednet.io import write_atomically, write_json, write_text
 from lednet.model import load_model

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lednet.cli import parsers
 
 if TYPE_CHECKING:
-    from lednet.export.exporter import Parity
+    from lednet.exporting.exporter import Parity
 
 
 def evaluate(weights: str | os.PathLike, **options: Any) -> dict[str, Any]:

@@ -124,6 +124,15 @@ def test_lednet_command_lists_its_commands(monkeypatch, capsys):
     assert "invalid choice: 'predcit'" in capsys.readouterr().err
 
 
+def test_functions_are_not_hidden_by_modules_of_their_name():
+    import lednet
+    import lednet.evaluation.evaluator
+    import lednet.exporting.exporter
+    import lednet.training.loop
+
+    assert [lednet.train, lednet.evaluate, lednet.export] == [api.train, api.evaluate, api.export]
+
+
 def test_to_arguments_flags_of_keywords():
     options = {"weights": "w.pth", "scales": [0.5, 1], "flip": True, "fold": False, "json": None}
     found = api.to_arguments(parsers.evaluate(), options)

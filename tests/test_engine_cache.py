@@ -9,8 +9,8 @@ import torch
 from test_inference import SHORT_STAGES
 
 import lednet.model
-from lednet.export.common import RunOptions
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.common import RunOptions
+from lednet.exporting.wrappers import EndToEndModel
 from lednet.inference import backends, engine_cache
 from lednet.inference.engine_cache import cache_entry, is_cached, open_exported
 from lednet.model import LEDNet
@@ -36,7 +36,7 @@ def graph(monkeypatch) -> EndToEndModel:
 
 def test_open_exported_second_call_reads_the_cache(cache, graph, monkeypatch):
     first = open_exported(graph, "onnx", SHAPE, RunOptions())
-    monkeypatch.setattr("lednet.export.formats.write_onnx", None)
+    monkeypatch.setattr("lednet.exporting.formats.write_onnx", None)
     second = open_exported(graph, "onnx", SHAPE, RunOptions())
     assert is_cached(graph, "onnx", SHAPE) and second.path.is_relative_to(cache)
     np.testing.assert_array_equal(first(IMAGES), second(IMAGES))

@@ -17,13 +17,13 @@ from PIL import Image
 from test_inference import SHORT_STAGES, formula_net
 from torch import nn
 
-import lednet.export.wrappers
+import lednet.exporting.wrappers
 import lednet.model
 from lednet import LEDNet, UserError
 from lednet.checkpoint import save_checkpoint
 from lednet.data.labels import camvid_scheme
-from lednet.export import executorch
-from lednet.export.exporter import (
+from lednet.exporting import executorch
+from lednet.exporting.exporter import (
     Parity,
     ParityError,
     check_parity,
@@ -31,9 +31,9 @@ from lednet.export.exporter import (
     reference_logits,
     require_parity,
 )
-from lednet.export.formats import FORMATS, ExportOptions, Format, load
-from lednet.export.fuse import fuse_conv_bn
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.formats import FORMATS, ExportOptions, Format, load
+from lednet.exporting.fuse import fuse_conv_bn
+from lednet.exporting.wrappers import EndToEndModel
 from lednet.inference.benchmark import benchmark
 from lednet.inference.predictor import Predictor
 from lednet.metrics import ConfusionMatrix
@@ -426,7 +426,7 @@ def test_script_wrong_graph_writes_nothing(run_inside, weights, tmp_path, monkey
         fused.decoder.mid[0].weight.mul_(1.05)
         return fused
 
-    monkeypatch.setattr(lednet.export.wrappers, "fuse_conv_bn", fuse_wrongly)
+    monkeypatch.setattr(lednet.exporting.wrappers, "fuse_conv_bn", fuse_wrongly)
     arguments = ("--weights", weights, "--format", "torch", "--output", "logits", "--out")
     result = run_inside(SCRIPT, *arguments, tmp_path / "out/new.pt2")
     assert result.returncode == 1 and "nothing was written" in result.stderr

@@ -8,7 +8,7 @@ from lednet.checkpoint import load_checkpoint
 from lednet.data.image_io import open_image
 from lednet.data.pairs import name_files
 from lednet.errors import UserError
-from lednet.export.formats import load as load_exported
+from lednet.exporting.formats import load as load_exported
 from lednet.files import IMAGE_SUFFIXES, find_files, match_files, read_text, split_pattern
 from lednet.inference.video import VideoReader
 from lednet.io import require_writable

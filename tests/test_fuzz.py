@@ -50,9 +50,9 @@ from lednet.data.pairs import Sample
 from lednet.data.registry import open_dataset
 from lednet.evaluation.cityscapes_evaluator import FrameResult, read_instances
 from lednet.evaluation.cityscapes_submission import check_submission
-from lednet.export.common import ExportedModel
-from lednet.export.formats import FORMATS as EXPORT_FORMATS, ExportOptions, load
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.common import ExportedModel
+from lednet.exporting.formats import FORMATS as EXPORT_FORMATS, ExportOptions, load
+from lednet.exporting.wrappers import EndToEndModel
 from lednet.inference.progress_log import ProgressLog
 from lednet.inference.video import VideoReader
 from lednet.io import LIMIT, MAX_YAML, max_pixels, read_yaml

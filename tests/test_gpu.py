@@ -17,7 +17,7 @@ from benchmarks import gpu_proof
 from benchmarks.gpu_legs import Leg
 from lednet import LEDNet
 from lednet.data.transforms import PRESETS, Augmentation
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.wrappers import EndToEndModel
 from lednet.training.losses import WeightedCrossEntropy
 from lednet.training.tasks import Segmentation
 

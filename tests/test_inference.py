@@ -28,9 +28,9 @@ from lednet.checkpoint import load_state, save_checkpoint
 from lednet.data.image_io import open_image, read_image, to_rgb
 from lednet.evaluation.cityscapes_metrics import BenchmarkScores
 from lednet.evaluation.report import _headline
-from lednet.export import formats
-from lednet.export.fuse import fuse_channel_shuffles, fuse_conv_bn
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting import formats
+from lednet.exporting.fuse import fuse_channel_shuffles, fuse_conv_bn
+from lednet.exporting.wrappers import EndToEndModel
 from lednet.inference import backends
 from lednet.inference.benchmark import benchmark, benchmark_rows, count_macs, time_runs
 from lednet.inference.predictor import Predictor

@@ -22,12 +22,12 @@ FLOORS = (
     {"model"},
     {"data"},
     {"visualization", "plots", "html"},
-    {"training", "export"},
+    {"training", "exporting"},
     {"inference", "evaluation", "validation"},
     {"cli"},
     {"api", "__main__"},
 )
-INDEPENDENT = {"training", "export", "inference", "evaluation", "validation"}
+INDEPENDENT = {"training", "exporting", "inference", "evaluation", "validation"}
 """Packages of one floor that do not import from each other."""
 
 

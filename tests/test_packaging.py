@@ -15,7 +15,7 @@ import lednet, torch
 assert "site" in lednet.__file__, lednet.__file__
 net, meta = lednet.load_model("camvid-d20")
 print(net(torch.rand(1, 3, 32, 48)).shape[1], meta["dataset"])
-import lednet.evaluation.report, lednet.export.exporter, lednet.training.loop
+import lednet.evaluation.report, lednet.exporting.exporter, lednet.training.loop
 from lednet.data.folders import CLASS_FILES, read_class_file
 assert read_class_file(CLASS_FILES / "ADE20K.yaml").num_classes == 150
 from lednet.cli.common import recipe_folder

@@ -17,8 +17,8 @@ from lednet.data.labels import require_classes
 from lednet.data.registry import open_dataset
 from lednet.errors import UserError
 from lednet.evaluation.evaluator import evaluate, require_labels
-from lednet.export.exporter import Parity, ParityError, export
-from lednet.export.formats import FORMATS, MIN_TRACED_SIDE, ExportedModel, require_packages
+from lednet.exporting.exporter import Parity, ParityError, export
+from lednet.exporting.formats import FORMATS, MIN_TRACED_SIDE, ExportedModel, require_packages
 from lednet.files import IMAGE_SUFFIXES, find_files
 from lednet.hub import input_size, resolve_weights
 from lednet.inference.predictor import Predictor

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lednet.device import autocast
 from lednet.errors import UserError
-from lednet.export.common import TRACE_LOCK
-from lednet.export.formats import (
+from lednet.exporting.common import TRACE_LOCK
+from lednet.exporting.formats import (
     FORMATS,
     ExportedModel,
     RunOptions,
@@ -17,7 +17,7 @@ from lednet.export.formats import (
     require_packages,
     require_supported,
 )
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.wrappers import EndToEndModel
 from lednet.inference.engine_cache import is_cached, open_exported
 
 InferenceFn = Callable[[Tensor], Tensor]

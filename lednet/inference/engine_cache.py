@@ -14,9 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import lednet
-from lednet.export.common import ExportedModel, ExportOptions, RunOptions
-from lednet.export.formats import FORMATS
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.common import ExportedModel, ExportOptions, RunOptions
+from lednet.exporting.formats import FORMATS
+from lednet.exporting.wrappers import EndToEndModel
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import LabelScheme, require_classes
 from lednet.device import choose_device
 from lednet.errors import UserError
-from lednet.export.formats import ExportedModel, is_exported, load
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.formats import ExportedModel, is_exported, load
+from lednet.exporting.wrappers import EndToEndModel
 from lednet.hub import input_size
 from lednet.inference.backends import build_runner, choose_backend, exported_runner
 from lednet.inference.result import Segmentation

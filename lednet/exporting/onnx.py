@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from lednet.errors import UserError
-from lednet.export import common
-from lednet.export.common import (
+from lednet.exporting import common
+from lednet.exporting.common import (
     TRACE_LOCK,
     ExportedModel,
     ExportOptions,
     RunOptions,
     import_optional,
 )
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.wrappers import EndToEndModel
 
 
 @contextlib.contextmanager

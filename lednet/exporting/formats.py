@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lednet.errors import UserError
-from lednet.export.common import MIN_TRACED_SIDE, ExportedModel, ExportOptions, RunOptions
-from lednet.export.executorch import load_executorch, write_executorch
-from lednet.export.onnx import load_onnx, write_onnx
-from lednet.export.openvino import PRECISION_HINTS, compile_openvino, load_openvino, write_openvino
-from lednet.export.torch_export import load_torch, write_torch
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.common import MIN_TRACED_SIDE, ExportedModel, ExportOptions, RunOptions
+from lednet.exporting.executorch import load_executorch, write_executorch
+from lednet.exporting.onnx import load_onnx, write_onnx
+from lednet.exporting.openvino import (
+    PRECISION_HINTS,
+    compile_openvino,
+    load_openvino,
+    write_openvino,
+)
+from lednet.exporting.torch_export import load_torch, write_torch
+from lednet.exporting.wrappers import EndToEndModel
 from lednet.files import require_content
 
 __all__ = ["FORMATS", "MIN_TRACED_SIDE", "ExportOptions", "ExportedModel", "Format", "RunOptions",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lednet.export.fuse import fuse_channel_shuffles, fuse_conv_bn
+from lednet.exporting.fuse import fuse_channel_shuffles, fuse_conv_bn
 from lednet.model import LEDNet, resize
 
 OUTPUTS = ("labels", "logits")

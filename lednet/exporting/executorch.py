@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from lednet.errors import UserError
-from lednet.export import common
-from lednet.export.common import ExportedModel, ExportOptions, RunOptions, import_optional
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting import common
+from lednet.exporting.common import ExportedModel, ExportOptions, RunOptions, import_optional
+from lednet.exporting.wrappers import EndToEndModel
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lednet.export.common import (
+from lednet.exporting.common import (
     TRACE_LOCK,
     Bounds,
     ExportedModel,
@@ -16,8 +16,8 @@ from lednet.export.common import (
     opening,
     trace,
 )
-from lednet.export.safe_archive import copy_safe_archive
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.safe_archive import copy_safe_archive
+from lednet.exporting.wrappers import EndToEndModel
 
 
 def write_torch(module: EndToEndModel, path: Path, options: ExportOptions) -> None:

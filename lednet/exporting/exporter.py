@@ -24,9 +24,9 @@ from torch import Tensor
 
 import lednet
 from lednet.errors import UserError
-from lednet.export.common import ExportedModel, ExportOptions, RunOptions
-from lednet.export.formats import FORMATS, require_packages
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.common import ExportedModel, ExportOptions, RunOptions
+from lednet.exporting.formats import FORMATS, require_packages
+from lednet.exporting.wrappers import EndToEndModel
 from lednet.io import write_atomically
 from lednet.model import LEDNet, resize
 
@@ -62,7 +62,7 @@ def describe(
     Args:
         meta: metadata of the weights, from `load_model`; missing keys are left out.
         size: (height, width) in pixels that the network is meant to run at.
-        output: one of `lednet.export.wrappers.OUTPUTS`.
+        output: one of `lednet.exporting.wrappers.OUTPUTS`.
         precision: one of `PRECISIONS`.
     """
     mean, std = _normalization(meta)
@@ -180,7 +180,7 @@ def export(
         size: (height, width) in pixels.
         images: batches to compare on, (N, H, W, 3) uint8 RGB: single images of `size`, or of
             several sizes with `dynamic`.
-        output: one of `lednet.export.wrappers.OUTPUTS`.
+        output: one of `lednet.exporting.wrappers.OUTPUTS`.
         dynamic: take any batch and size, as far as the format supports it.
         calibration: images (1, *size, 3) uint8 RGB to quantize to int8 with; None writes float32.
         min_agreement, max_difference: thresholds for `require_parity`.

@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 
 from lednet.checkpoint import require_meta
 from lednet.errors import UserError
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.wrappers import EndToEndModel
 from lednet.model import LEDNet
 
 TRACED_SHAPE = (2, 160, 224)
@@ -76,7 +76,7 @@ class ExportedModel:
         path: path of the file, for messages.
         runtime: name of the runtime.
         bounds: limits of batch, height and width.
-        metadata: as `lednet.export.exporter.describe` wrote them.
+        metadata: as `lednet.exporting.exporter.describe` wrote them.
         run: forward pass of the runtime, for images that have been checked. Threads may share it.
     """
 
@@ -114,7 +114,7 @@ class ExportedModel:
         """The metadata parsed from JSON, with the keys of a checkpoint's "meta".
 
         Raises:
-            UserError: the file was not written by `lednet.export.exporter`.
+            UserError: the file was not written by `lednet.exporting.exporter`.
         """
         with self._require_metadata():
             meta = {

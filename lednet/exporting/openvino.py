@@ -8,9 +8,15 @@ from typing import Any
 import numpy as np
 
 from lednet.errors import UserError
-from lednet.export.common import ExportedModel, ExportOptions, RunOptions, import_optional, opening
-from lednet.export.onnx import write_onnx
-from lednet.export.wrappers import EndToEndModel
+from lednet.exporting.common import (
+    ExportedModel,
+    ExportOptions,
+    RunOptions,
+    import_optional,
+    opening,
+)
+from lednet.exporting.onnx import write_onnx
+from lednet.exporting.wrappers import EndToEndModel
 
 MIN_OPENVINO_SIDE = 8
 """OpenVINO 2026.4 returns the previous image's output, or none, for sides of one or two pixels."""

@@ -31,7 +31,7 @@ test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 live: setup-dev
-	$(BIN)/python docs/build_live.py
+	$(BIN)/python utils/serve.py --build-only --out docs/_build/site/live
 
 docs: setup-dev
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . docs/_build/html

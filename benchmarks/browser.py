@@ -8,7 +8,6 @@ A quarter of an hour on two shared cores.
 """
 
 import io
-import runpy
 import shutil
 import sys
 import tempfile
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+sys.path.insert(0, str(ROOT))
 
-import build_live
 import numpy as np
 import torch
 from PIL import Image
@@ -30,12 +28,12 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from benchmarks._common import Row, add_options, alternate, make_parser, print_row, write_record
 from lednet import Predictor
+from lednet.cli import live_page
+from lednet.cli.serve import Handler, make_server
 from lednet.errors import UserError, exit_on_user_error
 from lednet.exporting.formats import RunOptions, load_onnx
 from lednet.files import IMAGE_SUFFIXES, find_files
 
-SERVE = runpy.run_path(str(ROOT / "utils/serve.py"))
-Handler: Any = SERVE["Handler"]
 CHROMIUM: Row = {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"]}
 SAMPLE = "sample-1.jpg"
 OPEN = """async ([threads, sample]) => {
@@ -140,19 +138,20 @@ def memory(browser: Browser, page: Page, frames: int) -> Row:
 def main() -> None:
     parser = make_parser(__doc__, "--json")
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
-    add_options(parser, weights=("camvid-d20", "weights"), count=(4, "images to compare"),
+    parser.add_argument("--weights", default="camvid-d20", help="weights")
+    add_options(parser, count=(4, "images to compare"),
                 rounds=(20, "after two untimed ones"), frames=(500, "for the memory"))  # fmt: skip
     args = parser.parse_args()
     paths = find_files(args.images, IMAGE_SUFFIXES)
     if not paths or not CHROMIUM["executable_path"]:
         raise UserError(f"needs images below {args.images}, and Chromium: check both")
     paths = [paths[i * len(paths) // args.count] for i in range(args.count)]
-    predictor = Predictor.from_weights(args.weights)
+    predictor = Predictor(args.weights, backend="eager")
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         folder, profile = Path(name) / "live", Path(name) / "profile"
-        build_live.build(folder, [args.weights])
+        live_page.build(folder, [args.weights])
         (model,) = (folder / "models").iterdir()
-        server = SERVE["make_server"](folder, 0, CountingHandler)
+        server = make_server(folder, 0, CountingHandler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"
         results: Row = {}

@@ -4,6 +4,7 @@ The source folder is the repository, so links in Markdown files work both on the
 repository.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -17,8 +18,10 @@ copyright = f"{author}. MIT licence"
 release = version = lednet.__version__
 
 root_doc = "docs/index"
+source_suffix = {".md": "markdown", ".ipynb": "markdown"}
 include_patterns = [
     "docs/**.md",
+    "docs/quickstart.ipynb",
     "*/README.md",
     "save/released/*/README.md",
     "CHANGELOG.md",
@@ -81,6 +84,27 @@ def list_modules(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] += f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n\n"
 
 
+def read_notebook(app: Sphinx, page: str, source: list[str]) -> None:
+    """Turn a notebook into Markdown, with the outputs that it holds."""
+    if not (Path(app.srcdir) / f"{page}.ipynb").is_file():
+        return
+    parts = []
+    for cell in json.loads(source[0])["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(text)
+            continue
+        parts.append(f"```python\n{text}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if png := data.get("image/png"):
+                parts.append(f'<img alt="output" src="data:image/png;base64,{png.strip()}">')
+            else:
+                shown = "".join(output.get("text") or data["text/plain"])
+                parts.append(f"```text\n{shown.rstrip()}\n```")
+    source[0] = "\n\n".join(parts)
+
+
 def escape_rest(
     app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
 ) -> None:
@@ -108,3 +132,4 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-skip-member", skip_generated)
     app.connect("autodoc-process-docstring", escape_rest, priority=400)  # before napoleon's
     app.connect("source-read", list_modules)
+    app.connect("source-read", read_notebook)

@@ -1,6 +1,7 @@
 """Documentation: the site builds, links are valid, and scripts accept the documented commands."""
 
 import argparse
+import json
 import os
 import re
 import runpy
@@ -37,6 +38,7 @@ def test_site_loads_nothing_from_the_network(site):
         html = page.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=\"([^\"]*)\"", html)
         loaded += re.findall(r"<link[^>]* href=\"([^\"]*)\"", html)
+        loaded = [address for address in loaded if not address.startswith("data:")]
         assert not [address for address in loaded if "//" in address], page
 
 
@@ -126,6 +128,21 @@ def test_script_accepts_documented_command(page, command, monkeypatch, capsys):
     except SystemExit:
         pytest.fail(capsys.readouterr().err)
     pytest.fail(f"{words[at]} parses no arguments")
+
+
+def test_notebook_runs(tmp_path):
+    """Its code in the order of its cells, which write to a temporary folder."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"needs {package}: pip install '.[deploy]'")
+    notebook = json.loads((ROOT / "docs/quickstart.ipynb").read_text(encoding="utf-8"))
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    (tmp_path / "notebook.py").write_text("\n".join(code), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "notebook.py"], cwd=ROOT / "docs", text=True,
+        capture_output=True, env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("*/street.onnx"))
 
 
 def test_architecture_page_matches_the_modules(tmp_path):

@@ -40,7 +40,7 @@ def test_open_exported_second_call_reads_the_cache(cache, graph, monkeypatch):
     second = open_exported(graph, "onnx", SHAPE, RunOptions())
     assert is_cached(graph, "onnx", SHAPE) and second.path.is_relative_to(cache)
     np.testing.assert_array_equal(first(IMAGES), second(IMAGES))
-    assert len(list(cache.iterdir())) == 1  # nothing unfinished is left
+    assert len(list((cache / "engines").iterdir())) == 1  # nothing unfinished is left
 
 
 def test_cache_entry_depends_on_what_changes_the_file(cache, graph):

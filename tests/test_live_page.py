@@ -5,9 +5,7 @@ import functools
 import http.client
 import io
 import re
-import sys
 import threading
-import urllib.error
 from collections.abc import Iterator
 from fractions import Fraction
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,12 +18,9 @@ from PIL import Image
 
 from lednet import Predictor, UserError
 from lednet.checkpoint import save_checkpoint
+from lednet.cli import live_page, serve
 from lednet.inference.video import write_video
 from lednet.model import load_model
-
-sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "utils")]
-import build_live
-import serve
 
 SIZE = (48, 64)
 STREET = Image.open(ROOT / "docs/toy_street.png").convert("RGB")
@@ -43,11 +38,11 @@ def weights(tmp_path_factory) -> Path:
 def folder(weights, tmp_path_factory) -> Path:
     """The built page with small weights."""
     try:
-        build_live.fetch_runtime()
+        live_page.fetch_runtime()
     except UserError as error:
         pytest.skip(f"needs ONNX Runtime Web: {error}")
     folder = tmp_path_factory.mktemp("live")
-    build_live.build(folder, [weights])
+    live_page.build(folder, [weights])
     return folder
 
 
@@ -111,7 +106,7 @@ def overlay(page) -> np.ndarray:
 
 
 def test_page_label_maps_are_those_of_predictor_on_every_engine(open_page, weights):
-    predictor = Predictor.from_weights(weights)
+    predictor = Predictor(weights)
     page = open_page()
     automatic, *engines = page.locator("#engine option:enabled").all_inner_texts()
     assert automatic == "Automatic" and "WebAssembly, 1 thread" in engines
@@ -246,14 +241,16 @@ def test_serve_invalid_flags_are_refused(run_inside, url):
     run_inside("utils/serve.py", "--port", 0, "--weights", "no.pth").assert_error("no.pth")
 
 
-def test_runtime_without_network_or_with_another_checksum_is_refused(tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(build_live.urllib.request, "urlopen", fail)
-    with pytest.raises(UserError, match="connect to the internet once"):
-        build_live.fetch_runtime(tmp_path)
-    assert not list(tmp_path.iterdir())
-    (tmp_path / build_live.URL.rpartition("/")[2]).write_bytes(b"another")
+def test_runtime_without_npm_or_network_or_with_another_checksum_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEDNET_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(UserError, match="install Node"):
+        live_page.fetch_runtime()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/npm").write_text("#!/bin/sh\necho no network >&2\nexit 1\n")
+    (tmp_path / "bin/npm").chmod(0o755)
+    with pytest.raises(UserError, match=r"\(no network\): connect to the internet once"):
+        live_page.fetch_runtime()
+    (tmp_path / "npm" / live_page.ARCHIVE).write_bytes(b"another")
     with pytest.raises(UserError, match="checksum"):
-        build_live.fetch_runtime(tmp_path)
+        live_page.fetch_runtime()

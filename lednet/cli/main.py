@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "write a network to an ONNX, OpenVINO, torch.export or ExecuTorch file",
     "benchmark": "inference speed on this machine",
     "check": "check the files of a data set",
+    "serve": "the network in a browser tab, on this machine",
 }
 """Command -> what it does. Its flags are in `lednet.cli.parsers`, its code is `main` of the module
 of the same name."""

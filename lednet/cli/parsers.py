@@ -159,6 +159,17 @@ CamVid. docs/check_dataset.md explains each finding.
 Exit status: 0 without findings, 1 with findings (see --fail-on), 2 if the check could not run.
 """
 
+SERVE = """Serve the live page on this machine: the network in a browser tab.
+
+    python utils/serve.py
+    python utils/serve.py --weights save/mine --port 8000
+    python utils/serve.py --build-only --out www    # for a static host
+
+Serves static files at http://127.0.0.1:8080 and opens a browser, which processes the images; the
+server receives none. The first call downloads ONNX Runtime Web (33 MB) with npm and exports the
+released weights, in about a minute. Needs `pip install ".[deploy]"` and Node.js.
+"""
+
 
 def predict() -> argparse.ArgumentParser:
     parser = make_parser(PREDICT)
@@ -506,5 +517,21 @@ def check() -> argparse.ArgumentParser:
                         help="lowest severity that makes the exit status 1")
     add_num_workers_flag(parser, usable_cpus(),
                          "decoding processes; 0 decodes in the main process")
+    # fmt: on
+    return parser
+
+
+def serve() -> argparse.ArgumentParser:
+    parser = make_parser(SERVE)
+    # fmt: off
+    parser.add_argument("--weights", type=Path, metavar="PATH",
+                        help="weights file, run folder or released name that the page offers first")
+    parser.add_argument("--port", type=at_least(0, most=65535), default=8080,
+                        help="port; 0 takes a free one")
+    parser.add_argument("--browser", action=argparse.BooleanOptionalAction, default=True,
+                        help="open a browser")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="folder of the built page (default: live in $XDG_CACHE_HOME/lednet)")
+    parser.add_argument("--build-only", action="store_true", help="build the page, and end")
     # fmt: on
     return parser

@@ -46,7 +46,7 @@ def cache_entry(graph: EndToEndModel, format: str, shape: Shape) -> Path:
     digest.update(repr((graph, graph.output, format, shape, versions)).encode())
     for name, value in graph.state_dict().items():
         digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return cache_folder() / digest.hexdigest()[:32]
+    return cache_folder() / "engines" / digest.hexdigest()[:32]
 
 
 def is_cached(graph: EndToEndModel, format: str, shape: Shape) -> bool:

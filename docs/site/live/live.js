@@ -47,7 +47,7 @@ function handle(handler) {
 
 async function fetchFile(name) {
   const response = await fetch(name).catch(() => null);
-  if (!response?.ok) throw new Error(`${name} is missing here: build the page with docs/build_live.py`);
+  if (!response?.ok) throw new Error(`${name} is missing here: build the page with utils/serve.py`);
   return response;
 }
 

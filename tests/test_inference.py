@@ -340,6 +340,24 @@ def test_predictor_threads_equal_one_thread(backend, short_stages):
         assert (result.labels == expected.labels).mean() > 0.999
 
 
+def test_openvino_first_calls_of_a_process_from_threads_end(tmp_path, short_stages):
+    need("openvino")
+    graph, file = EndToEndModel(LEDNet(3).eval()).eval(), tmp_path / "a.xml"
+    formats.FORMATS["openvino"].write(graph, file, formats.ExportOptions((1, 32, 48)))
+    program = (
+        "import pathlib, sys, threading, numpy\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from lednet.exporting.formats import load\n"
+        "sys.setswitchinterval(1e-6)\n"
+        "run, start = load(sys.argv[1]), threading.Barrier(8)\n"
+        "images = numpy.zeros((1, 32, 48, 3), numpy.uint8)\n"
+        "with ThreadPoolExecutor(8) as pool:\n"
+        "    list(pool.map(lambda i: (start.wait(), run(images)), range(8)))\n"
+    )
+    command = [sys.executable, "-c", program, str(file)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+
+
 def test_runner_per_size_builds_once_while_threads_wait():
     built, inside = [], threading.Lock()
 

@@ -1,6 +1,7 @@
 """OpenVINO's intermediate representation, in float32, bfloat16 or int8."""
 
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from lednet.exporting.wrappers import EndToEndModel
 
 MIN_OPENVINO_SIDE = 8
 """OpenVINO 2026.4 returns the previous image's output, or none, for sides of one or two pixels."""
+
+_FIRST_ACCESS = threading.Lock()
+"""OpenVINO 2026.4 creates its table of types at the first access to a tensor's data. Two threads at
+once would wait for each other: one holds Python's lock, the other that of the table."""
 
 PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
 """Precision of what is not quantized -> OpenVINO's name of it. Its default is bfloat16 on some
@@ -91,7 +96,11 @@ def load_openvino(path: Path, options: RunOptions) -> ExportedModel:
         if model.has_rt_info(["lednet"]):
             keys = model.get_rt_info(["lednet"]).astype(dict)
             metadata = {key: model.get_rt_info(["lednet", key]).astype(str) for key in keys}
-    idle: list[Any] = []  # inference requests; each serves one thread at a time
+    first = compiled.create_infer_request()
+    with _FIRST_ACCESS:
+        for tensor in (*first.input_tensors, *first.output_tensors):
+            _ = tensor.data
+    idle = [first]  # inference requests; each serves one thread at a time
 
     def run(images: np.ndarray) -> np.ndarray:
         try:

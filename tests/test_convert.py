@@ -49,5 +49,5 @@ def test_convert_existing_output_or_unknown_classes_are_refused(convert, tmp_pat
     convert(*flags).assert_error("x.pth is a folder: choose another --out")
     torch.save(LEDNet(5).state_dict(), weights)
     flags = ("--weights", weights, "--out", tmp_path / "out")
-    convert(*flags).assert_error("does not name its classes")
+    convert(*flags).assert_error("give --height and --width")
     assert not (tmp_path / "out").exists()

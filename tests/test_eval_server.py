@@ -150,7 +150,8 @@ def test_two_processes_give_the_same_results(
     assert read(tmp_path / "two") == read(reference.out)
     # The first of two processes scores every second prediction.
     context = DistributedContext(0, 2, torch.device("cpu"))
-    monkeypatch.setattr("lednet.distributed.init_distributed", lambda device: context)
+    name = "lednet.cli.evaluate_cityscapes.init_distributed"
+    monkeypatch.setattr(name, lambda device: context)
     monkeypatch.setattr(DistributedContext, "all_gather", lambda self, values: values)
     flags = ("--predictions", reference.out / "predictions", "--json", tmp_path / "f.json")
     assert evaluate(*flags).returncode == 0

@@ -280,7 +280,7 @@ def test_getitem_invalid_or_large_image_is_named(tmp_path, monkeypatch):
         UserError, match=r"a\.png has 60x36 pixels, and 2,159 are .*: shrink it, or"
     ):
         read_one(tmp_path)
-    path.write_text("<html>404</html>")
+    path.write_text("not an image")
     with pytest.raises(UserError, match=r"a/a\.png is damaged \(or no PNG, JPEG"):
         read_one(tmp_path)
     save(tmp_path / "b/a", "a.tif", Image.fromarray(np.ones((4, 4), np.float32)))

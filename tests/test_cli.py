@@ -101,9 +101,11 @@ def test_earlier_spellings_set_the_same_options():
 
 def test_lednet_command_runs_the_code_of_the_script(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/lednet", "evaluate-cityscapes", "--help"])
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     with pytest.raises(SystemExit, match="0"):
         main.main()
     text = capsys.readouterr().out
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert text.startswith("usage: lednet evaluate-cityscapes") and "--report-images" in text
     monkeypatch.setattr(sys, "argv", ["lednet", "predict", "--alpha", "2", "a.png"])
     with pytest.raises(SystemExit, match="2"):

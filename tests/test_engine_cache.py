@@ -88,7 +88,7 @@ def test_open_exported_unwritable_cache_is_reported(cache, graph, caplog):
 def test_choose_backend_few_images_use_a_cached_engine(cache, graph, monkeypatch):
     monkeypatch.setattr(backends, "is_available", lambda backend, device: backend == "onnxruntime")
     cpu, size = torch.device("cpu"), SHAPE[1:]
-    assert backends.choose_backend(cpu, graph, size, images=10) == "eager"
+    assert backends.choose_backend(cpu, graph, size, images=20) == "eager"
     open_exported(graph, "onnx", SHAPE, RunOptions())
-    assert backends.choose_backend(cpu, graph, size, images=10) == "onnxruntime"
+    assert backends.choose_backend(cpu, graph, size, images=20) == "onnxruntime"
     assert backends.choose_backend(cpu, graph, size, images=1) == "eager"

@@ -3,6 +3,7 @@
 This module is quick to import: it does not import PyTorch.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -38,6 +39,8 @@ def run(name: str, argv: Sequence[str] | None = None) -> Any:
         argv: arguments (default: those of the process).
     """
     module = name.replace("-", "_")
+    # OpenMP threads that spin take the cores from other programs (docs/speed.md#threads).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     exit_when_interrupted()
     with exit_on_user_error():
         getattr(parsers, module)().parse_args(argv)

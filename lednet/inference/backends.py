@@ -27,9 +27,9 @@ Threads may share one."""
 BACKENDS = ("eager", "compiled", "onnxruntime", "openvino")
 _FILE_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
 """Backend -> format of the file that it runs."""
-FEW_IMAGES, FEW_IMAGES_CACHED = 20, 3
+FEW_IMAGES, FEW_IMAGES_CACHED = 100, 10
 """Up to this many images, PyTorch has finished before an engine's file is exported, or opened
-from the cache (see benchmarks/first_answer.py)."""
+from the cache (docs/speed.md#first-result)."""
 _FIRST_WITH_TRITON = (7, 0)
 """Compute capability from which torch.compile can generate code (not for Pascal and older)."""
 

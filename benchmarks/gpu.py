@@ -196,7 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="outputs of the reference implementation")
     parser.add_argument("--state", type=Path,
                         help="weights to measure with and to train from: a file, a run folder or "
-                             "a released name (default: cityscapes-demo-d20, training from "
+                             "a released name (default: cityscapes-d20, training from "
                              "scratch)")
     parser.add_argument("--dry-run", action="store_true", help="run on a CPU, at tiny sizes")
     parser.add_argument("--leg", choices=tuple(LEGS), help=argparse.SUPPRESS)

@@ -212,7 +212,7 @@ def image_folder(args: argparse.Namespace) -> Path:
 
 def trained_network(args: argparse.Namespace) -> tuple[LEDNet, Row]:
     """The network of --state, or a released one, and its normalization."""
-    net, meta = load_model(args.state or "cityscapes-demo-d20")
+    net, meta = load_model(args.state or "cityscapes-d20")
     return net.eval(), {key: meta[key] for key in ("mean", "std") if key in meta}
 
 

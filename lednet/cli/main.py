@@ -40,7 +40,9 @@ def run(name: str, argv: Sequence[str] | None = None) -> Any:
     """
     module = name.replace("-", "_")
     # OpenMP threads that spin take the cores from other programs (docs/speed.md#threads).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     exit_when_interrupted()
     with exit_on_user_error():
         getattr(parsers, module)().parse_args(argv)

@@ -239,6 +239,7 @@ def test_from_weights_reads_size_and_normalization(net, tmp_path):
     )  # (0 - 0.5) / 0.25
     torch.testing.assert_close(predictor.runner(black), expected)
     assert Predictor(tmp_path, (64, None), backend="eager").size == (64, 56)
+    assert Predictor.from_weights(tmp_path, height=64, backend="eager").size == (64, 56)
 
 
 def test_predictor_image_types_equal_labels(net, tmp_path):

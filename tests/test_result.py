@@ -25,6 +25,8 @@ def result():
 def test_segmentation_asarray_is_the_label_map(result):
     assert np.asarray(result) is LABELS
     assert np.array(result, dtype=np.int64).dtype == np.int64
+    assert (result == LABELS).all() and (result != Segmentation(LABELS + 1, IMAGE, SCHEME)).all()
+    assert result.shape == (2, 4) and result.dtype == np.uint8 and result[1, 2] == 3
     assert repr(result) == "Segmentation(4x2: road 62%, car 25%)"
 
 

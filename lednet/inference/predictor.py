@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO, Self, overload
 
 import numpy as np
 import torch
@@ -145,6 +145,19 @@ class Predictor:
             self.backend = backend
             self.runner = build_runner(backend, graph, self.device, precision, cache)
         self.parameters = count_parameters(self.net)
+
+    @classmethod
+    def from_weights(
+        cls,
+        path: str | os.PathLike,
+        scheme: LabelScheme | None = None,
+        default_size: tuple[int, int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """Earlier form of the constructor. `default_size` is that of the data set now."""
+        return cls(path, (height, width), scheme=scheme, **options)
 
     def _require_compatible_options(self) -> None:
         tile, overlap = self.tile, self.overlap

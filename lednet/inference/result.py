@@ -15,8 +15,11 @@ from lednet.errors import UserError
 from lednet.visualization import colorize, overlay, write_picture
 
 
-class Segmentation:
-    """Label map of one image, with its classes. `numpy.asarray` returns the label map.
+class Segmentation(np.lib.mixins.NDArrayOperatorsMixin):
+    """Label map of one image, with its classes.
+
+    `numpy.asarray` returns the label map, which also stands for the result in NumPy's functions,
+    operators, comparisons and indexing.
 
     Attributes:
         labels: (H, W) uint8 class indices; the void output is the number of classes.
@@ -101,6 +104,22 @@ class Segmentation:
     def show(self) -> None:
         """Open the overlay in the system's image viewer."""
         self.overlay().show()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W) of the label map."""
+        return self.labels.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.labels.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.labels[index]
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        arrays = (value.labels if isinstance(value, Segmentation) else value for value in inputs)
+        return getattr(ufunc, method)(*arrays, **options)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.labels, dtype=dtype, copy=copy)

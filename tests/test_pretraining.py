@@ -210,19 +210,20 @@ def test_malformed_stages_are_refused(parse, text):
         parse(text)
 
 
-def test_curriculum_trains_each_stage_on_its_data(run_inside, toy_cityscapes, tmp_path, stop_at):
-    """8 coarse images and 6 fine ones, two a step; stopped in the third stage."""
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def curriculum(toy_cityscapes, tmp_path_factory):
+    """An uninterrupted run of four stages: its flags, folder and output."""
+    folder = tmp_path_factory.mktemp("curriculum") / "whole"
     flags = (
         "--datadir", toy_cityscapes, "--height", 32, "--width", 64, *SMALL,
         "--encoder-epochs", 1, "--progressive", "16x32:1", "--curriculum", "coarse:1,fine:1",
-        "--class-uniform", 0.5, "--ema-decay", 0.5, "--savedir", folder,
+        "--class-uniform", 0.5, "--ema-decay", 0.5,
     )  # fmt: skip
-    stop_at(10)
-    stopped = run_inside("train/main.py", *flags)
-    result = run_inside("train/main.py", "--savedir", folder, "--resume")
-    assert (stopped.returncode, result.returncode) == (143, 0), result.stderr
-    output = stopped.stdout + result.stdout
+    return flags, folder, run_main("train/main.py", *flags, "--savedir", folder)
+
+
+def test_curriculum_trains_each_stage_on_its_data(curriculum):
+    _, folder, output = curriculum
     stages = [(record["stage"], record["epoch"]) for record in read_records(folder)]
     assert stages == [("encoder", 1), ("16x32-2", 1), ("coarse-1", 1), ("fine-2", 1)]
     for line in (
@@ -232,6 +233,22 @@ def test_curriculum_trains_each_stage_on_its_data(run_inside, toy_cityscapes, tm
     ):
         assert line in output
     assert load_model(folder)[1]["size"] == [32, 64]
+
+
+def test_curriculum_stopped_in_each_kind_of_stage_resumes_bit_exactly(
+    run_inside, curriculum, tmp_path, stop_at
+):
+    """8 coarse images and 6 fine ones, two a step: 4 steps in each stage, and 3 in the last."""
+    flags, folder, _ = curriculum
+    savedir = ("--savedir", tmp_path / "run")
+    stop_at(2, 6, 14)
+    assert run_inside("train/main.py", *flags, *savedir).returncode == 143
+    for _ in range(2):
+        assert run_inside("train/main.py", *savedir, "--resume").returncode == 143
+    result = run_inside("train/main.py", *savedir, "--resume")
+    assert result.returncode == 0, result.stderr
+    names = ("encoder_best.pth", "16x32-2_best.pth", "coarse-1_best.pth", "best.pth")
+    assert_same_runs(tmp_path / "run", folder, *names)
 
 
 @pytest.mark.parametrize(
@@ -330,19 +347,21 @@ def test_pretraining_from_a_cache_stopped_and_resumed_ends_bit_exactly_the_same(
     assert_same_runs(tmp_path / "run", pretrained, "best.pth", "encoder.pth")
 
 
-def test_evaluate_prints_the_logged_score_or_refuses_other_classes(
-    pretrain, pretrained, images, tmp_path
-):
+def test_evaluate_prints_the_logged_score(pretrain, pretrained, tmp_path):
     meta = load_checkpoint(pretrained / "best.pth")["meta"]
     result = pretrain(tmp_path / "none", "--evaluate", pretrained / "best.pth")
     assert result.returncode == 0, result.stderr
     assert f"top-1 {meta['top1']:.4f}  top-5 1.0000" in result.stdout
+    assert not (tmp_path / "none").exists()
+
+
+def test_evaluate_of_other_classes_is_refused(pretrain, pretrained, images, tmp_path):
     own = shutil.copytree(images, tmp_path / "own")
     for split in ("train", "val"):
         (own / split / "red").rename(own / split / "crimson")
-    result = pretrain(tmp_path / "none", "--datadir", own, "--evaluate", pretrained / "best.pth")
+    flags = ("--datadir", own, "--evaluate", pretrained / "best.pth")
+    result = pretrain(tmp_path / "run", *flags)
     assert result.returncode == 2 and "was trained on other classes" in result.stderr
-    assert not (tmp_path / "none").exists()
 
 
 def test_pretraining_defaults_are_the_papers(pretrain, tmp_path):

@@ -41,6 +41,7 @@ from lednet.data.samplers import (
     ResumableDistributedSampler,
 )
 from lednet.data.transforms import Augmentation
+from lednet.device import choose_device
 from lednet.distributed import DistributedContext
 from lednet.signals import StopRequest
 from lednet.training.checkpointing import Checkpoints
@@ -167,12 +168,23 @@ def test_class_uniform_sampler_draws_classes_and_their_images_equally_often():
     assert times[500:].all()
 
 
-@pytest.mark.parametrize(("fraction", "drawn"), [(0.02, 1), (0.25, 9), (1.0, 37)])
+@pytest.mark.parametrize(("fraction", "drawn"), [(0.02, 1), (0.25, 9), (0.5, 18), (1.0, 37)])
 def test_class_uniform_sampler_replaces_the_given_fraction(fraction, drawn):
     counts = np.zeros((37, 3), dtype=np.int64)
+    counts[:, 2] = 100
     counts[5, 1] = 1  # so each draw is image 5
-    times = {class_uniform(counts, fraction, epoch).indices().count(5) for epoch in range(200)}
-    assert times == ({37} if fraction == 1 else {drawn, drawn + 1})  # itself replaced, or not
+    numbers, places = set(), set()
+    for epoch in range(200):
+        plain = ResumableDistributedSampler(37, ALONE, seed=1)
+        plain.epoch = epoch
+        pairs = list(zip(plain.indices(), class_uniform(counts, fraction, epoch), strict=True))
+        changed = {place for place, (before, after) in enumerate(pairs) if before != after}
+        assert all(pairs[place][1] == 5 for place in changed)
+        numbers.add(len(changed))
+        places |= changed
+    # One less where image 5 is drawn for its own place.
+    assert numbers == ({36} if fraction == 1 else {drawn - 1, drawn})
+    assert places == set(range(37))
 
 
 def test_class_uniform_sampler_ignores_absent_classes_and_void():
@@ -255,6 +267,16 @@ def test_skipped_step_changes_neither_weights_nor_running_statistics(loss):
     assert_same_tensors(before, trainer.model.state_dict())
 
 
+def test_steps_after_a_skipped_one_are_taken():
+    trainer = small_trainer(skip_bad_steps=True)
+    trainer.task.loss = NaNAt(1)
+    before = trainer.model[0].weight.clone()
+    result = trainer.train_one_epoch(noise_batches(3), "title", KEYS)
+    assert result["skipped"] == 1 and math.isfinite(result["loss"])
+    assert not torch.equal(trainer.model[0].weight, before)
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+
+
 def test_gradients_are_clipped():
     norms = []
     for limit in (None, 1e-3):
@@ -308,6 +330,13 @@ def test_bf16_training_keeps_fp32_weights_and_fp16_on_a_cpu_is_refused():
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         small_trainer(precision="fp16").train_one_epoch(noise_batches(1), "fp16", KEYS)
+
+
+def test_choose_device_without_gpu_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="--device cpu"):
+        choose_device("cuda")
 
 
 class SeedRecorder(Augmentation):
@@ -474,16 +503,21 @@ def test_resumed_run_remembers_the_best_score(scores, tmp_path):
     assert epoch_of(tmp_path / "s0_best.pth") == 4
 
 
+def test_each_stage_has_its_own_best_score(scores, tmp_path):
+    scores += [0.8, 0.3]
+    tiny_run(tmp_path, epochs=(1, 1))
+    assert (tmp_path / "s1_best.pth").exists()
+
+
 def test_validate_every_validates_also_the_last_epoch_of_a_stage(scores, tmp_path):
-    scores += [0.8, 0.8, 0.3]
+    scores += [0.1] * 4
     tiny_run(tmp_path, epochs=(3, 2), run_options={"validate_every": 2})
     validated = [record["val_miou"] is not None for record in read_records(tmp_path)]
     assert validated == [False, True, True, False, True]
-    assert (tmp_path / "s1_best.pth").exists()  # each stage has its own best score
 
 
 RUNS = {
-    "adam": {"preset": "modern"},
+    "adam": {"augmentation": "modern"},
     "ema, accumulated": {"ema_decay": 0.5, "accumulate": 2},
     "sgd, from device memory": {"optimizer": "sgd", "loading": {"on_device": True}},
     "captured": {"ema_decay": 0.5, "capture": True},
@@ -498,15 +532,16 @@ RUNS = {
 def test_run_stopped_anywhere_and_resumed_ends_bit_exactly_the_same(name, tmp_path, monkeypatch):
     """In the first and second epoch of a stage, at the end of an epoch, and in the second stage."""
     monkeypatch.setattr("lednet.training.loop.plot_curves", lambda *_: None)
-    options = dict(RUNS[name])
-    preset, capture = options.pop("preset", "paper"), options.pop("capture", False)
+    options = {key: value for key, value in RUNS[name].items() if key != "augmentation"}
 
     def change(trainer) -> None:
-        trainer.task.augment = Augmentation(preset)
+        if RUNS[name].get("augmentation"):
+            trainer.task.augment = Augmentation("modern")
         if capture:
             trainer.record = record_by_calling
             trainer._make_capturable(trainer.optimizer)
 
+    capture = options.pop("capture", False)
     tiny_run(tmp_path / "whole", change=change, **options)
     last = load_checkpoint(Checkpoints(tmp_path / "whole").paths()[0])["progress"]["steps"]
     assert last == 16 // options.get("accumulate", 1)  # 7 images, 2 a step: every image is used
@@ -548,10 +583,9 @@ def test_skipped_steps_are_logged(tmp_path, scores):
     scores += [0.1] * 2
     loss = NaNAt(2)
     change = lambda trainer: setattr(trainer.task, "loss", loss)  # noqa: E731
-    net, _ = tiny_run(tmp_path, change=change, epochs=(2,), skip_bad_steps=True)
+    tiny_run(tmp_path, change=change, epochs=(2,), skip_bad_steps=True)
     first, second = read_records(tmp_path)
     assert first["skipped"] == 1 and "skipped" not in second
-    assert all(value.isfinite().all() for value in net.state_dict().values())
 
 
 def test_resume_with_other_stages_is_refused(tmp_path, scores):
@@ -574,8 +608,8 @@ def test_resume_with_other_classes_is_refused(scores, tmp_path, classes, values,
     scores += [0.1, 0.1]
     tiny_run(tmp_path, epochs=(1,), meta={"classes": ["a", "b"], "label_values": [[0, 0], [5, 1]]})
     before = sorted(tmp_path.iterdir())
-    meta = {"classes": classes, "label_values": values}
     with pytest.raises(UserError, match=rf"checkpoint_.*: {words}\. Restore"):
+        meta = {"classes": classes, "label_values": values}
         tiny_run(tmp_path, epochs=(2,), resume=True, meta=meta)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -583,7 +617,9 @@ def test_resume_with_other_classes_is_refused(scores, tmp_path, classes, values,
 def test_resume_from_a_checkpoint_without_label_values_compares_names_only(scores, tmp_path):
     scores += [0.1, 0.1]
     tiny_run(tmp_path, epochs=(1,), meta={"classes": ["a"]})
-    tiny_run(tmp_path, epochs=(2,), resume=True, meta={"classes": ["a"], "label_values": [[0, 0]]})
+    meta = {"classes": ["a"], "label_values": [[0, 0]]}
+    tiny_run(tmp_path, epochs=(2,), resume=True, meta=meta)
+    assert len(read_records(tmp_path)) == 2
 
 
 def test_report_result_names_only_files_that_exist(scores, tmp_path, capsys):
@@ -621,3 +657,18 @@ def test_run_of_version_0_1_is_resumed(own_camvid, tmp_path, run_inside):
     assert result.returncode == 0, result.stderr
     assert "resuming decoder after epoch 1, 1 batches into the next" in result.stdout
     assert [record["epoch"] for record in read_records(folder)] == [1, 2]
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    def weights(loader: FakeLoader, accumulate: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        trainer = small_trainer(Unaugmented(), nn.Conv2d(3, 4, 3), accumulate=accumulate)
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 1.0)
+        trainer.train_one_epoch(loader, "title", KEYS)
+        return nn.utils.parameters_to_vector(trainer.model.parameters()).detach()
+
+    small = noise_batches(3)
+    small[0][1][:, 2:] = 255  # nearly all void: the weights of the batches differ much
+    joint = [tuple(map(torch.cat, zip(*part, strict=True))) for part in (small[:2], small[2:])]
+    found, expected = weights(small, 2), weights(FakeLoader(joint), 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

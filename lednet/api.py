@@ -1,8 +1,10 @@
 """The commands as functions: keyword arguments are the flags of the scripts.
 
-scores = evaluate("camvid-d20", dataset="camvid", datadir="/data/camvid")
-run = train(dataset="camvid", datadir="/data/camvid", num_epochs=50, savedir="mine")
-export(run, "mine.onnx", format="onnx")
+    run = train(dataset="camvid", datadir="/data/camvid", num_epochs=50, savedir="mine")
+    scores = evaluate(run, dataset="camvid", datadir="/data/camvid")
+    export(run, "mine.onnx", format="onnx")
+
+PyTorch is imported when a function is called.
 """
 
 import argparse

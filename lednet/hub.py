@@ -82,7 +82,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         folder = huggingface_hub.snapshot_download(
             repo_id, revision=revision, allow_patterns=[CONFIG, TENSORS]
         )
-    except (OSError, ValueError) as error:  # all errors of the package are among these
+    except Exception as error:  # the package and its HTTP client have no common base class
         raise UserError(
             f"no weights {repo_id} here or on the Hugging Face Hub ({type(error).__name__}): check "
             "the name, and the network connection"

@@ -18,7 +18,7 @@ KINDS = ("color", "overlay")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.make_parser(__doc__)
+    parser = common.make_parser(__doc__, released=True)
     # fmt: off
     parser.add_argument("--weights", type=Path, required=True,
                         help="weights file, run folder (its best.pth), released name or exported "

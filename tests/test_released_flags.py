@@ -67,3 +67,9 @@ def test_translate_own_flags_are_left_alone():
     assert translate(argv, {"--model"}) == [
         "--model", "x", "--out=a", "--device", "cpu", "--weights", "../save/logs/b.pth",
     ]  # fmt: skip
+
+
+def test_translate_flags_of_another_script_stay_unknown(run_inside):
+    assert translate(["--subset", "val"], {"--datadir"}) == ["--subset", "val"]
+    result = run_inside("utils/predict.py", "a.png", "--model", "mine.pth")
+    result.assert_error("unrecognized arguments: --model mine.pth")

@@ -65,13 +65,19 @@ def format_default(value: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises a `UserError` for a wrong argument, and takes the release's flags."""
+    """A parser that raises a `UserError` for a wrong argument.
+
+    Attributes:
+        released: also accept the flags of the original release's script.
+    """
+
+    released = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
-        return super().parse_known_args(
-            translate(words, self._option_string_actions.keys()), namespace
-        )
+        if self.released:
+            words = translate(words, self._option_string_actions.keys())
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -80,9 +86,11 @@ class Parser(argparse.ArgumentParser):
         return super()._get_value(action, expand_home(arg_string))
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser for a script whose docstring is `description`."""
-    return Parser(description=description, formatter_class=HelpFormatter)
+def make_parser(description: str | None, released: bool = False) -> argparse.ArgumentParser:
+    """A parser for a script whose docstring is `description`; `released` as in `Parser`."""
+    parser = Parser(description=description, formatter_class=HelpFormatter)
+    parser.released = released
+    return parser
 
 
 def print_help_early(build_parser: Callable[[], argparse.ArgumentParser]) -> None:

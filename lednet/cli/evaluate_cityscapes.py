@@ -51,8 +51,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace, predictor: Predictor) -> dict[str, Any]:
     """Settings on which the results depend; a run is resumed with the same settings only."""
-    names = ("size", "scales", "flip", "tile", "overlap", "backend", "precision")
+    names = ("size", "scales", "flip", "tile", "overlap", "precision")
     return {
+        "backend": args.backend,  # as given: "auto" depends on what is cached
         "weights": weights_checksum(args.weights),
         "datadir": str(args.datadir.resolve()),
         "labels": args.labels,

@@ -205,7 +205,7 @@ def predict() -> argparse.ArgumentParser:
 
 
 def evaluate() -> argparse.ArgumentParser:
-    parser = make_parser(EVALUATE)
+    parser = make_parser(EVALUATE, released=True)
     # fmt: off
     parser.add_argument("--weights", type=Path, required=True,
                         help="weights file, run folder (its best.pth), released name or exported "
@@ -233,7 +233,7 @@ def evaluate() -> argparse.ArgumentParser:
 
 
 def evaluate_cityscapes() -> argparse.ArgumentParser:
-    parser = make_parser(EVALUATE_CITYSCAPES)
+    parser = make_parser(EVALUATE_CITYSCAPES, released=True)
     # fmt: off
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", type=Path,
@@ -279,165 +279,96 @@ def evaluate_cityscapes() -> argparse.ArgumentParser:
     return parser
 
 
+# fmt: off
 def train() -> argparse.ArgumentParser:
-    parser = make_parser(TRAIN)
+    parser = make_parser(TRAIN, released=True)
     data = parser.add_argument_group("data")
     add_dataset_flags(data)
-    data.add_argument(
-        "--with-val",
-        action="store_true",
-        help="train on the validation images too, for a final model; their score is "
-        "then no estimate of anything",
-    )
+    data.add_argument("--with-val", action="store_true",
+                      help="train on the validation images too, for a final model; their score is "
+                           "then no estimate of anything")
     add_input_size_flags(data, "that of the data set, 512x1024 for Cityscapes")
-    data.add_argument(
-        "--augment",
-        choices=AUGMENTATIONS,
-        help="paper: flip and shift; modern: scale, crop, flip and colour",
-    )
-    data.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="read the decoded data set that datasets/prepare_cityscapes.py has written to DIR",
-    )
-    data.add_argument(
-        "--class-uniform",
-        type=float,
-        metavar="SHARE",
-        help="draw this share of the images (0 to 1) by class, each class as often as another",
-    )
+    data.add_argument("--augment", choices=AUGMENTATIONS,
+                      help="paper: flip and shift; modern: scale, crop, flip and colour")
+    data.add_argument("--cache", type=Path, metavar="DIR",
+                      help="read the decoded data set that datasets/prepare_cityscapes.py has "
+                           "written to DIR")
+    data.add_argument("--class-uniform", type=float, metavar="SHARE",
+                      help="draw this share of the images (0 to 1) by class, each class as often "
+                           "as another")
     add_loading_flags(data)
 
     net = parser.add_argument_group("network")
-    net.add_argument(
-        "--variant",
-        choices=VARIANTS,
-        default="d20",
-        help="d20: lighter, 0.93 M parameters; d128: heavier, 2.29 M",
-    )
-    net.add_argument(
-        "--pyramid-channels", type=POSITIVE, metavar="D", help="another width of d128's pyramid"
-    )
-    net.add_argument(
-        "--state",
-        type=Path,
-        help="start from the weights of a full network: a file, a run folder or a released name",
-    )
-    net.add_argument(
-        "--reset-head",
-        action="store_true",
-        help="with --state: keep new random weights in the layers of the classes, for "
-        "other classes than those of the weights",
-    )
-    net.add_argument(
-        "--pretrainedEncoder",
-        type=Path,
-        dest="pretrained_encoder",
-        help="weights to take the encoder and its normalization from; skips stage 1",
-    )
+    net.add_argument("--variant", choices=VARIANTS, default="d20",
+                     help="d20: lighter, 0.93 M parameters; d128: heavier, 2.29 M")
+    net.add_argument("--pyramid-channels", type=POSITIVE, metavar="D",
+                     help="another width of d128's pyramid")
+    net.add_argument("--state", type=Path,
+                     help="start from the weights of a full network: a file, a run folder or a "
+                          "released name")
+    net.add_argument("--reset-head", action="store_true",
+                     help="with --state: keep new random weights in the layers of the classes, for "
+                          "other classes than those of the weights")
+    net.add_argument("--pretrainedEncoder", type=Path, dest="pretrained_encoder",
+                     help="weights to take the encoder and its normalization from; skips stage 1")
     net.add_argument("--decoder", action="store_true", help="start with stage 2")
-    net.add_argument(
-        "--encoder-lr-factor",
-        type=at_least(0, float),
-        default=1.0,
-        metavar="X",
-        help="factor of the encoder's learning rate in stage 2",
-    )
-    net.add_argument(
-        "--freeze-encoder",
-        type=COUNT,
-        default=0,
-        metavar="N",
-        help="freeze the encoder in the first N epochs of stage 2",
-    )
+    net.add_argument("--encoder-lr-factor", type=at_least(0, float), default=1.0,
+                     metavar="X", help="factor of the encoder's learning rate in stage 2")
+    net.add_argument("--freeze-encoder", type=COUNT, default=0, metavar="N",
+                     help="freeze the encoder in the first N epochs of stage 2")
 
     recipe = parser.add_argument_group("recipe", "the defaults come from --recipe")
     add_recipe_flags(recipe, "Adam")
-    recipe.add_argument(
-        "--encoder-epochs",
-        type=POSITIVE,
-        metavar="N",
-        help="epochs of stage 1 (default: as many as of the stage after it)",
-    )
-    recipe.add_argument(
-        "--curriculum",
-        metavar="A:N,B:M",
-        help="Cityscapes: stage 2 on annotations A for N epochs, then on B for M, "
-        "each with its own class weights and schedule, as in "
-        "coarse:100,fine:200",
-    )
-    recipe.add_argument(
-        "--progressive",
-        metavar="HxW:N,...",
-        help="train stage 2 at smaller sizes first, N epochs each, with a schedule for each size",
-    )
-    recipe.add_argument(
-        "--class-weights",
-        choices=("auto", "released", "computed", "none"),
-        help="weights of the loss; computed: 1/ln(c+share) of the training labels; "
-        "auto: the released list for Cityscapes fine, otherwise computed",
-    )
-    recipe.add_argument(
-        "--iouTrain",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        dest="iou_train",
-        help="compute the mIoU of the training batches too",
-    )
+    recipe.add_argument("--encoder-epochs", type=POSITIVE, metavar="N",
+                        help="epochs of stage 1 (default: as many as of the stage after it)")
+    recipe.add_argument("--curriculum", metavar="A:N,B:M",
+                        help="Cityscapes: stage 2 on annotations A for N epochs, then on B for M, "
+                             "each with its own class weights and schedule, as in "
+                             "coarse:100,fine:200")
+    recipe.add_argument("--progressive", metavar="HxW:N,...",
+                        help="train stage 2 at smaller sizes first, N epochs each, with a schedule "
+                             "for each size")
+    recipe.add_argument("--class-weights", choices=("auto", "released", "computed", "none"),
+                        help="weights of the loss; computed: 1/ln(c+share) of the training labels; "
+                             "auto: the released list for Cityscapes fine, otherwise computed")
+    recipe.add_argument("--iouTrain", action=argparse.BooleanOptionalAction, default=True,
+                        dest="iou_train", help="compute the mIoU of the training batches too")
     add_run_flags(parser, "<dataset>-<variant>")
     return parser
+# fmt: on
 
 
+# fmt: off
 def pretrain() -> argparse.ArgumentParser:
     parser = make_parser(PRETRAIN)
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--datadir",
-        type=Path,
-        default=ROOT / "datasets/imagenet",
-        help="folder with train/ and val/ (default: datasets/imagenet)",
-    )
-    data.add_argument(
-        "--stored-size",
-        type=POSITIVE,
-        default=256,
-        metavar="S",
-        help="images are resized to SxS pixels, from which the crops are taken",
-    )
-    data.add_argument(
-        "--crop-size", type=POSITIVE, default=224, metavar="S", help="side of the network's input"
-    )
-    data.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="read the decoded images that datasets/prepare_imagenet.py has written to DIR",
-    )
+    data.add_argument("--datadir", type=Path, default=ROOT / "datasets/imagenet",
+                      help="folder with train/ and val/ (default: datasets/imagenet)")
+    data.add_argument("--stored-size", type=POSITIVE, default=256, metavar="S",
+                      help="images are resized to SxS pixels, from which the crops are taken")
+    data.add_argument("--crop-size", type=POSITIVE, default=224, metavar="S",
+                      help="side of the network's input")
+    data.add_argument("--cache", type=Path, metavar="DIR",
+                      help="read the decoded images that datasets/prepare_imagenet.py has written "
+                           "to DIR")
     add_loading_flags(data)
 
     recipe = parser.add_argument_group("recipe", "the defaults come from --recipe")
     add_recipe_flags(recipe, "SGD with momentum 0.9")
-    recipe.add_argument(
-        "--augment", choices=AUGMENTATIONS, help="paper: crop and flip; modern: colour too"
-    )
-    recipe.add_argument(
-        "--label-smoothing", type=at_least(0, float), metavar="X", help="0 to below 1"
-    )
-    recipe.add_argument(
-        "--mixup", type=at_least(0, float), metavar="A", help="alpha of Beta(A, A); 0: none"
-    )
+    recipe.add_argument("--augment", choices=AUGMENTATIONS,
+                        help="paper: crop and flip; modern: colour too")
+    recipe.add_argument("--label-smoothing", type=at_least(0, float), metavar="X",
+                        help="0 to below 1")
+    recipe.add_argument("--mixup", type=at_least(0, float), metavar="A",
+                        help="alpha of Beta(A, A); 0: none")
 
     net = parser.add_argument_group("network")
     net.add_argument("--state", type=Path, help="start from the weights of a classifier")
-    net.add_argument(
-        "--evaluate",
-        type=Path,
-        metavar="FILE",
-        help="evaluate these weights on val instead of training",
-    )
+    net.add_argument("--evaluate", type=Path, metavar="FILE",
+                     help="evaluate these weights on val instead of training")
     add_run_flags(parser, "imagenet")
     return parser
+# fmt: on
 
 
 def export() -> argparse.ArgumentParser:
@@ -483,7 +414,7 @@ def export() -> argparse.ArgumentParser:
 
 
 def benchmark() -> argparse.ArgumentParser:
-    parser = make_parser(BENCHMARK)
+    parser = make_parser(BENCHMARK, released=True)
     # fmt: off
     parser.add_argument("--weights", type=Path,
                         help="weights file, run folder, released name or exported file (default: "

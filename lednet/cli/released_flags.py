@@ -16,6 +16,8 @@ IGNORED = {
 }
 SWITCHES = ("--iouVal", "--cpu")
 DEFAULTS = {"--loadDir": "../save/logs", "--loadWeights": "model_best.pth", "--subset": "val"}
+COLOR_FLAGS = ("--datadir", "--subset")
+"""Flags of eval_cityscapes_color.py, which has --input here."""
 
 
 def translate(argv: Sequence[str], known: Collection[str]) -> list[str]:
@@ -26,7 +28,9 @@ def translate(argv: Sequence[str], known: Collection[str]) -> list[str]:
     """
     arguments: list[str] = []
     released: dict[str, str] = {}
-    renamed = {*IGNORED, *DEFAULTS, "--cpu", *(["--datadir"] if "--input" in known else [])}
+    renamed = {*IGNORED, "--loadDir", "--loadWeights", "--cpu"}
+    if "--input" in known:
+        renamed |= {*COLOR_FLAGS}
     words = iter(argv)
     for word in words:
         flag, equals, value = word.partition("=")
@@ -44,7 +48,7 @@ def translate(argv: Sequence[str], known: Collection[str]) -> list[str]:
     if {"--loadDir", "--loadWeights"} & released.keys():
         weights = Path(values["--loadDir"]) / values["--loadWeights"]
         arguments += ["--weights", str(weights)]
-    if "--datadir" in released:  # of eval_cityscapes_color.py
+    if "--datadir" in released:
         arguments += ["--input", str(Path(values["--datadir"], "leftImg8bit", values["--subset"]))]
     return arguments
 

@@ -14,9 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import lednet
+from lednet.errors import UserError
 from lednet.exporting.common import ExportedModel, ExportOptions, RunOptions
 from lednet.exporting.formats import FORMATS
 from lednet.exporting.wrappers import EndToEndModel
+from lednet.io import write_folder_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -67,18 +69,17 @@ def open_exported(
     entry = cache_entry(graph, format, shape)
     file = entry / f"{_STEM}{row.suffix}"
     if cache and file.is_file():
-        try:
+        with contextlib.suppress(UserError):  # damaged, or an option that no file can have
             exported = row.load(file, options)
             os.utime(entry)
             return exported
-        except Exception as error:  # of the runtime: damaged, for instance by a full disk
-            logger.warning("%s is damaged and is written again: %s", file, error)
-            shutil.rmtree(entry, ignore_errors=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         temporary = folder / file.name
         row.write(graph, temporary, ExportOptions(shape))
         exported = row.load(temporary, options)
+        if cache and entry.is_dir():
+            logger.warning("%s was damaged, and is written again", file)
         if cache:
             _keep(folder, entry)
         return exported
@@ -88,15 +89,10 @@ def _keep(folder: Path, entry: Path) -> None:
     """Copy the files of `folder` into a cache entry, and delete old entries."""
     try:
         entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".", dir=entry.parent))
-        try:
+        with write_folder_atomically(entry) as staging:
             shutil.copytree(folder, staging, dirs_exist_ok=True)
-            with contextlib.suppress(OSError):  # another process was faster
-                staging.rename(entry)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
         entries = [path for path in entry.parent.iterdir() if not path.name.startswith(".")]
         for path in sorted(entries, key=lambda path: path.stat().st_mtime)[:-MAX_FILES]:
             shutil.rmtree(path, ignore_errors=True)
-    except OSError as error:  # full, or not writable
-        logger.warning("the exported network is not kept in %s: %s", entry.parent, error)
+    except (OSError, UserError) as error:  # full, not writable, or written by another process
+        logger.warning("the exported network is not kept: %s", error)

@@ -151,12 +151,12 @@ class Predictor:
         cls,
         path: str | os.PathLike,
         scheme: LabelScheme | None = None,
-        default_size: tuple[int, int] | None = None,
+        *,
         height: int | None = None,
         width: int | None = None,
         **options: Any,
     ) -> Self:
-        """Earlier form of the constructor. `default_size` is that of the data set now."""
+        """Earlier form of the constructor."""
         return cls(path, (height, width), scheme=scheme, **options)
 
     def _require_compatible_options(self) -> None:

@@ -18,8 +18,7 @@ from lednet.visualization import colorize, overlay, write_picture
 class Segmentation(np.lib.mixins.NDArrayOperatorsMixin):
     """Label map of one image, with its classes.
 
-    `numpy.asarray` returns the label map, which also stands for the result in NumPy's functions,
-    operators, comparisons and indexing.
+    A result can be indexed, compared and passed to NumPy's functions like its label map.
 
     Attributes:
         labels: (H, W) uint8 class indices; the void output is the number of classes.
@@ -84,7 +83,7 @@ class Segmentation(np.lib.mixins.NDArrayOperatorsMixin):
         """Write the result to a file, atomically.
 
         Args:
-            path: PNG or, for pictures, JPEG.
+            path: a .png file; "color" and "overlay" can also be written to .jpg files.
             kind: "labels" (8-bit class indices), "color" or "overlay".
 
         Raises:

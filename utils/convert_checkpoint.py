@@ -47,7 +47,7 @@ def complete_meta(net: LEDNet, meta: dict[str, Any], args: argparse.Namespace) -
     """`meta`, completed with the entries that files of other projects lack.
 
     Raises:
-        UserError: neither the weights nor the flags give the classes or the size.
+        UserError: neither the weights nor the flags give the size.
     """
     scheme = output_scheme(meta, net.num_classes, args.weights)
     default = DEFAULT_SIZES.get(scheme.name.lower())

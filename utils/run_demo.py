@@ -2,8 +2,8 @@
 
     python utils/run_demo.py
 
-`make demo` runs this script. It prints the command of each phase, and takes about five minutes on
-two CPU cores; the mIoU on the toy's val split should be at least 0.60. A finished demo is not
+`make demo` runs this script. It prints the command of each phase, and takes about three minutes on
+two idle CPU cores; the mIoU on the toy's val split should be at least 0.60. A finished demo is not
 trained again: `make clean-demo` removes it.
 """
 

@@ -10,8 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lednet.cli import parsers
-from lednet.cli.common import ROOT
-from lednet.cli.parsers import TOY_IMAGES
+from lednet.cli.live_page import SAMPLES
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import require_classes
 from lednet.data.registry import open_dataset
@@ -47,25 +46,10 @@ def spread(paths: list[Path], count: int) -> list[Path]:
     return [paths[i * len(paths) // count] for i in range(count)] if count < len(paths) else paths
 
 
-def import_toy_scene() -> Callable:
-    """The function that draws a toy street scene, which is a script of the repository."""
-    sys.path.append(str(ROOT / "datasets"))
-    try:
-        from make_toy_cityscapes import toy_scene
-    except ImportError as error:
-        raise UserError(
-            "there are no images to compare the outputs on: give a folder with --check-images"
-        ) from error
-    return toy_scene
-
-
 def read_images(paths: list[Path] | None, name: str) -> Iterator[Image.Image]:
-    """The images of `paths`, or else some toy street scenes."""
+    """The images of `paths`, or else the samples of the live page."""
     if paths is None:
-        toy_scene = import_toy_scene()
-        scenes = (toy_scene(1, "val", i, width=512, height=256) for i in range(TOY_IMAGES))
-        yield from (Image.fromarray(scene.image) for scene in scenes)
-        return
+        paths = SAMPLES
     for path in progress_bar(paths, desc=name, unit="image"):
         yield Image.fromarray(to_rgb(open_image(path)))
 
@@ -152,7 +136,7 @@ def export_network(args: argparse.Namespace) -> Parity:
     calibration = accept = None
     if int8:
         paths = spread(list_images(args.calibrate), args.calibration_images)
-        check = check or spread(paths, TOY_IMAGES)
+        check = check or spread(paths, len(SAMPLES))
         calibration = [batch_of(image, size) for image in read_images(paths, "calibration")]
         if args.datadir:
             accept = miou_gate(args, net, meta, size)

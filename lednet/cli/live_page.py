@@ -31,6 +31,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 PAGE = _PACKAGE.parent / "docs/site/live"
 if not PAGE.is_dir():
     PAGE = _PACKAGE / "live_page"
+SAMPLES = sorted(PAGE.glob("sample-*.jpg"))
+"""Toy street scenes, which the page offers."""
 VERSION = "1.30.0"
 ARCHIVE = f"onnxruntime-web-{VERSION}.tgz"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
@@ -97,7 +99,7 @@ def add_model(path: Path, folder: Path) -> dict[str, Any]:
     if not file.is_file():
         print(f"exporting {name} ...", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        image = Image.open(PAGE / "sample-1.jpg").resize((size[1], size[0]))
+        image = Image.open(SAMPLES[0]).resize((size[1], size[0]))
         meta = {**meta, "classes": scheme.classes, "colors": scheme.colors}
         export(net, meta, file, "onnx", size, [np.asarray(image)[None]], output="logits")
     scores = meta.get("scores") or [{}]

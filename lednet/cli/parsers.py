@@ -27,7 +27,6 @@ from lednet.cli.common import (
 )
 from lednet.cli.train_args import add_loading_flags, add_recipe_flags, add_run_flags
 
-TOY_IMAGES = 4
 IMAGE_SIZE = (1024, 2048)
 """(height, width) of a Cityscapes image."""
 
@@ -389,7 +388,7 @@ def export() -> argparse.ArgumentParser:
                         help="class indices at the size of the image, or logits at 1/8 of it")
     parser.add_argument("--check-images", type=Path, metavar="DIR",
                         help="compare the outputs on every image below DIR (default: some of "
-                             f"--calibrate, or {TOY_IMAGES} toy street scenes)")
+                             "--calibrate, or three toy street scenes)")
     parser.add_argument("--min-agreement", type=at_least(0, float), metavar="SHARE",
                         help="share of the pixels that must get the same class (default: 0.9999; "
                              "int8: 0.9)")

@@ -8,7 +8,7 @@ TORCH ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: setup setup-dev demo test live docs lint test-oldest clean-demo
+.PHONY: setup setup-dev demo test live docs lint test-oldest test-python clean-demo
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
@@ -46,6 +46,20 @@ lint: setup-dev
 # The lower end of the supported versions (the last PyTorch for Pascal GPUs from PyPI).
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest TORCH="torch==2.6.0 torchvision==0.21.0"
+
+# Another version of Python: import, prediction, a short training.
+# make test-python PYTHON=python3.13
+OTHER := .venv-$(notdir $(PYTHON))
+SHORT := --datadir $(OTHER)/toy --height 64 --width 128 --encoder-epochs 1 --num-epochs 1 \
+	--batch-size 2 --num-workers 0
+test-python:
+	$(MAKE) setup VENV=$(OTHER)
+	$(OTHER)/bin/lednet predict docs/toy_street.png --out $(OTHER)/predictions
+	$(OTHER)/bin/python datasets/make_toy_cityscapes.py --out $(OTHER)/toy --train 6 --val 3 \
+		--test 0 --train-extra 0
+	rm -rf $(OTHER)/run
+	$(OTHER)/bin/lednet train $(SHORT) --savedir $(OTHER)/run
+	@echo "passed with $$($(OTHER)/bin/python --version)"
 
 clean-demo:
 	rm -rf save/demo datasets/toy_cityscapes

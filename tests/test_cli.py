@@ -126,6 +126,33 @@ def test_lednet_command_lists_its_commands(monkeypatch, capsys):
     assert "invalid choice: 'predcit'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["pre"], ["predict", "pretrain"]),
+        (["train", "--precisi"], ["--precision"]),
+        (["train", "--precision", ""], list(common.PRECISIONS)),
+        (["predict", "--weights", "READ"], ["README.md"]),
+        (["evaluate-cityscapes", "READ"], []),
+    ],
+)
+def test_print_completion_bash_completes(words, found):
+    script = main.completion("bash") + (
+        '\nCOMP_WORDS=(lednet "$@"); COMP_CWORD=$#; _shtab_lednet; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    command = ["bash", "-c", script, "bash", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (found, "")
+
+
+def test_print_completion_without_shtab_names_the_package(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    monkeypatch.setattr(sys, "argv", ["lednet", "--print-completion", "zsh"])
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert "pip install shtab" in capsys.readouterr().err
+
+
 def test_functions_are_not_hidden_by_modules_of_their_name():
     import lednet
     import lednet.evaluation.evaluator

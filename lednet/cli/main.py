@@ -3,6 +3,7 @@
 This module is quick to import: it does not import PyTorch.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import lednet
 from lednet.cli import parsers
 from lednet.cli.common import make_parser
-from lednet.errors import exit_on_user_error, exit_when_interrupted
+from lednet.errors import UserError, exit_on_user_error, exit_when_interrupted
 
 COMMANDS = {
     "predict": "label maps, overlays and class shares of images, videos and cameras",
@@ -49,6 +50,27 @@ def run(name: str, argv: Sequence[str] | None = None) -> Any:
         return import_module(f"lednet.cli.{module}").main(argv)
 
 
+def completion(shell: str) -> str:
+    """A script with which `shell` completes commands, flags, their choices, and file names.
+
+    Raises:
+        UserError: the package shtab is missing.
+    """
+    try:
+        import shtab
+    except ImportError as error:
+        raise UserError("shell completion needs shtab: pip install shtab") from error
+    parser = argparse.ArgumentParser("lednet")
+    commands = parser.add_subparsers()
+    for name, text in COMMANDS.items():
+        command = getattr(parsers, name.replace("-", "_"))()
+        for action in command._actions:
+            if action.choices is None and action.nargs != 0:
+                action.complete = shtab.FILE
+        commands.add_parser(name, help=text, parents=[command], add_help=False)
+    return shtab.complete(parser, shell)
+
+
 def main() -> None:
     """Entry point of `lednet COMMAND ...`."""
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
@@ -63,7 +85,12 @@ def main() -> None:
         "`lednet COMMAND --help` lists the flags of a command."
     )
     parser.prog = "lednet"
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), metavar="SHELL",
+                        help="print a completion script for bash, zsh or tcsh")  # fmt: skip
     parser.add_argument("--version", action="version", version=lednet.__version__)
     with exit_on_user_error():
-        parser.parse_args(sys.argv[1:] or ["--help"])
+        args = parser.parse_args(sys.argv[1:] or ["--help"])
+        if not args.print_completion:
+            parser.error("the command comes first")
+        print(completion(args.print_completion))

@@ -148,6 +148,28 @@ def test_page_legend_switches_classes_and_follows_the_cursor(open_page):
     assert page.get_by_label("Opacity").is_disabled()
 
 
+def test_page_samples_use_weights_for_drawings(open_page):
+    page = open_page()
+
+    def add_toy_weights(route) -> None:
+        (entry,) = route.fetch().json()
+        route.fulfill(json=[entry, entry | {"name": "toy", "dataset": "toy streets"}])
+
+    page.route("**/models.json", add_toy_weights)
+    page.reload()
+    chosen = page.locator("#weights option:checked")
+    for drawn, expected in ((True, "toy"), (True, "toy"), (False, "small"), (False, "small")):
+        if drawn:
+            page.get_by_role("button", name="Toy street 1").click()
+            page.locator(".facts dd", has_text="sample-1.jpg").wait_for()
+        else:
+            show(page, "street.png", STREET)
+        assert chosen.inner_text() == expected
+    page.locator("#weights").select_option("toy")
+    show(page, "other.png", STREET)
+    assert chosen.inner_text() == "toy"
+
+
 def test_page_own_files_are_checked_before_use(open_page, folder, tmp_path):
     page = open_page()
     (exported,) = (folder / "models").iterdir()

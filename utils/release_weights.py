@@ -30,6 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="folder of all released weights (default: save/released)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md",
                         help="page with the table of released weights (default: docs/results.md)")
+    parser.add_argument("--data", help="name of the data set, for its terms and the tables: CamVid, "
+                                       "Cityscapes or toy streets (default: that of the runs)")
     parser.add_argument("--images", help="training images, in words (default: the splits in the "
                                          "options of the runs)")
     parser.add_argument("--limits", default="", metavar="SENTENCE",
@@ -67,6 +69,11 @@ DATA = {
         cityscapes_scheme,
         "Cityscapes (Cordts et al., CVPR 2016). Its licence allows research, teaching and other "
         "non-commercial use, and so should these weights be used.",
+    ),
+    "toy streets": (
+        cityscapes_scheme,
+        "Street scenes drawn by `datasets/make_toy_cityscapes.py`, with the classes of Cityscapes. "
+        "Scenes and weights are free to use under the licence of this repository (MIT).",
     ),
 }
 """Label scheme and terms of the data sets that released weights may come from."""
@@ -163,9 +170,10 @@ def main() -> None:
     if Path(args.name).name != args.name or args.name.startswith("."):
         raise UserError(f"--name {args.name!r} is no folder's name: write it as in camvid-d20")
     net, meta = load_model(args.runs[-1])
-    if meta.get("dataset") not in DATA:
+    meta["dataset"] = args.data or meta.get("dataset")
+    if meta["dataset"] not in DATA:
         raise UserError(
-            f"{args.runs[-1]} was trained on {meta.get('dataset')}, whose terms are not known "
+            f"{args.runs[-1]} was trained on {meta['dataset']}, whose terms are not known "
             "here: add them to DATA in utils/release_weights.py"
         )
     scheme, terms = DATA[meta["dataset"]]

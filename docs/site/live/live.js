@@ -15,6 +15,7 @@ const video = $("video");
 const state = {
   models: [],
   network: null,
+  before: undefined, // weights to return to after a sample
   source: null, // { name, bitmap } of an image, { name, stream } of a video or a camera
   facing: "environment",
   opening: 0, // number of networks that were asked for: only the last one is kept
@@ -95,7 +96,20 @@ async function addOwnModel(file) {
   const entry = { name: file.name, bytes: new Uint8Array(await file.arrayBuffer()) };
   await readModel(entry);
   $("weights").add(new Option(entry.name, state.models.push(entry) - 1, false, true));
+  state.before = undefined;
   await openNetwork();
+}
+
+// Samples are drawings, and are shown with the weights that were trained on drawings. Returns whether
+// the weights, and with them what is shown, have changed.
+async function matchWeights(drawn) {
+  const chosen = Number($("weights").value);
+  const wanted = drawn ? state.models.findIndex(({ dataset }) => dataset === "toy streets") : state.before;
+  if (wanted === undefined || wanted < 0 || wanted === chosen) return false;
+  state.before = drawn ? chosen : undefined;
+  $("weights").value = wanted;
+  await openNetwork();
+  return true;
 }
 
 // Images, videos and cameras
@@ -127,7 +141,7 @@ async function toBitmap(image, maxSide) {
   return createImageBitmap(image, { ...smaller });
 }
 
-async function takeFile(file) {
+async function takeFile(file, drawn = false) {
   if (!file) return;
   if (file.name.toLowerCase().endsWith(".onnx")) return addOwnModel(file);
   if (file.type.startsWith("video/")) return takeVideo(file);
@@ -138,10 +152,11 @@ async function takeFile(file) {
     throw new Error(`${file.name} is no image or video that this browser can read: give a JPEG, PNG or WebP file`);
   }
   setSource({ name: file.name, bitmap: Math.max(bitmap.width, bitmap.height) > MAX_SIDE ? await toBitmap(bitmap, MAX_SIDE) : bitmap });
-  await showImage();
+  if (!(await matchWeights(drawn))) await showImage();
 }
 
 async function takeVideo(file) {
+  await matchWeights(false);
   const source = { name: file.name, stream: true };
   setSource(source);
   video.src = URL.createObjectURL(file);
@@ -158,6 +173,7 @@ async function takeVideo(file) {
 async function startCamera() {
   const wanted = { width: { ideal: 640 }, facingMode: state.facing };
   let stream;
+  await matchWeights(false);
   try {
     setSource(null);
     stream = await navigator.mediaDevices.getUserMedia({ video: wanted });
@@ -251,7 +267,11 @@ function connect() {
       await takeFile(file);
     });
   }
-  $("weights").onchange = $("engine").onchange = handle(openNetwork);
+  $("engine").onchange = handle(openNetwork);
+  $("weights").onchange = handle(() => {
+    state.before = undefined;
+    return openNetwork();
+  });
   $("camera").onclick = handle(() => (state.source?.stream?.getTracks ? setSource(null) : startCamera()));
   $("facing").onclick = handle(() => {
     state.facing = state.facing === "user" ? "environment" : "user";
@@ -285,8 +305,7 @@ function connect() {
     button.innerHTML = `<img src="sample-${number}.jpg" alt="Toy street ${number}" width="68" height="34">`;
     button.onclick = handle(async () => {
       const name = `sample-${number}.jpg`;
-      await takeFile(new File([await (await fetchFile(name)).blob()], name, { type: "image/jpeg" }));
-      say("The samples are drawings. The weights were trained on photographs.");
+      await takeFile(new File([await (await fetchFile(name)).blob()], name, { type: "image/jpeg" }), true);
     });
     $("samples").append(button);
   }

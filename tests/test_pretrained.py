@@ -19,6 +19,7 @@ CLASSES = camvid_scheme().classes
 RELEASED = {
     "camvid-d20": (922_535, CLASSES),
     "cityscapes-d20": (925_663, cityscapes_scheme().classes),
+    "toy-d20": (925_663, cityscapes_scheme().classes),
 }
 """Parameters and classes of all released weights, as in their cards."""
 

@@ -32,7 +32,7 @@ IMAGE_SIZE = (1024, 2048)
 
 PREDICT = """Predict images, videos and cameras: label maps, visualizations and class shares.
 
-    python utils/predict.py docs/toy_street.png
+    python utils/predict.py docs/toy_street.png --weights toy-d20
     python utils/predict.py photos "drive/**/*.jpg" clip.mp4 --weights save/mine --out labelled
     python utils/predict.py camera:0 --outputs side
     torchrun --nproc-per-node=4 utils/predict.py photos --out labelled

@@ -28,7 +28,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=common.ROOT / "save" / "colored",
                         help="folder for the output images (default: save/colored)")
     parser.add_argument("--outputs", choices=KINDS, nargs="+", default=KINDS, help="what to draw")
-    common.add_alias(parser, "--what", "--outputs")
     common.add_overlay_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="draw existing outputs again")
     common.add_input_size_flags(parser)

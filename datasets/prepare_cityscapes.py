@@ -12,7 +12,13 @@ by decoding the shards whose files have changed. --verify reads everything and c
 import argparse
 from pathlib import Path
 
-from lednet.cli.common import add_dataset_flags, add_input_size_flags, make_parser, print_help_early
+from lednet.cli.common import (
+    add_dataset_flags,
+    add_input_size_flags,
+    dataset_options,
+    make_parser,
+    print_help_early,
+)
 from lednet.cli.prepare_cache import add_cache_flags, build_or_verify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,12 +51,8 @@ def main() -> None:
         args.datadir or ROOT / "datasets" / args.dataset,
         args.height,
         args.width,
-        annotations=args.annotations,
-        labels=args.labels,
-        class_file=args.classes,
-        val_stride=args.val_stride,
-        val_prefix=args.val_prefix,
         with_val=args.with_val,
+        **dataset_options(args),
     )
     _, height, width = train.encoded_shape
     if args.cache is None:

@@ -52,10 +52,8 @@ def main() -> None:
     args = build_parser().parse_args()
     require_writable(args.out, folder=True)
     images = find_inputs([args.input], args.out)
-    predictor = Predictor(
-        args.weights, (args.height, args.width), device=args.device, backend=args.backend,
-        precision=args.precision, cache=args.cache, expected_images=len(images),
-    )  # fmt: skip
+    options = common.predictor_options(args)
+    predictor = Predictor(args.weights, expected_images=len(images), **options)
     scheme = predictor.scheme
     output = PredictionWriter(args.out, args.outputs, Visualizer(scheme, args.alpha, args.legend))
     tasks = []

@@ -15,6 +15,7 @@ from pathlib import Path
 from lednet.cli.common import (
     add_dataset_flags,
     add_num_workers_flag,
+    dataset_options,
     make_parser,
     print_help_early,
     usable_cpus,
@@ -68,10 +69,7 @@ def main() -> None:
         raise UserError(f"--offsets {min(args.offsets):g} gives a class an infinite weight: give "
                         "more than 1")  # fmt: skip
     root = args.datadir or ROOT / "datasets" / args.dataset
-    train, _ = open_training_data(
-        args.dataset, root, annotations=args.annotations, labels=args.labels,
-        class_file=args.classes, val_stride=args.val_stride, val_prefix=args.val_prefix,
-    )  # fmt: skip
+    train, _ = open_training_data(args.dataset, root, **dataset_options(args))
     shares = pixel_shares(train.class_counts(max(1, args.num_workers))).tolist()
     classes = train.scheme.classes
     result = {

@@ -175,6 +175,12 @@ def add_dataset_flags(
         help="or hold out the images whose names begin with PREFIX: a recording, a city")
 
 
+def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of `open_dataset` from the flags of `add_dataset_flags`."""
+    names = ("annotations", "labels", "val_stride", "val_prefix")
+    return {name: getattr(args, name) for name in names} | {"class_file": args.classes}
+
+
 def add_input_size_flags(flags: Flags, default: str = "as trained") -> None:
     """--height and --width of the network's input."""
     for name in ("height", "width"):
@@ -199,6 +205,12 @@ def add_backend_flags(flags: Flags, fold: bool = False) -> None:
     if fold:
         add("--fold", action=argparse.BooleanOptionalAction, default=True,
             help="fold batch norm into the convolutions, which changes no output")
+
+
+def predictor_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of `Predictor` from its flags, as far as the parser has them."""
+    names = ("device", "precision", "backend", "cache", "fold", "scales", "flip")
+    return {"size": (args.height, args.width), **{n: getattr(args, n) for n in names if n in args}}
 
 
 def add_test_time_flags(flags: Flags) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lednet.cli import parsers
+from lednet.cli.common import predictor_options
 from lednet.data.labels import LabelScheme, cityscapes_label_ids, cityscapes_scheme
 from lednet.distributed import DistributedContext, destroy_distributed, init_distributed
 from lednet.errors import UserError, raise_if_problems
@@ -139,10 +140,8 @@ def open_run(
     Args:
         expected: number of images, if there are no videos or cameras.
     """
-    predictor = Predictor(
-        args.weights, (args.height, args.width), device=context.device, backend=args.backend,
-        precision=args.precision, cache=args.cache, expected_images=expected,
-    )  # fmt: skip
+    options = predictor_options(args) | {"device": context.device}
+    predictor = Predictor(args.weights, expected_images=expected, **options)
     scheme = predictor.scheme
     if args.label_ids and scheme.classes != cityscapes_scheme().classes:
         raise UserError(

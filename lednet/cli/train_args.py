@@ -13,6 +13,7 @@ from lednet.cli.common import (
     DEVICES,
     POSITIVE,
     PRECISIONS,
+    ROOT,
     SCHEDULES,
     SEED,
     Flags,
@@ -110,9 +111,9 @@ def add_run_flags(parser: argparse.ArgumentParser, savedir: str) -> None:
 # fmt: on
 
 
-def run_folder(root: Path, name: str) -> Path:
-    """The run folder of --savedir: a name without a slash is in save/ of the repository `root`."""
-    return root / "save" / name if Path(name).name == name else Path(name)
+def run_folder(name: str) -> Path:
+    """The run folder of --savedir: a name without a slash is in save/ of the repository."""
+    return ROOT / "save" / name if Path(name).name == name else Path(name)
 
 
 def parse_flags(
@@ -126,7 +127,6 @@ def parse_flags(
     Args:
         run_path: returns the run folder.
         recipes: folder of the recipes that are known by name.
-        argv: arguments (default: those of the process).
 
     Raises:
         UserError: a value is invalid, there is no run to resume, or its options are damaged.
@@ -148,12 +148,12 @@ def parse_flags(
         set_options(parser, options, path / "options.json")
     args = parser.parse_args(argv)
     args.resume = resume
-    if resume and args.recipe != saved["recipe"]:
-        raise UserError(
-            f"the run was started with the recipe {saved['recipe']}, not {args.recipe}: resume it "
-            "without --recipe, and give the flags that shall change"
-        )
     if resume:
+        if args.recipe != saved["recipe"]:
+            raise UserError(
+                f"the run was started with the recipe {saved['recipe']}, not {args.recipe}: resume "
+                "it without --recipe, and give the flags that shall change"
+            )
         _require_same_options(parser, args, saved)
     for name in ("clip_norm", "max_minutes"):
         if getattr(args, name, None) == 0:
@@ -189,10 +189,7 @@ def _require_same_options(
 
 
 def require_schedule(args: argparse.Namespace, epochs: int) -> None:
-    """
-    Raises:
-        UserError: the warm-up takes all the epochs of a stage.
-    """
+    """Raise a `UserError` if the warm-up takes all the epochs of a stage."""
     if args.warmup_epochs >= epochs:
         raise UserError(
             f"--warmup-epochs {args.warmup_epochs} leaves nothing of a stage's {epochs} epochs: "

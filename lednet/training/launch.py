@@ -27,7 +27,7 @@ from lednet.model import count_parameters
 from lednet.signals import StopRequest
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.loggers import LoggerBackend, MetricLogger
-from lednet.training.loop import TrainingRun
+from lednet.training.loop import StageComponents, TrainingRun, report_result, train_stages
 from lednet.training.run_dir import RunDir
 from lednet.training.signals import CheckpointTimer, TrainingStopped
 from lednet.training.stages import Stage
@@ -71,16 +71,34 @@ def open_run(
     return run
 
 
-def prepare_net(args: argparse.Namespace, run: TrainingRun, repository: Path) -> None:
-    """Move the network of `run` to its device, and describe the run in its folder."""
+def train_run(
+    args: argparse.Namespace,
+    run: TrainingRun,
+    build_stage: Callable[[Stage], StageComponents],
+    state: tuple,
+    about: str,
+    score: str,
+) -> None:
+    """Describe the run in its folder, train its remaining stages, and log the result.
+
+    Args:
+        build_stage, state: see `train_stages`; `state` is empty for a new run.
+        about: start of the first message.
+        score: name of the score.
+    """
     context = run.timer.dist_context
     run.net.to(context.device)
     if args.sync_batch_norm:
         run.net = convert_sync_batch_norm(run.net, context)
-    run.run_dir.write_options(plain_values(vars(args)), repository, context)
+    run.run_dir.write_options(plain_values(vars(args)), context)
+    parameters = f"{count_parameters(run.net):,} parameters"
     if context.is_main:
-        summary = f"{run.net}\n\n{count_parameters(run.net):,} parameters\n"
-        write_text(run.run_dir.path / "model.txt", summary)
+        write_text(run.run_dir.path / "model.txt", f"{run.net}\n\n{parameters}\n")
+    on = f"on {context.size} x {context.device}; {run.run_dir.path}"
+    run.run_dir.log(f"{about} {parameters}, {on}")
+    last = run.stages[-1]
+    progress = train_stages(run, build_stage, *state)
+    report_result(run, progress, score, last.encoder_file or last.best_file)
 
 
 def open_logger(
@@ -126,9 +144,10 @@ def set_backends(device: torch.device, precision: str, deterministic: bool = Fal
 
 
 def launch(
-    args: argparse.Namespace, train: Callable[[DistributedContext, CheckpointTimer], None]
+    args: argparse.Namespace,
+    train: Callable[[argparse.Namespace, DistributedContext, CheckpointTimer], None],
 ) -> None:
-    """Join the other processes, and train.
+    """Join the other processes, and train with `args`.
 
     Exits with 143, 130 or 129 after SIGTERM, SIGINT or SIGHUP.
 
@@ -144,7 +163,7 @@ def launch(
         set_backends(dist_context.device, args.precision, args.deterministic)
         timer = CheckpointTimer(dist_context, StopRequest(), args.save_steps, args.save_minutes)
         with report_lost_process(), worker_failures():
-            train(dist_context, timer)
+            train(args, dist_context, timer)
     except TrainingStopped as stopped:
         if dist_context.is_main:
             print(f"{stopped}; continue with --resume", file=sys.stderr)

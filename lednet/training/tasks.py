@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lednet.data.classification_transforms import ImageAugmentation
 from lednet.data.transforms import Augmentation
-from lednet.metrics import ConfusionMatrix, none_if_nan
+from lednet.metrics import ConfusionMatrix
 from lednet.model import argmax_at
 from lednet.training.losses import WeightedCrossEntropy, resize_target
 
@@ -74,7 +74,6 @@ class Segmentation(nn.Module):
         return self.augment.normalize(images, target)
 
     def _confusion(self, counts: Tensor) -> ConfusionMatrix:
-        """The confusion matrix whose counts are `counts`."""
         confusion = ConfusionMatrix(len(self.classes), counts.device)
         confusion.counts = counts
         return confusion
@@ -92,12 +91,8 @@ class Segmentation(nn.Module):
 
     def compute(self, counts: Tensor) -> dict[str, Any]:
         """ "miou", and "class_iou" by class name; None for absent classes."""
-        confusion = self._confusion(counts)
-        ious = [none_if_nan(iou) for iou in confusion.class_iou().tolist()]
-        return {
-            "miou": none_if_nan(confusion.mean_iou()),
-            "class_iou": dict(zip(self.classes, ious, strict=True)),
-        }
+        summary = self._confusion(counts).summary(self.classes)
+        return {name: summary[name] for name in ("miou", "class_iou")}
 
 
 class Classification(nn.Module):
@@ -134,14 +129,7 @@ class Classification(nn.Module):
         return self.augmentation.normalize(images, target)
 
     def loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            logits: (N, C).
-            target: (N,) int64, or (N, C) float shares.
-
-        Returns:
-            Sum of the cross-entropies, and N.
-        """
+        """Sum of the cross-entropies of logits (N, C), and N; target: (N,), or (N, C) shares."""
         total = F.cross_entropy(logits.float(), target, reduction="sum")
         return total, total.new_tensor(float(len(logits)))
 

@@ -76,7 +76,6 @@ class FinetuneConfig:
     """How a pretrained part of a model is trained.
 
     Attributes:
-        part: the module.
         lr_factor: its learning rate relative to that of the other parameters.
         frozen_epochs: epochs at the start in which it is frozen, in evaluation mode.
     """
@@ -166,9 +165,8 @@ class Trainer:
     ):
         self.model, self.dist_context, self.config = model, dist_context, config
         self.device = dist_context.device
-        self.task, self.pretrained = task.to(self.device), pretrained
+        self.task, self.pretrained, self.notify = task.to(self.device), pretrained, notify
         self.num_epochs, self.count_training = num_epochs, count_training
-        self.notify = notify
         self.memory_format = torch.contiguous_format
         if config.channels_last:
             self.memory_format = torch.channels_last
@@ -199,18 +197,14 @@ class Trainer:
 
     def _make_optimizer(self) -> Optimizer:
         """The optimizer; its last parameter group is the pretrained part, if there is one."""
-        config = self.config
-        part = [] if self.pretrained is None else list(self.pretrained.part.parameters())
-        known = {id(parameter) for parameter in part}
-        groups = [{"params": [p for p in self.model.parameters() if id(p) not in known]}]
-        if self.pretrained is not None:
-            groups.append({"params": part})
-        fused = self.device.type in ("cpu", "cuda")
-        options: dict[str, Any] = {
-            "lr": config.lr, "weight_decay": config.weight_decay, "fused": fused,
-        }  # fmt: skip
+        parts = [] if self.pretrained is None else [list(self.pretrained.part.parameters())]
+        known = {id(parameter) for part in parts for parameter in part}
+        rest = [p for p in self.model.parameters() if id(p) not in known]
+        groups = [{"params": part} for part in (rest, *parts)]
+        options: dict[str, Any] = {"lr": self.config.lr, "weight_decay": self.config.weight_decay}
+        options["fused"] = self.device.type in ("cpu", "cuda")
         optimizer: Optimizer
-        if config.optimizer == "sgd":
+        if self.config.optimizer == "sgd":
             optimizer = SGD(groups, momentum=0.9, **options)
         else:
             optimizer = Adam(groups, betas=(0.9, 0.999), eps=1e-8, **options)
@@ -427,7 +421,10 @@ class Trainer:
         with self._progress_bar(loader, title) as bar:
             for step, batch in enumerate(loader, first):
                 lr = self._set_lr(step / last, step)
-                images, target = self._augment(batch, (*keys, step, self.dist_context.rank))
+                step_keys = (*keys, step, self.dist_context.rank)
+                seed_everything(*step_keys, 1)  # of dropout
+                generator = step_generator(*step_keys)
+                images, target = self.task.augment(*self._to_device(batch), generator)
                 update = (step + 1) % self.config.accumulate == 0 or step + 1 == last
                 captured = self._captured_step(images, target)
                 if captured is not None:
@@ -461,24 +458,15 @@ class Trainer:
         if check:
             self._require_finite(losses, loader, title, first)
         rate = (state.images - images_before) / (time.perf_counter() - start)
-        return self._epoch_results(state, rate)
-
-    def _augment(self, batch: Iterable[Tensor], keys: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """A training batch on the device, augmented; also seeds the dropout of the step."""
-        seed_everything(*keys, 1)
-        images, target = self._to_device(batch)
-        return self.task.augment(images, target, step_generator(*keys))
-
-    def _epoch_results(self, state: EpochState, images_per_second: float) -> dict[str, Any]:
-        """Results of `train_one_epoch`, over all processes."""
         self.dist_context.broadcast_buffers(self.model)
         if self.ema is not None:
             self.dist_context.broadcast_buffers(self.ema.module)
         joint, score = state.state(self.dist_context), self.task.score
+        loss_sum, weight_sum = joint["sums"].tolist()
         return {
-            "loss": _mean(joint["sums"]),
+            "loss": loss_sum / max(weight_sum, 1e-12),
             score: self.task.compute(joint["counts"])[score] if self.count_training else None,
-            "images_per_second": images_per_second,
+            "images_per_second": rate,
             **({"skipped": state.skipped} if state.skipped else {}),
         }
 
@@ -490,12 +478,8 @@ class Trainer:
     def _require_finite(
         self, losses: dict[int, float], loader: TrainBatches, title: str, first: int
     ) -> None:
-        """Raise `NonFiniteLoss` in all processes if a loss is not finite in one of them.
-
-        Args:
-            losses: losses by step; of the same steps in all processes.
-            first: number of the first step of `loader`.
-        """
+        """Raise `NonFiniteLoss` in all processes if one of the losses, which are given by step, is
+        not finite in one of them. `first` is the number of the first step of `loader`."""
         bad = [(step, loss) for step, loss in losses.items() if not math.isfinite(loss)]
         if not losses or not self.dist_context.all_reduce_max(len(bad)):
             return
@@ -549,8 +533,3 @@ class Trainer:
             total=len(loader.sampler) * self.dist_context.size, lines=4, desc=title, unit="image",
             disable=not self.dist_context.is_main,
         )  # fmt: skip
-
-
-def _mean(sums: Tensor) -> float:
-    loss_sum, weight_sum = sums.tolist()
-    return loss_sum / max(weight_sum, 1e-12)

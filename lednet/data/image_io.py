@@ -84,7 +84,11 @@ def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -
     try:
         image = open_header(source, limit)
         image.info["raw_mode"] = _raw_mode(image)
-        _warn_of_more_images(image, source)
+        if (count := _count_images(image, source)) > 1:
+            warn_once(
+                "%s holds %d images, of which the first is used, here and in other such files: "
+                "split it into a file for each image to use all", _name(source), count,
+            )  # fmt: skip
         image.load()
         return image
     except (UserError, MemoryError):
@@ -92,8 +96,7 @@ def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -
     except IsADirectoryError as error:
         raise UserError(f"{_name(source)} is a folder, not an image: give a file") from error
     except FileNotFoundError as error:
-        message = f"no file {_name(source)}: check the path"
-        raise UserError(message) from error
+        raise UserError(f"no file {_name(source)}: check the path") from error
     except OSError as error:
         if error.errno is not None:  # of the file system; decoders set none
             raise UserError(
@@ -108,33 +111,27 @@ def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -
     raise UserError(f"{_name(source)} is damaged ({reason}): copy it again")
 
 
-def _warn_of_more_images(image: Image.Image, source: str | os.PathLike | BinaryIO) -> None:
-    """Log the first file of a process with further images: TIFF pages, or an animation.
+def warn_once(message: str, *values: object) -> None:
+    """Log a warning, unless this process has logged the same `message` with any values."""
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning(message, *values)
+
+
+_warned: set[str] = set()
+
+
+def _count_images(image: Image.Image, source: str | os.PathLike | BinaryIO) -> int:
+    """Images in a file: TIFF pages, or an animation; 1 if unknown.
 
     The second image of a JPEG is a preview.
     """
-    if _warned or image.format in ("JPEG", "MPO"):
-        return
-    count = getattr(image, "n_frames", 1) if image.format != "TIFF" else _count_pages(source)
-    if count > 1:
-        _warned.append(source)
-        logger.warning(
-            "%s holds %d images, of which the first is used, here and in other such files: split "
-            "it into a file for each image to use all",
-            _name(source),
-            count,
-        )
-
-
-def _count_pages(source: str | os.PathLike | BinaryIO) -> int:
-    """Pages of a TIFF file; 1 if unknown. Counting moves the position in an opened image."""
-    if isinstance(source, str | os.PathLike):
-        with contextlib.suppress(Exception), Image.open(source, formats=["TIFF"]) as image:
-            return getattr(image, "n_frames", 1)
+    if image.format != "TIFF":
+        return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+    if isinstance(source, str | os.PathLike):  # counting moves the position in an opened image
+        with contextlib.suppress(Exception), Image.open(source, formats=["TIFF"]) as other:
+            return getattr(other, "n_frames", 1)
     return 1
-
-
-_warned: list[object] = []
 
 
 def _reason(error: Exception) -> str:
@@ -265,8 +262,7 @@ def match_orientation(
 
     Args:
         operation: see `exif_transpose_op`.
-        size: width and height of the stored image.
-        label_size: those of the label; None if there is none.
+        size, label_size: width and height of the stored image, and of the label if there is one.
 
     Returns:
         `operation`, or None if the upright image does not have the size of the label; and whether

@@ -115,10 +115,8 @@ def worker_failures() -> Iterator[None]:
         if full := shared_memory_error(error):
             raise full from error
         # The connection errors occur if the worker had a batch ready.
-        ended = str(error).startswith("DataLoader worker (pid")
-        if not (
-            ended or isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
-        ):
+        lost = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
+        if not (lost or str(error).startswith("DataLoader worker (pid")):
             raise
         raise UserError(
             "a loading process died (killed, or out of memory): continue with --resume, perhaps "
@@ -127,9 +125,7 @@ def worker_failures() -> Iterator[None]:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """Worker initialization: ignore signals that are sent to the whole process group.
-
-    The training process finishes its step after such a signal and then ends its workers.
-    """
+    """Worker initialization: ignore signals to the whole process group, after which the training
+    process finishes its step and ends its workers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -41,13 +41,11 @@ def is_skipped(name: str) -> bool:
 def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = None) -> list[Path]:
     """Files in a folder and its subfolders, sorted by path.
 
+    A link to a missing file is included, so that reading it reports the missing file.
+
     Args:
         suffixes: in lower case, with the dot; upper case in file names is accepted. None finds
             files of any suffix.
-
-    Returns:
-        Paths that start with `folder`. A link to a missing file is included, so that reading it
-        reports the missing file.
     """
     return sorted(
         path
@@ -57,10 +55,8 @@ def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = Non
 
 
 def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Yield the files below a folder.
-
-    parents: device and inode of the folders above, to detect links that form a loop.
-    """
+    """Yield the files below a folder. `parents` are device and inode of those above: links may form
+    a loop."""
     try:
         status = folder.stat()
         here = (status.st_dev, status.st_ino)
@@ -137,11 +133,7 @@ def require_content(path: str | os.PathLike) -> None:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """Read a text file that people edit: UTF-8, with or without a byte order mark.
-
-    Raises:
-        UserError: the file cannot be read, or has another encoding.
-    """
+    """Read a UTF-8 text file, with or without a byte order mark; a `UserError` if it cannot."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:

@@ -318,12 +318,11 @@ def _prepare_split(
     step = max(shard_pairs, math.ceil(len(source) / MAX_SHARDS))
     shards, missing, kept = _list_shards(folder, source, step), [], {MANIFEST}
     for shard in progress_bar(shards, desc="checking", unit="shard"):
-        valid = False
         with contextlib.suppress(UserError):
-            valid = not rebuild and len(shard.load(checksum=True)) > 0
-        if valid:
-            kept |= {shard.path.name, shard.entry_path.name}
-        else:
+            if not rebuild:
+                shard.load(checksum=True)
+                kept |= {shard.path.name, shard.entry_path.name}
+        if shard.path.name not in kept:
             missing.append(shard)
     # Shards of other options must be gone before the manifest states the new ones. Temporary
     # files of a killed build are removed too.

@@ -72,7 +72,7 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no class file {path}: specify one with --classes")
-    content = read_yaml(path, text=True)
+    content = read_yaml(path)
     rows = content.get("classes") if isinstance(content, dict) else None
     ignored = content.get("ignore") or [] if isinstance(content, dict) else []
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):

@@ -59,10 +59,7 @@ class CapturedStep:
         @torch.no_grad()
         def restore() -> None:
             for tensor in state():
-                if id(tensor) in saved:
-                    tensor.copy_(saved[id(tensor)])
-                else:
-                    tensor.zero_()
+                tensor.copy_(saved.get(id(tensor), torch.zeros(())))
 
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:

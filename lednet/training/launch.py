@@ -16,7 +16,6 @@ from lednet.data.loaders import worker_failures
 from lednet.device import allow_tf32, autocast
 from lednet.distributed import (
     DistributedContext,
-    convert_sync_batch_norm,
     destroy_distributed,
     init_distributed,
     report_lost_process,
@@ -89,7 +88,9 @@ def train_run(
     context = run.timer.dist_context
     run.net.to(context.device)
     if args.sync_batch_norm:
-        run.net = convert_sync_batch_norm(run.net, context)
+        if context.device.type != "cuda":  # PyTorch has no other implementation
+            raise UserError("--sync-batch-norm needs CUDA GPUs: leave it out")
+        run.net = nn.SyncBatchNorm.convert_sync_batchnorm(run.net)
     run.run_dir.write_options(plain_values(vars(args)), context)
     parameters = f"{count_parameters(run.net):,} parameters"
     if context.is_main:

@@ -110,7 +110,6 @@ def train(
     net = EncoderClassifier(len(classes))
     run = open_run(args, run_path(args), net, [stage], meta, timer)
     log = run.run_dir.log
-    state = run.resume() if args.resume else ()
     if not args.resume and args.state:
         log(f"--state: {load_weights(net, args.state)}")
 
@@ -130,7 +129,7 @@ def train(
         f"{len(classes)} classes, {len(train_data)} training and {len(val_data)} validation "
         f"images at {size}x{size};"
     )
-    train_run(args, run, build_stage, state, about, "top-1")
+    train_run(args, run, build_stage, about, "top-1")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

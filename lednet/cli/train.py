@@ -184,7 +184,6 @@ def train(
         args, run_path(args), net, stages, meta, timer, stage_costs(stages, args), scheme
     )
     log = run.run_dir.log
-    state = run.resume() if args.resume else ()
     if not args.resume:
         load_initial_weights(args, run, net)
         if not scheme.has_void:
@@ -223,7 +222,7 @@ def train(
         )  # fmt: skip
         return StageComponents(trainer, *loaders)
 
-    train_run(args, run, build_stage, state, f"LEDNet {args.variant},", "mIoU")
+    train_run(args, run, build_stage, f"LEDNet {args.variant},", "mIoU")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

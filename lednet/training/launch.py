@@ -57,9 +57,6 @@ def open_run(
         meta: see `TrainingRun`.
         costs: see `TimeBudget`.
         scheme: see `MetricLogger`.
-
-    Raises:
-        UserError: see `RunDir` and `open_logger`.
     """
     run_dir = RunDir(path, bool(args.resume), timer.dist_context.is_main)
     checkpoints = Checkpoints(path, args.keep_checkpoints)
@@ -74,18 +71,19 @@ def train_run(
     args: argparse.Namespace,
     run: TrainingRun,
     build_stage: Callable[[Stage], StageComponents],
-    state: tuple,
     about: str,
     score: str,
 ) -> None:
     """Describe the run in its folder, train its remaining stages, and log the result.
 
     Args:
-        build_stage, state: see `train_stages`; `state` is empty for a new run.
+        run: a new run, or one that is resumed if `args` say so.
+        build_stage: see `train_stages`.
         about: start of the first message.
         score: name of the score.
     """
     context = run.timer.dist_context
+    state = run.resume() if args.resume else ()
     run.net.to(context.device)
     if args.sync_batch_norm:
         if context.device.type != "cuda":  # PyTorch has no other implementation
@@ -97,22 +95,15 @@ def train_run(
         write_text(run.run_dir.path / "model.txt", f"{run.net}\n\n{parameters}\n")
     on = f"on {context.size} x {context.device}; {run.run_dir.path}"
     run.run_dir.log(f"{about} {parameters}, {on}")
-    last = run.stages[-1]
-    progress = train_stages(run, build_stage, *state)
+    progress, last = train_stages(run, build_stage, *state), run.stages[-1]
     report_result(run, progress, score, last.encoder_file or last.best_file)
 
 
 def open_logger(
     args: argparse.Namespace, run_dir: RunDir, scheme: LabelScheme | None = None
 ) -> MetricLogger | None:
-    """The loggers of --visualize and --tensorboard, in the main process.
-
-    Args:
-        scheme: see `MetricLogger`.
-
-    Raises:
-        UserError: a package is not installed.
-    """
+    """The loggers of --visualize and --tensorboard in the main process; a `UserError` if a package
+    is not installed. `scheme`: see `MetricLogger`."""
     backends: list[LoggerBackend] = []
     hint = ""
     try:

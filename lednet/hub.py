@@ -155,11 +155,8 @@ def input_size(
     height: int | None = None,
     width: int | None = None,
 ) -> tuple[int, int]:
-    """Network input size (height, width) in pixels: as requested, as trained, or `default`.
-
-    Raises:
-        UserError: none of them gives a size.
-    """
+    """Network input size (height, width) in pixels: as requested, as trained, or `default`; a
+    `UserError` if none of them gives a size."""
     known = meta.get("size") or default or (None, None)
     height, width = height or known[0], width or known[1]
     if height is None or width is None:

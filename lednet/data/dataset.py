@@ -29,11 +29,8 @@ from lednet.progress import progress_bar
 
 
 def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
-    """Decode a label file to class indices, (H, W) uint8; void is `IGNORE_INDEX`.
-
-    Raises:
-        UserError: see `lednet.data.image_io.read_ids`; or it has an id that is not in `scheme`.
-    """
+    """Decode a label file to class indices, (H, W) uint8; void is `IGNORE_INDEX`. A `UserError` as
+    of `read_ids`, or of an id that is not in `scheme`."""
     ids = read_ids(path)
     label = scheme.lut[ids]
     if label.min() < 0:
@@ -50,10 +47,7 @@ def read_labeled_image(pair: Sample, size: tuple[int, ...]) -> np.ndarray:
 
     The EXIF orientation is applied, as in prediction, unless only the stored image has the size of
     the label. If both have it, because the image is square or turned by 180 degrees, the first
-    such image of a process is logged.
-
-    Raises:
-        UserError: damaged, or of another size.
+    such image of a process is logged. An image of another size is a `UserError`.
     """
     image = open_image(pair.image)
     height, width = size

@@ -141,11 +141,8 @@ def launch(
 ) -> None:
     """Join the other processes, and train with `args`.
 
-    Exits with 143, 130 or 129 after SIGTERM, SIGINT or SIGHUP.
-
-    Raises:
-        UserError: the device or its precision is not available, another process of the run or a
-            data loading process has ended; and what `train` raises.
+    Exits with 143, 130 or 129 after SIGTERM, SIGINT or SIGHUP. A `UserError` if the device or its
+    precision is not available, or another process of the run or a loading process has ended.
     """
     with report_lost_process():
         dist_context = init_distributed(args.device)

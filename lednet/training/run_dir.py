@@ -74,11 +74,7 @@ def require_run(path: Path) -> None:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """Options of the run in the folder `path`.
-
-    Raises:
-        UserError: there is no run, or its file is damaged.
-    """
+    """Options of the run in the folder `path`; a `UserError` if there is none, or it is damaged."""
     require_run(path)
     content = read_json(path / "options.json")
     options = content.get("options") if isinstance(content, dict) else None
@@ -88,11 +84,7 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of the epochs of the run in the folder `path`.
-
-    Raises:
-        UserError: there is no run, or its first epoch has not ended.
-    """
+    """Records of the epochs of the run in the folder `path`; a `UserError` if there are none."""
     require_run(path)
     try:
         lines = (path / "log.jsonl").read_text(encoding="utf-8").splitlines()

@@ -20,18 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "zips",
-        type=Path,
-        nargs="*",
-        help="official zips, or folders that hold them; none: only check the tree",
-    )
-    parser.add_argument(
-        "--datadir",
-        type=Path,
-        default=ROOT / "datasets" / "cityscapes",
-        help="folder to unpack into (default: datasets/cityscapes)",
-    )
+    # fmt: off
+    parser.add_argument("zips", type=Path, nargs="*",
+                        help="official zips, or folders that hold them; none: only check the tree")
+    parser.add_argument("--datadir", type=Path, default=ROOT / "datasets" / "cityscapes",
+                        help="folder to unpack into (default: datasets/cityscapes)")
+    # fmt: on
     for flag, encoding, note in (
         ("--labels-from-polygons", "labelIds", ""),
         ("--train-ids-from-polygons", "labelTrainIds", "; training here does not need them"),

@@ -21,19 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--datadir",
-        type=Path,
-        default=ROOT / "datasets/imagenet",
-        help="folder with train/ and val/ (default: datasets/imagenet)",
-    )
-    parser.add_argument(
-        "--stored-size",
-        type=POSITIVE,
-        default=256,
-        metavar="S",
-        help="height and width of the stored squares in pixels",
-    )
+    # fmt: off
+    parser.add_argument("--datadir", type=Path, default=ROOT / "datasets/imagenet",
+                        help="folder with train/ and val/ (default: datasets/imagenet)")
+    parser.add_argument("--stored-size", type=POSITIVE, default=256, metavar="S",
+                        help="height and width of the stored squares in pixels")
+    # fmt: on
     add_cache_flags(parser, "datasets/cache/imagenet-<stored size>")
     return parser
 

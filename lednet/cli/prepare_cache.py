@@ -15,25 +15,14 @@ if TYPE_CHECKING:
 
 
 def add_cache_flags(parser: argparse.ArgumentParser, default: str) -> None:
-    """--cache, --num-workers, --rebuild and --verify.
-
-    Args:
-        default: folder that is written without --cache, for the help text.
-    """
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help=f"folder to write (default: {default})"
-    )
+    """--cache, --num-workers, --rebuild and --verify; `default` is the folder without --cache."""
+    add = parser.add_argument
+    add("--cache", type=Path, metavar="DIR", help=f"folder to write (default: {default})")
     add_num_workers_flag(parser, usable_cpus(), "decoding processes; 0 decodes in the main process")
-    parser.add_argument(
-        "--rebuild",
-        action="store_true",
-        help="replace a cache of other options or other library versions",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="write nothing: compare a finished cache with its checksums",
-    )
+    text = "replace a cache of other options or other library versions"
+    add("--rebuild", action="store_true", help=text)
+    text = "write nothing: compare a finished cache with its checksums"
+    add("--verify", action="store_true", help=text)
 
 
 def build_or_verify(

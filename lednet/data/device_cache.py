@@ -85,13 +85,9 @@ def load_to_device(
         )
     stored = [torch.empty((count, *p.shape), dtype=p.dtype, device=device) for p in first]
     batches = DataLoader(
-        dataset,
-        batch_size=_COPY_BATCH,
-        sampler=chosen,
-        num_workers=loader.num_workers,
-        worker_init_fn=loader.worker_init_fn,
-        pin_memory=device.type == "cuda",
-    )
+        dataset, batch_size=_COPY_BATCH, sampler=chosen, num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn, pin_memory=device.type == "cuda",
+    )  # fmt: skip
     row = 0
     with progress_bar(total=count, desc=f"loading to {device}", unit="image") as bar:
         for batch in batches:

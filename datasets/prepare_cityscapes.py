@@ -13,9 +13,8 @@ import argparse
 from pathlib import Path
 
 from lednet.cli import common
+from lednet.cli.common import ROOT
 from lednet.cli.prepare_cache import add_cache_flags, build_or_verify
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,9 +13,7 @@ with the right size and checksum are kept. If something is missing, the exit sta
 import argparse
 from pathlib import Path
 
-from lednet.cli.common import make_parser, print_help_early
-
-ROOT = Path(__file__).resolve().parents[1]
+from lednet.cli.common import ROOT, make_parser, print_help_early
 
 
 def build_parser() -> argparse.ArgumentParser:

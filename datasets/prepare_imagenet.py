@@ -13,10 +13,8 @@ everything and changes nothing.
 import argparse
 from pathlib import Path
 
-from lednet.cli.common import POSITIVE, make_parser, print_help_early
+from lednet.cli.common import POSITIVE, ROOT, make_parser, print_help_early
 from lednet.cli.prepare_cache import add_cache_flags, build_or_verify
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:

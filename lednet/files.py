@@ -77,14 +77,11 @@ def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 def split_pattern(source: str) -> tuple[Path, str] | None:
     """Split a pattern such as "city [1]/**/*.png" into an existing folder and a pattern below it.
 
-    Brackets and spaces in names of existing folders are not part of the pattern.
-
-    Returns:
-        None if `source` contains no wildcard below its existing folders.
+    Brackets and spaces in names of existing folders are not part of the pattern. Returns None if
+    there is no wildcard below them.
     """
-    parts = PurePath(source).parts
-    folder = Path(parts[0]) if PurePath(source).is_absolute() else Path()
-    rest = list(parts[1:] if PurePath(source).is_absolute() else parts)
+    path = PurePath(source)
+    folder, rest = Path(path.anchor), [*path.relative_to(path.anchor).parts]
     while rest and (folder / rest[0]).is_dir():
         folder /= rest.pop(0)
     return (folder, os.path.join(*rest)) if rest and any(map(glob.has_magic, rest)) else None

@@ -10,11 +10,8 @@ labels are read.
 """
 
 import argparse
-from pathlib import Path
 
 from lednet.cli import common
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +58,7 @@ def main() -> None:
     if min(args.offsets) <= 1:
         raise UserError(f"--offsets {min(args.offsets):g} gives a class an infinite weight: give "
                         "more than 1")  # fmt: skip
-    root = args.datadir or ROOT / "datasets" / args.dataset
+    root = args.datadir or common.ROOT / "datasets" / args.dataset
     train, _ = open_training_data(args.dataset, root, **common.dataset_options(args))
     shares = pixel_shares(train.class_counts(max(1, args.num_workers))).tolist()
     classes = train.scheme.classes

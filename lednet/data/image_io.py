@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 from lednet.errors import UserError
 from lednet.files import require_content
@@ -21,16 +22,10 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 """Permitted formats, detected by content, not suffix. Pillow's other readers are not exposed to
 untrusted files; one of them starts Ghostscript."""
 
-_Transpose = Image.Transpose
-_UPRIGHT = {
-    2: _Transpose.FLIP_LEFT_RIGHT,
-    3: _Transpose.ROTATE_180,
-    4: _Transpose.FLIP_TOP_BOTTOM,
-    5: _Transpose.TRANSPOSE,
-    6: _Transpose.ROTATE_270,
-    7: _Transpose.TRANSVERSE,
-    8: _Transpose.ROTATE_90,
-}
+_TURNS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
+"""Operations that exchange width and height."""
+_FLIPS = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM)
+_UPRIGHT = dict(enumerate((*_FLIPS, *_TURNS), start=2))
 """Operation that makes an image upright, by its EXIF orientation."""
 
 # Larger images than Pillow's limit are judged by ours. Invalid EXIF and palettes whose transparency
@@ -225,7 +220,7 @@ def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
         raise UserError(f"{name} has the colour mode {image.mode}: save it as RGB") from error
 
 
-def exif_transpose_op(image: Image.Image) -> Image.Transpose | None:
+def exif_transpose_op(image: Image.Image) -> Transpose | None:
     """The operation that makes the image upright according to its EXIF, or None."""
     try:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 0))
@@ -233,20 +228,14 @@ def exif_transpose_op(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-_TURNS = (
-    _Transpose.TRANSPOSE, _Transpose.ROTATE_270, _Transpose.TRANSVERSE, _Transpose.ROTATE_90,
-)  # fmt: skip
-"""Operations that exchange width and height."""
-
-
-def transposed_size(size: tuple[int, int], operation: Image.Transpose | None) -> tuple[int, int]:
+def transposed_size(size: tuple[int, int], operation: Transpose | None) -> tuple[int, int]:
     """Width and height of an image of `size` after `operation`."""
     return size[::-1] if operation in _TURNS else size
 
 
 def match_orientation(
-    operation: Image.Transpose | None, size: tuple[int, int], label_size: tuple[int, int] | None
-) -> tuple[Image.Transpose | None, bool]:
+    operation: Transpose | None, size: tuple[int, int], label_size: tuple[int, int] | None
+) -> tuple[Transpose | None, bool]:
     """Whether the EXIF orientation of an image applies to its label too.
 
     It does not if only the stored image has the label's size.

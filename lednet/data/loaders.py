@@ -56,7 +56,6 @@ def make_loaders(
     Args:
         batch_size: images per step and process.
         workers: worker processes of each loader; 0 loads in this process.
-        seed: seed of the shuffling.
         class_counts, class_uniform: see `ClassUniformSampler`; with None and 0 every training
             image is used once per epoch.
         on_device: decode both data sets into the memory of the device now.
@@ -68,12 +67,9 @@ def make_loaders(
         sampler = ClassUniformSampler(class_counts, class_uniform, dist_context, seed)
     val_sampler = DistributedEvalSampler(len(val), dist_context)
     common: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_workers": workers,
-        "pin_memory": device.type == "cuda",
-        "persistent_workers": workers > 0,
-        "worker_init_fn": ignore_stop_signals,
-    }
+        "batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0,
+        "pin_memory": device.type == "cuda", "worker_init_fn": ignore_stop_signals,
+    }  # fmt: skip
     train_loader = TrainLoader(train, sampler=sampler, **common)
     val_loader = Loader(val, sampler=val_sampler, **common)
     if not on_device:

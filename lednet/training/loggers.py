@@ -32,7 +32,6 @@ class EpochSummary:
 
     Attributes:
         stage: name of the training stage.
-        epoch: number of the epoch, from 1.
         charts: all curves of the stage up to this epoch.
         images: (H, W, 3) uint8 arrays of one size.
     """
@@ -62,7 +61,6 @@ class MetricLogger:
     A backend that raises an error is removed with one warning. Training continues.
 
     Args:
-        backends: destinations of the summaries.
         scheme: class names and colours of the label maps, or None to log no images.
         num_images: number of validation images to log.
     """

@@ -34,8 +34,7 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        stage: name of the current stage.
-        epoch: finished epochs of that stage.
+        stage, epoch: name of the current stage, and its finished epochs.
         steps: optimizer steps of all stages.
         best_score: best validation score of that stage; -1 before the first.
         records: lines of `log.jsonl` so far, of all stages.
@@ -101,8 +100,7 @@ class TrainingRun:
             The progress of the run, and the state of the trainer.
 
         Raises:
-            UserError: there is no checkpoint, it holds weights only, or its stage is not one of
-                `stages`.
+            UserError: there is no checkpoint, or it does not fit the run.
         """
         path, content, warnings = self.checkpoints.load_latest(self.run_dir.main)
         for warning in warnings:
@@ -196,7 +194,6 @@ def train_stages(
 
     Raises:
         TrainingStopped: a signal arrived; the step has been finished and everything saved.
-        UserError: the loss is not finite, or data cannot be read.
     """
     names = [stage.name for stage in run.stages]
     progress = progress or Progress(names[0])

@@ -417,8 +417,8 @@ class Trainer:
                 lr = self._set_lr(step / last, step)
                 step_keys = (*keys, step, self.dist_context.rank)
                 seed_everything(*step_keys, 1)  # of dropout
-                generator = step_generator(*step_keys)
-                images, target = self.task.augment(*self._to_device(batch), generator)
+                images, target = self._to_device(batch)
+                images, target = self.task.augment(images, target, step_generator(*step_keys))
                 update = (step + 1) % self.config.accumulate == 0 or step + 1 == last
                 captured = self._captured_step(images, target)
                 if captured is not None:

@@ -156,10 +156,7 @@ def add_dataset_flags(
 ) -> None:
     """Flags that select a data set and its held-out part.
 
-    Args:
-        annotations: choices of --annotations.
-        hold_out: help text of --val-stride.
-        datadir: help text of --datadir.
+    `annotations` are choices; `hold_out` and `datadir` are the help of --val-stride and --datadir.
     """
     add = flags.add_argument
     add("--dataset", choices=DATASETS, default="cityscapes", help="data set")

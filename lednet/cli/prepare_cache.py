@@ -32,12 +32,8 @@ def build_or_verify(
     parser: argparse.ArgumentParser,
     flags: Sequence[str],
 ) -> None:
-    """Build the cache at --cache and open it, or with --verify compare its checksums.
-
-    Args:
-        splits: the data of each split, by the name of its subfolder.
-        script, parser, flags: of the command that error messages name.
-    """
+    """Build the cache of `splits` (see `build_cache`) at --cache and open it, or with --verify
+    compare its checksums. `script`, `parser` and `flags` are of the command that messages name."""
     from lednet.data.cache import CachedDataset, build_cache, command_line
 
     if not args.verify:

@@ -40,11 +40,7 @@ def add_loading_flags(data: Flags) -> None:
 
 
 def add_recipe_flags(recipe: Flags, optimizer: str) -> None:
-    """Flags whose defaults come from a recipe, and others of the optimization.
-
-    Args:
-        optimizer: its name, for the help.
-    """
+    """Flags whose defaults come from a recipe, and others of training by `optimizer`."""
     add = recipe.add_argument
     add("--recipe", default=BASE_RECIPE, metavar="NAME|FILE",
         help="file of options, or the name of one in the script's folder recipes/; flags that are "
@@ -69,11 +65,7 @@ def add_recipe_flags(recipe: Flags, optimizer: str) -> None:
 
 
 def add_run_flags(parser: argparse.ArgumentParser, savedir: str) -> None:
-    """Flags about speed, the run folder, checkpoints and loggers.
-
-    Args:
-        savedir: default name of the run folder, for the help.
-    """
+    """Flags about speed, the run folder (by default `savedir`), checkpoints and loggers."""
     add = parser.add_argument_group("speed").add_argument
     add("--precision", choices=PRECISIONS, default="fp32", help="number format")
     add("--channels-last", action="store_true",
@@ -127,9 +119,6 @@ def parse_flags(
     Args:
         run_path: returns the run folder.
         recipes: folder of the recipes that are known by name.
-
-    Raises:
-        UserError: a value is invalid, there is no run to resume, or its options are damaged.
     """
     set_recipe(parser, recipe_path(BASE_RECIPE, recipes))  # first: --help shows its values
     args = parser.parse_args(argv)

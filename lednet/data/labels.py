@@ -134,21 +134,14 @@ def _cityscapes(labels: list[Label], target: str, void: int, encoding: str) -> L
 
 
 def cityscapes_scheme(encoding: str = "labelIds") -> LabelScheme:
-    """The 19 evaluated Cityscapes classes.
-
-    Args:
-        encoding: values in the label files: "labelIds" (0..33) or "labelTrainIds" (0..18, void
-            255).
-    """
+    """The 19 evaluated Cityscapes classes; `encoding` is that of the label files, "labelIds" (0..33)
+    or "labelTrainIds" (0..18, void 255)."""
     return _cityscapes(_EVALUATED, "train_id", IGNORE_INDEX, encoding)
 
 
 def cityscapes_id_scheme(encoding: str = "labelIds") -> LabelScheme:
-    """All Cityscapes labels as classes, with their ids as indices, as the benchmark counts.
-
-    Args:
-        encoding: as for `cityscapes_scheme`; void of labelTrainIds becomes id 0 (unlabeled).
-    """
+    """All Cityscapes labels as classes, with their ids as indices, as the benchmark counts; void of
+    the encoding labelTrainIds becomes id 0 (unlabeled)."""
     return _cityscapes(_WITH_ID, "id", 0, encoding)
 
 
@@ -160,18 +153,11 @@ def cityscapes_label_ids() -> np.ndarray:
 
 
 _CAMVID_CLASSES: dict[str, Color] = {
-    "sky": (128, 128, 128),
-    "building": (128, 0, 0),
-    "pole": (192, 192, 128),
-    "road": (128, 64, 128),
-    "pavement": (60, 40, 222),
-    "tree": (128, 128, 0),
-    "sign": (192, 128, 128),
-    "fence": (64, 64, 128),
-    "car": (64, 0, 128),
-    "pedestrian": (64, 64, 0),
-    "bicyclist": (0, 128, 192),
-}
+    "sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128),
+    "road": (128, 64, 128), "pavement": (60, 40, 222), "tree": (128, 128, 0),
+    "sign": (192, 128, 128), "fence": (64, 64, 128), "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192),
+}  # fmt: skip
 
 
 def camvid_scheme() -> LabelScheme:

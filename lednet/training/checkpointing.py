@@ -35,16 +35,13 @@ class Checkpoints:
         return path
 
     def load_latest(self, main: bool = True) -> tuple[Path, dict[str, Any], list[str]]:
-        """Load the newest valid checkpoint.
+        """Load the newest valid checkpoint; a `UserError` if there is none.
 
         Args:
             main: whether this process renames damaged checkpoints to `.damaged`.
 
         Returns:
             Path, content, and a sentence about each newer checkpoint that is damaged.
-
-        Raises:
-            UserError: none is valid.
         """
         warnings: list[str] = []
         for path in self.paths():

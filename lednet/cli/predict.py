@@ -170,8 +170,8 @@ def open_run(
 
 
 def run_images(run: Run, images: dict[str, Path]) -> list[str]:
-    """Predict the images that have no results yet, and write the shares of all. Returns, in the main
-    process, the errors of skipped images."""
+    """Predict the images that have no results yet, and write the shares of all; returns, in the
+    main process, the errors of skipped images."""
     writer = run.writer(IMAGE_OUTPUTS)
     images, too_long = split_long_names(images, lambda name: writer.image_files(name).values())
     jobs, done = [], []

@@ -134,8 +134,8 @@ def _cityscapes(labels: list[Label], target: str, void: int, encoding: str) -> L
 
 
 def cityscapes_scheme(encoding: str = "labelIds") -> LabelScheme:
-    """The 19 evaluated Cityscapes classes; `encoding` is that of the label files, "labelIds" (0..33)
-    or "labelTrainIds" (0..18, void 255)."""
+    """The 19 evaluated Cityscapes classes; `encoding` is that of the label files: "labelIds" (0 to
+    33) or "labelTrainIds" (0 to 18, void 255)."""
     return _cityscapes(_EVALUATED, "train_id", IGNORE_INDEX, encoding)
 
 

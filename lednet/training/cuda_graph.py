@@ -59,7 +59,10 @@ class CapturedStep:
         @torch.no_grad()
         def restore() -> None:
             for tensor in state():
-                tensor.copy_(saved.get(id(tensor), torch.zeros(())))
+                if id(tensor) in saved:
+                    tensor.copy_(saved[id(tensor)])
+                else:
+                    tensor.zero_()
 
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:

@@ -260,19 +260,19 @@ class _Shard:
         wrong: object = None
         try:
             entry = read_json(self.entry_path)
+            metadata, recorded = np.array(entry["facts"], dtype=np.int64), entry["checksum"]
             if entry["stamps"] != current:
                 wrong = str(min(_files(entry["stamps"]) ^ _files(current))[0])
-            metadata, recorded = np.array(entry["facts"], dtype=np.int64), entry["checksum"]
-            if metadata.ndim != 2 or len(metadata) != len(current):
-                wrong = wrong or self.entry_path
+            elif metadata.ndim != 2 or len(metadata) != len(current):
+                wrong = self.entry_path
+            elif (
+                not self.path.is_file()
+                or self.path.stat().st_size != self.num_bytes
+                or (checksum and recorded != self._checksum(entry["facts"]))
+            ):
+                wrong = self.path
         except (UserError, ArithmeticError, LookupError, TypeError, ValueError):
-            raise _stale(self.entry_path, self.path.parent, command) from None
-        if wrong is None and (
-            not self.path.is_file()
-            or self.path.stat().st_size != self.num_bytes
-            or (checksum and recorded != self._checksum(entry["facts"]))
-        ):
-            wrong = self.path
+            wrong = self.entry_path
         if wrong is not None:
             raise _stale(wrong, self.path.parent, command)
         return metadata

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from lednet.cli.released_flags import translate
 from lednet.errors import UserError, exit_when_interrupted
 from lednet.files import expand_home
+from lednet.io import process_command
 
 DATASETS = ("cityscapes", "camvid", "voc", "ade20k", "folders")
 ANNOTATIONS = ("fine", "coarse", "both", "aug")
@@ -208,6 +210,17 @@ def predictor_options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of `Predictor` from its flags, as far as the parser has them."""
     names = ("device", "precision", "backend", "cache", "fold", "scales", "flip")
     return {"size": (args.height, args.width), **{n: getattr(args, n) for n in names if n in args}}
+
+
+def conditions(args: argparse.Namespace, predictor: Any) -> dict[str, Any]:
+    """What the results of a `Predictor` depend on, for a report."""
+    return {
+        "command": shlex.join(process_command()),
+        "weights": str(args.weights),
+        "network_size": list(predictor.size),
+        "backend": predictor.backend,
+        "precision": predictor.precision,
+    }
 
 
 def add_test_time_flags(flags: Flags) -> None:

@@ -1,13 +1,12 @@
 """The command `lednet evaluate`: score weights on a data set."""
 
 import os
-import shlex
 from collections.abc import Sequence
 
 from torch.utils.data import DataLoader, default_collate
 
 from lednet.cli import parsers
-from lednet.cli.common import ROOT, dataset_options, predictor_options
+from lednet.cli.common import ROOT, conditions, dataset_options, predictor_options
 from lednet.data.dataset import SegmentationDataset
 from lednet.data.registry import open_dataset
 from lednet.errors import UserError
@@ -19,7 +18,7 @@ from lednet.evaluation.evaluator import (
     require_labels,
 )
 from lednet.inference.predictor import Predictor
-from lednet.io import process_command, require_writable, write_json
+from lednet.io import require_writable, write_json
 from lednet.plots import contact_sheet, plot_class_iou
 from lednet.progress import progress_bar
 
@@ -72,14 +71,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     presence = class_presence(result["class_iou"], confusion.counts.sum(dim=1).tolist())
     result |= {
         "class_presence": presence,
-        "command": shlex.join(process_command()),
+        **conditions(args, predictor),
         "images": len(data),
-        "weights": str(args.weights),
         "dataset": args.dataset,
         "subset": args.subset,
-        "network_size": list(predictor.size),
-        "backend": predictor.backend,
-        "precision": predictor.precision,
         "scales": list(predictor.scales),
         "flip": predictor.flip,
         "scored_at": args.eval_size,

@@ -68,10 +68,7 @@ class Segmentation(nn.Module):
     ):
         super().__init__()
         self.loss, self.augment = criterion, augmentation
-        self.classes = classes
-
-    def normalize(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return self.augment.normalize(images, target)
+        self.classes, self.normalize = classes, augmentation.normalize
 
     def _confusion(self, counts: Tensor) -> ConfusionMatrix:
         confusion = ConfusionMatrix(len(self.classes), counts.device)
@@ -111,8 +108,8 @@ class Classification(nn.Module):
         self, augmentation: ImageAugmentation, classes: Sequence[str], label_smoothing: float = 0.0
     ):
         super().__init__()
-        self.augmentation, self.classes = augmentation, classes
-        self.label_smoothing = label_smoothing
+        self.augmentation, self.normalize = augmentation, augmentation.normalize
+        self.classes, self.label_smoothing = classes, label_smoothing
 
     def augment(
         self, images: Tensor, target: Tensor, generator: torch.Generator
@@ -124,9 +121,6 @@ class Classification(nn.Module):
             uniform = torch.full_like(labels, 1 / len(self.classes))
             labels = torch.lerp(labels, uniform, self.label_smoothing)
         return images, labels
-
-    def normalize(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return self.augmentation.normalize(images, target)
 
     def loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the cross-entropies of logits (N, C), and N; target: (N,), or (N, C) shares."""

@@ -41,12 +41,9 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     if precision == "tf32" and device.type != "cuda":
         raise UserError("tf32 needs an NVIDIA GPU: choose --precision fp32")
     dtype = AMP_DTYPES[precision]
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        if device.type != "cuda":
-            yield
-            return
-        with _tf32(precision != "fp32"):
-            yield
+    tf32 = _tf32(precision != "fp32") if device.type == "cuda" else contextlib.nullcontext()
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None), tf32:
+        yield
 
 
 _tf32_lock = threading.Lock()

@@ -59,12 +59,12 @@ def open_run(
         scheme: see `MetricLogger`.
     """
     run_dir = RunDir(path, bool(args.resume), timer.dist_context.is_main)
-    checkpoints = Checkpoints(path, args.keep_checkpoints)
-    run = TrainingRun(net, stages, run_dir, checkpoints, meta, args.seed, timer)
-    run.keep_every, run.validate_every = args.epochs_save, args.validate_every
-    run.budget = TimeBudget(timer.dist_context, args.max_minutes, costs)
-    run.logger = open_logger(args, run_dir, scheme)
-    return run
+    return TrainingRun(
+        net, stages, run_dir, Checkpoints(path, args.keep_checkpoints), meta, args.seed, timer,
+        logger=open_logger(args, run_dir, scheme), keep_every=args.epochs_save,
+        validate_every=args.validate_every,
+        budget=TimeBudget(timer.dist_context, args.max_minutes, costs),
+    )  # fmt: skip
 
 
 def train_run(

@@ -250,13 +250,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """State of optimizer, scaler and average. That of the model is saved separately."""
-        state: dict[str, Any] = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-        if self.ema is not None:
-            state["average"] = self.ema.state_dict()
-        return state
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return state if self.ema is None else state | {"average": self.ema.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])

@@ -177,6 +177,8 @@ class RunDir:
 
     def write_options(self, options: dict[str, Any], dist_context: DistributedContext) -> None:
         """Write `options.json`: command, options, versions and hardware."""
+        if not self.main:
+            return
         size = dist_context.size
         record = {
             "command": process_command(size),
@@ -184,8 +186,7 @@ class RunDir:
             "environment": environment(),
             "hardware": f"{size} x {describe_device(dist_context.device)}",
         }
-        if self.main:
-            write_json(self.path / "options.json", record)
+        write_json(self.path / "options.json", record)
 
     def write_records(self, records: list[dict[str, Any]]) -> None:
         """Rewrite `log.jsonl`, so that it agrees with the checkpoint."""

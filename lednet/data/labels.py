@@ -1,8 +1,9 @@
 """Label schemes: the classes of a data set and their values in label files."""
 
+import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -77,21 +78,19 @@ class LabelScheme:
         colors: RGB of each class, 0..255.
         file_ids: value in a label file (0..255) -> class index, or `IGNORE_INDEX`. Other values
             are errors in the data.
-
-    Attributes:
-        lut: (256,) int16, `file_ids` as a table; -1 for other values.
     """
 
     name: str
     classes: tuple[str, ...]
     colors: tuple[Color, ...]
     file_ids: Mapping[int, int]
-    lut: np.ndarray = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    @functools.cached_property
+    def lut(self) -> np.ndarray:
+        """(256,) int16, `file_ids` as a table; -1 for other values."""
         lut = np.full(256, -1, dtype=np.int16)
         lut[list(self.file_ids)] = list(self.file_ids.values())
-        object.__setattr__(self, "lut", lut)
+        return lut
 
     @property
     def num_classes(self) -> int:

@@ -87,11 +87,10 @@ def plan_stages(
             Stage(name, f"Full network at {height}x{width}", epochs, f"{name}_best.pth",
                   annotations=annotations, size=(height, width))
         )  # fmt: skip
-    if len(parts) == 1:
-        full = Stage("decoder", "Stage 2: full network", parts[0][1], annotations=annotations)
-        return [*stages, full]
     for number, (annotations, epochs) in enumerate(parts, 1):
         name, title = f"{annotations}-{number}", f"Full network, {number}: {annotations}"
+        if len(parts) == 1:
+            name, title = "decoder", "Stage 2: full network"
         best_file = BEST_WEIGHTS if number == len(parts) else f"{name}_best.pth"
         stages.append(Stage(name, title, epochs, best_file, annotations=annotations))
     return stages

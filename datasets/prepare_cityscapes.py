@@ -12,25 +12,24 @@ by decoding the shards whose files have changed. --verify reads everything and c
 import argparse
 from pathlib import Path
 
-from lednet.cli.common import add_dataset_flags, add_input_size_flags, make_parser, print_help_early
+from lednet.cli import common
+from lednet.cli.common import ROOT
 from lednet.cli.prepare_cache import add_cache_flags, build_or_verify
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
-    add_dataset_flags(parser)
+    parser = common.make_parser(__doc__)
+    common.add_dataset_flags(parser)
     parser.add_argument(
         "--with-val", action="store_true", help="train on the validation images too"
     )
-    add_input_size_flags(parser, "that of the data set, 512x1024 for Cityscapes")
+    common.add_input_size_flags(parser, "that of the data set, 512x1024 for Cityscapes")
     add_cache_flags(parser, "datasets/cache/<dataset>-<height>x<width>")
     return parser
 
 
 if __name__ == "__main__":
-    print_help_early(build_parser)
+    common.print_help_early(build_parser)
 
 from lednet.data.cache import SEGMENTATION_FLAGS, command_line
 from lednet.data.registry import cache_split, open_training_data
@@ -41,17 +40,9 @@ def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
     train, val = open_training_data(
-        args.dataset,
-        args.datadir or ROOT / "datasets" / args.dataset,
-        args.height,
-        args.width,
-        annotations=args.annotations,
-        labels=args.labels,
-        class_file=args.classes,
-        val_stride=args.val_stride,
-        val_prefix=args.val_prefix,
-        with_val=args.with_val,
-    )
+        args.dataset, args.datadir or ROOT / "datasets" / args.dataset, args.height, args.width,
+        with_val=args.with_val, **common.dataset_options(args),
+    )  # fmt: skip
     _, height, width = train.encoded_shape
     if args.cache is None:
         args.cache = ROOT / "datasets" / "cache" / f"{args.dataset}-{height}x{width}"

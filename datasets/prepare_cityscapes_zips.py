@@ -13,25 +13,17 @@ with the right size and checksum are kept. If something is missing, the exit sta
 import argparse
 from pathlib import Path
 
-from lednet.cli.common import make_parser, print_help_early
-
-ROOT = Path(__file__).resolve().parents[1]
+from lednet.cli.common import ROOT, make_parser, print_help_early
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "zips",
-        type=Path,
-        nargs="*",
-        help="official zips, or folders that hold them; none: only check the tree",
-    )
-    parser.add_argument(
-        "--datadir",
-        type=Path,
-        default=ROOT / "datasets" / "cityscapes",
-        help="folder to unpack into (default: datasets/cityscapes)",
-    )
+    # fmt: off
+    parser.add_argument("zips", type=Path, nargs="*",
+                        help="official zips, or folders that hold them; none: only check the tree")
+    parser.add_argument("--datadir", type=Path, default=ROOT / "datasets" / "cityscapes",
+                        help="folder to unpack into (default: datasets/cityscapes)")
+    # fmt: on
     for flag, encoding, note in (
         ("--labels-from-polygons", "labelIds", ""),
         ("--train-ids-from-polygons", "labelTrainIds", "; training here does not need them"),

@@ -13,27 +13,18 @@ everything and changes nothing.
 import argparse
 from pathlib import Path
 
-from lednet.cli.common import POSITIVE, make_parser, print_help_early
+from lednet.cli.common import POSITIVE, ROOT, make_parser, print_help_early
 from lednet.cli.prepare_cache import add_cache_flags, build_or_verify
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--datadir",
-        type=Path,
-        default=ROOT / "datasets/imagenet",
-        help="folder with train/ and val/ (default: datasets/imagenet)",
-    )
-    parser.add_argument(
-        "--stored-size",
-        type=POSITIVE,
-        default=256,
-        metavar="S",
-        help="height and width of the stored squares in pixels",
-    )
+    # fmt: off
+    parser.add_argument("--datadir", type=Path, default=ROOT / "datasets/imagenet",
+                        help="folder with train/ and val/ (default: datasets/imagenet)")
+    parser.add_argument("--stored-size", type=POSITIVE, default=256, metavar="S",
+                        help="height and width of the stored squares in pixels")
+    # fmt: on
     add_cache_flags(parser, "datasets/cache/imagenet-<stored size>")
     return parser
 

@@ -33,22 +33,17 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     On CUDA, TF32 is forbidden inside for "fp32" and allowed for the others. PyTorch has one such
     setting for all threads: while threads are inside with different precisions, it is forbidden,
     and the settings from before return when the last one leaves. The backward pass runs outside of
-    it: call `allow_tf32` for training.
-
-    Raises:
-        UserError: fp16 on a CPU, where it overflows and is not faster, or tf32 without CUDA.
+    it: call `allow_tf32` for training. A `UserError` of fp16 on a CPU, where it overflows and is
+    not faster, and of tf32 without CUDA.
     """
     if precision == "fp16" and device.type == "cpu":
         raise UserError("fp16 needs a GPU: choose --precision bf16 or fp32 on a CPU")
     if precision == "tf32" and device.type != "cuda":
         raise UserError("tf32 needs an NVIDIA GPU: choose --precision fp32")
     dtype = AMP_DTYPES[precision]
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        if device.type != "cuda":
-            yield
-            return
-        with _tf32(precision != "fp32"):
-            yield
+    tf32 = _tf32(precision != "fp32") if device.type == "cuda" else contextlib.nullcontext()
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None), tf32:
+        yield
 
 
 _tf32_lock = threading.Lock()
@@ -81,25 +76,19 @@ def fast_precisions(device: torch.device) -> tuple[str, ...]:
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16" if bf16 else "fp16",)
-    info = Path("/proc/cpuinfo")
-    bf16 = device.type == "cpu" and info.is_file() and "avx512_bf16" in info.read_text()
+    bf16 = device.type == "cpu" and "avx512_bf16" in (_proc_value("cpuinfo", "flags") or "")
     return ("bf16",) if bf16 else ()
 
 
 def choose_device(name: str) -> torch.device:
-    """The device `name`; "auto" is the first available of CUDA, MPS (Apple) and the CPU.
-
-    Raises:
-        UserError: the device is not available.
-    """
+    """The device `name`, a `UserError` if it is not available; "auto" is the first available of
+    CUDA, MPS (Apple) and the CPU."""
+    cuda, mps = torch.cuda.is_available, torch.backends.mps.is_available
     if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+        name = "cuda" if cuda() else "mps" if mps() else "cpu"
+    if name == "cuda" and not cuda():
         raise UserError("no CUDA GPU can be used here: choose --device cpu, or repair the driver")
-    if name == "mps" and not torch.backends.mps.is_available():
+    if name == "mps" and not mps():
         raise UserError("no Apple GPU can be used here: choose --device cpu")
     return torch.device(name)
 
@@ -117,10 +106,8 @@ def peak_memory_mb(device: torch.device) -> float:
     whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux's ru_maxrss includes the parent process
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024 / 1e6
+    if peak := _proc_value("self/status", "VmHWM"):  # Linux's ru_maxrss includes the parent process
+        return int(peak.split()[0]) * 1024 / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
@@ -130,24 +117,24 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"{_processor_name()}, {torch.get_num_threads()} threads"
+        processor = _proc_value("cpuinfo", "model name") or platform.processor() or "CPU"
+        return f"{processor}, {torch.get_num_threads()} threads"
     return device.type
 
 
-def _processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "CPU"
+def _proc_value(file: str, name: str) -> str | None:
+    """The first value of `name` in a file of /proc; None if there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc", file).read_text().splitlines():
+            if line.startswith(name):
+                return line.partition(":")[2].strip()
+    return None
 
 
 def free_memory(device: torch.device) -> int | None:
     """Free memory of `device` in bytes; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu":
-        with contextlib.suppress(OSError, ValueError, StopIteration):
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            available = next(line for line in lines if line.startswith("MemAvailable"))
-            return int(available.split()[1]) * 1024
+    if device.type == "cpu" and (available := _proc_value("meminfo", "MemAvailable")):
+        return int(available.split()[0]) * 1024
     return None

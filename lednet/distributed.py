@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from lednet.device import choose_device
 from lednet.errors import UserError
 
-Net = TypeVar("Net", bound=nn.Module)
-
 
 @dataclass(frozen=True)
 class DistributedContext:
@@ -25,7 +22,6 @@ class DistributedContext:
     Attributes:
         rank: 0 to size - 1. Only rank 0 writes files.
         size: number of processes.
-        device: device of this process.
     """
 
     rank: int
@@ -81,7 +77,6 @@ class DistributedContext:
 
 
 def _require_environment() -> None:
-    """Raise a `UserError` unless the variables of `torchrun` are complete."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         value = os.environ.get(name)
         if value is None or not (value.isdecimal() or name == "MASTER_ADDR"):
@@ -125,17 +120,6 @@ def init_distributed(device_name: str = "auto") -> DistributedContext:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return DistributedContext(rank, size, device)
-
-
-def convert_sync_batch_norm(net: Net, dist_context: DistributedContext) -> Net:
-    """Convert batch norm layers to synchronized batch norm.
-
-    Raises:
-        UserError: the device is not CUDA, for which alone PyTorch implements it.
-    """
-    if dist_context.device.type != "cuda":
-        raise UserError("--sync-batch-norm needs CUDA GPUs: leave it out")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 
 @contextlib.contextmanager

@@ -85,11 +85,6 @@ def exit_on_user_error() -> Iterator[None]:
     as shells expect; child processes end without a message. Within the block, output that cannot
     be written is dropped; see `lednet.streams`.
     """
-    with lasting_output():
-        yield from _exit_on_user_error()
-
-
-def _exit_on_user_error() -> Iterator[None]:
     process = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -97,19 +92,18 @@ def _exit_on_user_error() -> Iterator[None]:
             os._exit(0)  # for any other status, PyTorch raises an error in the main process
         raise KeyboardInterrupt
 
-    _handle_sigint(interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_STATUS)
-    except (RuntimeError, OSError, MemoryError) as error:
-        if full := shared_memory_error(error) or memory_error(error):
-            print(f"error: {full}", file=sys.stderr)
-            sys.exit(EXIT_STATUS)
-        raise
-    finally:
-        _handle_sigint(signal.default_int_handler)
+    with lasting_output():
+        _handle_sigint(interrupt)
+        try:
+            yield
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        except (UserError, RuntimeError, OSError, MemoryError) as error:
+            known = error if isinstance(error, UserError) else None
+            if known := known or shared_memory_error(error) or memory_error(error):
+                print(f"error: {known}", file=sys.stderr)
+                sys.exit(EXIT_STATUS)
+            raise
+        finally:
+            _handle_sigint(signal.default_int_handler)

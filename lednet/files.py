@@ -41,13 +41,11 @@ def is_skipped(name: str) -> bool:
 def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = None) -> list[Path]:
     """Files in a folder and its subfolders, sorted by path.
 
+    A link to a missing file is included, so that reading it reports the missing file.
+
     Args:
         suffixes: in lower case, with the dot; upper case in file names is accepted. None finds
             files of any suffix.
-
-    Returns:
-        Paths that start with `folder`. A link to a missing file is included, so that reading it
-        reports the missing file.
     """
     return sorted(
         path
@@ -57,10 +55,8 @@ def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = Non
 
 
 def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Yield the files below a folder.
-
-    parents: device and inode of the folders above, to detect links that form a loop.
-    """
+    """Yield the files below a folder. `parents` are device and inode of those above: links may form
+    a loop."""
     try:
         status = folder.stat()
         here = (status.st_dev, status.st_ino)
@@ -81,14 +77,11 @@ def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 def split_pattern(source: str) -> tuple[Path, str] | None:
     """Split a pattern such as "city [1]/**/*.png" into an existing folder and a pattern below it.
 
-    Brackets and spaces in names of existing folders are not part of the pattern.
-
-    Returns:
-        None if `source` contains no wildcard below its existing folders.
+    Brackets and spaces in names of existing folders are not part of the pattern. Returns None if
+    there is no wildcard below them.
     """
-    parts = PurePath(source).parts
-    folder = Path(parts[0]) if PurePath(source).is_absolute() else Path()
-    rest = list(parts[1:] if PurePath(source).is_absolute() else parts)
+    path = PurePath(source)
+    folder, rest = Path(path.anchor), [*path.relative_to(path.anchor).parts]
     while rest and (folder / rest[0]).is_dir():
         folder /= rest.pop(0)
     return (folder, os.path.join(*rest)) if rest and any(map(glob.has_magic, rest)) else None
@@ -137,11 +130,7 @@ def require_content(path: str | os.PathLike) -> None:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """Read a text file that people edit: UTF-8, with or without a byte order mark.
-
-    Raises:
-        UserError: the file cannot be read, or has another encoding.
-    """
+    """Read a UTF-8 text file, with or without a byte order mark; a `UserError` if it cannot."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:

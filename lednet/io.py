@@ -28,11 +28,7 @@ Result = TypeVar("Result")
 
 
 def process_command(processes: int = 1) -> list[str]:
-    """The words of the command that started this process: of a script or of `lednet COMMAND`.
-
-    Args:
-        processes: number of processes that torchrun started.
-    """
+    """The words of the command that started this process and, by torchrun, `processes` in all."""
     launcher = ["torchrun", f"--nproc-per-node={processes}"] if processes > 1 else []
     program, *arguments = sys.argv
     if program.startswith("lednet "):
@@ -135,13 +131,10 @@ def require_writable(
 
 
 def require_space(folder: Path, needed: int, what: str, flag: str) -> None:
-    """Check that the disk of `folder`, which may not exist yet, has `needed` bytes left.
+    """Raise a `UserError` if the disk of `folder`, which may not exist yet, has fewer bytes left.
 
     Args:
         what, flag: what needs the space, and the flag that names the folder, for the message.
-
-    Raises:
-        UserError: the disk has less.
     """
     free = shutil.disk_usage(nearest_existing(folder)).free
     if needed > free:
@@ -170,11 +163,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def write_between_marks(path: str | os.PathLike, script: str, text: str) -> None:
-    """Replace the text between the marks of `script` in the Markdown page at `path`.
-
-    Raises:
-        UserError: the page does not contain both marks, in order.
-    """
+    """Replace the text between the marks of `script` in the Markdown page at `path`; a `UserError`
+    if they are not there."""
     marks = f"<!-- {script} writes from here -->", "<!-- to here -->"
     path = Path(path)
     content = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -191,40 +181,29 @@ def plain_values(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        UserError: the file is missing or not JSON.
-    """
+    """Parse a JSON file; a `UserError` if it is missing or not JSON."""
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}; correct or remove it") from error
 
 
-class _Plain:
-    """Mix-in of a YAML loader: no aliases, which expand to more than the memory holds, nor doubles.
+class _TextLoader(yaml.BaseLoader):
+    """Loads every value as the text that is written.
 
-    A key that is given twice would silently lose its first value.
+    Refuses aliases, which expand to more than the memory holds, and keys that are given twice,
+    which would silently lose their first value.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
+        if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has aliases (*name), which are not supported")
-        return super().compose_node(parent, index)  # type: ignore[misc]
+        return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)  # type: ignore[misc]
+        node = super().compose_mapping_node(anchor)
         _require_single([str(key.value) for key, _ in node.value])
         return node
-
-
-class _PlainLoader(_Plain, yaml.SafeLoader):
-    """Numbers, booleans and dates as YAML defines them."""
-
-
-class _TextLoader(_Plain, yaml.BaseLoader):
-    """Every value as the text that is written."""
 
 
 def _require_single(keys: list[str]) -> None:
@@ -238,12 +217,11 @@ def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def read_yaml(path: str | os.PathLike, text: bool = False) -> Any:
+def read_yaml(path: str | os.PathLike) -> Any:
     """Parse a YAML or JSON file of at most `MAX_YAML` bytes, without aliases.
 
-    Args:
-        text: return numbers and unquoted words (`no`, `null`, `1_000`) as the text in the file.
-            JSON's true, false and null keep their types.
+    Numbers and unquoted words (`no`, `null`, `1_000`) are returned as the text in the file. JSON's
+    true, false and null keep their types.
 
     Raises:
         UserError: the file is missing, too large, not YAML, or not UTF-8.
@@ -256,14 +234,15 @@ def read_yaml(path: str | os.PathLike, text: bool = False) -> Any:
     if len(content) > MAX_YAML:
         raise UserError(f"{path} is over {MAX_YAML >> 10} KiB, too large to be read: shorten it")
     decoded = decode_text(content, path)
-    number: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), str)
     try:
         if decoded.lstrip().startswith(("{", "[")):  # YAML does not accept JSON's tabs
             with contextlib.suppress(json.JSONDecodeError):
-                options = number if text else {}
-                return json.loads(decoded, object_pairs_hook=_json_object, **options)
-        return yaml.load(decoded, Loader=_TextLoader if text else _PlainLoader)
-    except Exception as error:  # an invalid !!timestamp, for instance, raises a plain TypeError
+                return json.loads(
+                    decoded, object_pairs_hook=_json_object, parse_int=str, parse_float=str,
+                    parse_constant=str,
+                )  # fmt: skip
+        return yaml.load(decoded, Loader=_TextLoader)
+    except Exception as error:  # parsers raise errors of many types
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
@@ -278,11 +257,7 @@ def read_yaml(path: str | os.PathLike, text: bool = False) -> Any:
 
 
 def max_pixels() -> int:
-    """Largest number of pixels of an image.
-
-    Raises:
-        UserError: the environment variable `LIMIT` is not a positive number.
-    """
+    """Largest number of pixels of an image; a `UserError` if `LIMIT` is no positive number."""
     value = os.environ.get(LIMIT, str(DEFAULT_LIMIT))
     if not re.fullmatch("[0-9]{1,18}", value) or int(value) == 0:
         raise UserError(f"{LIMIT} is {value!r}: give a number of pixels")

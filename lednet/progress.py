@@ -48,20 +48,13 @@ def progress_bar(
         return tqdm(iterable, total=total, **options)
     unit = options.get("unit", "it")
     units = {"B": "B", "batch": "batches"}.get(unit, f"{unit}s")
-    return _ProgressLines(
-        iterable,
-        total=total,
-        **options
-        | {
-            "dynamic_ncols": False,
-            "ncols": 100,
-            "delay": MIN_INTERVAL,
-            "mininterval": MIN_INTERVAL,
-            "maxinterval": math.inf,
-            "miniters": max(1, (total or 0) // (lines + 1)),
-            "bar_format": f"{{desc}}: {{percentage:.0f}}% of {{total_fmt}} {units}, {{rate_fmt}}, "
-            "{remaining} left{postfix}"
-            if total
-            else f"{{desc}}: {{n_fmt}} {units}, {{rate_fmt}}",
-        },
-    )
+    line = f"{{desc}}: {{n_fmt}} {units}, {{rate_fmt}}"
+    if total:
+        line = f"{{desc}}: {{percentage:.0f}}% of {{total_fmt}} {units}, {{rate_fmt}}, "
+        line += "{remaining} left{postfix}"
+    options |= {
+        "dynamic_ncols": False, "ncols": 100, "bar_format": line, "delay": MIN_INTERVAL,
+        "mininterval": MIN_INTERVAL, "maxinterval": math.inf,
+        "miniters": max(1, (total or 0) // (lines + 1)),
+    }  # fmt: skip
+    return _ProgressLines(iterable, total=total, **options)

@@ -28,7 +28,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=common.ROOT / "save" / "colored",
                         help="folder for the output images (default: save/colored)")
     parser.add_argument("--outputs", choices=KINDS, nargs="+", default=KINDS, help="what to draw")
-    common.add_alias(parser, "--what", "--outputs")
     common.add_overlay_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="draw existing outputs again")
     common.add_input_size_flags(parser)
@@ -53,10 +52,8 @@ def main() -> None:
     args = build_parser().parse_args()
     require_writable(args.out, folder=True)
     images = find_inputs([args.input], args.out)
-    predictor = Predictor(
-        args.weights, (args.height, args.width), device=args.device, backend=args.backend,
-        precision=args.precision, cache=args.cache, expected_images=len(images),
-    )  # fmt: skip
+    options = common.predictor_options(args)
+    predictor = Predictor(args.weights, expected_images=len(images), **options)
     scheme = predictor.scheme
     output = PredictionWriter(args.out, args.outputs, Visualizer(scheme, args.alpha, args.legend))
     tasks = []

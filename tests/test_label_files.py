@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lednet.data import dataset, image_io
+from lednet.data import image_io
 from lednet.data.image_io import open_image, read_ids
 from lednet.data.registry import open_dataset
 from lednet.errors import UserError
@@ -115,7 +115,7 @@ def rotated(tmp_path):
     [((48, 32), True, False), ((48, 32), False, False), ((32, 32), True, True)],
 )
 def test_read_exif_orientation_image_matches_label(rotated, caplog, size, upright, logged):
-    dataset._warned.clear()
+    image_io._warned.clear()
     data = rotated(*size, upright=upright)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -156,7 +156,7 @@ def test_open_dataset_unused_images_are_logged(tmp_path, caplog):
 def test_open_image_with_several_images_takes_the_first_and_says_so(
     tmp_path, monkeypatch, caplog, name, logged
 ):
-    monkeypatch.setattr(image_io, "_warned", [])
+    monkeypatch.setattr(image_io, "_warned", set())
     first, *others = (Image.new("L" if name == "a.tif" else "RGB", (9, 9), v) for v in (9, 80, 160))
     options = {"format": "MPO"} if name == "b.jpg" else {}
     first.save(tmp_path / name, save_all=True, append_images=others, **options)

@@ -10,35 +10,26 @@ labels are read.
 """
 
 import argparse
-from pathlib import Path
 
-from lednet.cli.common import (
-    add_dataset_flags,
-    add_num_workers_flag,
-    make_parser,
-    print_help_early,
-    usable_cpus,
-)
-
-ROOT = Path(__file__).resolve().parents[1]
+from lednet.cli import common
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     # fmt: off
-    add_dataset_flags(parser, hold_out="the same value as in training")
+    common.add_dataset_flags(parser, hold_out="the same value as in training")
     parser.add_argument("--offsets", type=float, nargs="+", metavar="C", default=[1.1, 1.2],
                         help="c of the formula; smaller values give more weight to rare classes. "
                              "1.1 and 1.2 are those of the paper's full network and encoder stage")
     parser.add_argument("--format", choices=("table", "yaml", "json"), default="table",
                         help="output format")
-    add_num_workers_flag(parser, usable_cpus(), "decoding threads")
+    common.add_num_workers_flag(parser, common.usable_cpus(), "decoding threads")
     # fmt: on
     return parser
 
 
 if __name__ == "__main__":
-    print_help_early(build_parser)
+    common.print_help_early(build_parser)
 
 import json
 
@@ -67,11 +58,8 @@ def main() -> None:
     if min(args.offsets) <= 1:
         raise UserError(f"--offsets {min(args.offsets):g} gives a class an infinite weight: give "
                         "more than 1")  # fmt: skip
-    root = args.datadir or ROOT / "datasets" / args.dataset
-    train, _ = open_training_data(
-        args.dataset, root, annotations=args.annotations, labels=args.labels,
-        class_file=args.classes, val_stride=args.val_stride, val_prefix=args.val_prefix,
-    )  # fmt: skip
+    root = args.datadir or common.ROOT / "datasets" / args.dataset
+    train, _ = open_training_data(args.dataset, root, **common.dataset_options(args))
     shares = pixel_shares(train.class_counts(max(1, args.num_workers))).tolist()
     classes = train.scheme.classes
     result = {

@@ -13,9 +13,7 @@ updated.
 import argparse
 from pathlib import Path
 
-from lednet.cli.common import make_parser, print_help_early
-
-ROOT = Path(__file__).resolve().parents[1]
+from lednet.cli.common import ROOT, make_parser, print_help_early
 
 
 def build_parser() -> argparse.ArgumentParser:

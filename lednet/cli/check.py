@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from lednet.cli import parsers
-from lednet.cli.common import ROOT
+from lednet.cli.common import ROOT, dataset_options
 from lednet.io import process_command, require_writable, write_json
 from lednet.training.losses import WEIGHT_OFFSETS, class_weights
 from lednet.validation.checks import validate_dataset
@@ -19,10 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     root = args.datadir or ROOT / "datasets" / args.dataset
     out = args.out or ROOT / "save" / f"check-{args.dataset}"
     require_writable(out, folder=True)
-    splits, issues = open_splits(
-        args.dataset, root, annotations=args.annotations, labels=args.labels,
-        class_file=args.classes, val_stride=args.val_stride, val_prefix=args.val_prefix,
-    )  # fmt: skip
+    splits, issues = open_splits(args.dataset, root, **dataset_options(args))
     report = validate_dataset(root, splits, issues, args.num_workers)
     weights = {}
     if report.shares is not None:

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from lednet.cli.released_flags import translate
 from lednet.errors import UserError, exit_when_interrupted
 from lednet.files import expand_home
+from lednet.io import process_command
 
 DATASETS = ("cityscapes", "camvid", "voc", "ade20k", "folders")
 ANNOTATIONS = ("fine", "coarse", "both", "aug")
@@ -42,6 +44,13 @@ def recipe_folder(script_folder: str) -> Path:
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of CPU time that a container has in each period, and the period."""
+
+EARLIER_FLAGS = {
+    "--val-every": "--val-stride", "--val-names": "--val-prefix", "--workers": "--num-workers",
+    "--skip-damaged": "--skip-corrupt", "--what": "--outputs", "--photo": "--image-format",
+    "--at": "--eval-size", "--sheet": "--contact-sheet",
+}  # fmt: skip
+"""Earlier spellings of flags, which are accepted, and the present ones."""
 
 Flags = argparse.ArgumentParser | argparse._ArgumentGroup
 
@@ -75,8 +84,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
+        known = self._option_string_actions.keys()
         if self.released:
-            words = translate(words, self._option_string_actions.keys())
+            words = translate(words, known)
+        flags = {old: new for old, new in EARLIER_FLAGS.items() if new in known}
+        parts = (word.partition("=") for word in words)
+        words = [flags.get(flag, flag) + equals + value for flag, equals, value in parts]
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -101,12 +114,6 @@ def print_help_early(build_parser: Callable[[], argparse.ArgumentParser]) -> Non
     exit_when_interrupted()
     if {"-h", "--help"} & set(sys.argv[1:]):
         build_parser().parse_args()
-
-
-def add_alias(flags: Flags, alias: str, flag: str) -> None:
-    """Accept `alias`, an earlier spelling of `flag`, without showing it in the help."""
-    action = next(a for a in flags._actions if flag in a.option_strings)
-    flags._option_string_actions[alias] = action
 
 
 def at_least(least: float, kind: type = int, most: float = math.inf) -> Callable[[str], Any]:
@@ -151,26 +158,26 @@ def add_dataset_flags(
 ) -> None:
     """Flags that select a data set and its held-out part.
 
-    Args:
-        annotations: choices of --annotations.
-        hold_out: help text of --val-stride.
-        datadir: help text of --datadir.
+    `annotations` are choices; `hold_out` and `datadir` are the help of --val-stride and --datadir.
     """
-    flags.add_argument("--dataset", choices=DATASETS, default="cityscapes", help="data set")
-    flags.add_argument("--datadir", type=Path, help=datadir)
-    flags.add_argument("--annotations", choices=annotations, default="fine",
-                       help="Cityscapes: fine, coarse (train_extra and train, coarsely annotated) "
-                            "or both; Pascal VOC: fine or aug (trainaug)")
-    flags.add_argument("--labels", choices=LABEL_ENCODINGS, default="auto",
-                       help="encoding of Cityscapes label files; auto: by their names")
-    flags.add_argument("--classes", type=Path,
-                       help="class file of own data (default: classes.yaml in --datadir)")
-    flags.add_argument("--val-stride", type=COUNT, default=0, metavar="N", help=hold_out)
-    flags.add_argument("--val-prefix", metavar="PREFIX",
-                       help="or hold out the images whose names begin with PREFIX: a recording, a "
-                            "city")
-    add_alias(flags, "--val-every", "--val-stride")
-    add_alias(flags, "--val-names", "--val-prefix")
+    add = flags.add_argument
+    add("--dataset", choices=DATASETS, default="cityscapes", help="data set")
+    add("--datadir", type=Path, help=datadir)
+    add("--annotations", choices=annotations, default="fine",
+        help="Cityscapes: fine, coarse (train_extra and train, coarsely annotated) or both; Pascal "
+             "VOC: fine or aug (trainaug)")
+    add("--labels", choices=LABEL_ENCODINGS, default="auto",
+        help="encoding of Cityscapes label files; auto: by their names")
+    add("--classes", type=Path, help="class file of own data (default: classes.yaml in --datadir)")
+    add("--val-stride", type=COUNT, default=0, metavar="N", help=hold_out)
+    add("--val-prefix", metavar="PREFIX",
+        help="or hold out the images whose names begin with PREFIX: a recording, a city")
+
+
+def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of `open_dataset` from the flags of `add_dataset_flags`."""
+    names = ("annotations", "labels", "val_stride", "val_prefix")
+    return {name: getattr(args, name) for name in names} | {"class_file": args.classes}
 
 
 def add_input_size_flags(flags: Flags, default: str = "as trained") -> None:
@@ -182,35 +189,52 @@ def add_input_size_flags(flags: Flags, default: str = "as trained") -> None:
 
 def add_num_workers_flag(flags: Flags, default: int, what: str = "data loading processes") -> None:
     flags.add_argument("--num-workers", type=COUNT, default=default, metavar="N", help=what)
-    add_alias(flags, "--workers", "--num-workers")
 
 
 def add_backend_flags(flags: Flags, fold: bool = False) -> None:
     """--device, --precision, --backend and, with `fold`, --fold."""
-    flags.add_argument("--device", choices=DEVICES, default="auto", help="device to run on")
-    flags.add_argument("--precision", choices=PRECISIONS, default="fp32", help="number format")
-    flags.add_argument("--backend", choices=("auto", *BACKENDS), default="auto",
-                       help="inference engine; auto: the fastest that is installed, for few images "
-                            "eager, which starts at once")
-    flags.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True,
-                       help="keep exported networks for later runs (in $XDG_CACHE_HOME/lednet)")
+    add = flags.add_argument
+    add("--device", choices=DEVICES, default="auto", help="device to run on")
+    add("--precision", choices=PRECISIONS, default="fp32", help="number format")
+    add("--backend", choices=("auto", *BACKENDS), default="auto",
+        help="inference engine; auto: the fastest that is installed, for few images eager, which "
+             "starts at once")
+    add("--cache", action=argparse.BooleanOptionalAction, default=True,
+        help="keep exported networks for later runs (in $XDG_CACHE_HOME/lednet)")
     if fold:
-        flags.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True,
-                           help="fold batch norm into the convolutions, which changes no output")
+        add("--fold", action=argparse.BooleanOptionalAction, default=True,
+            help="fold batch norm into the convolutions, which changes no output")
+
+
+def predictor_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of `Predictor` from its flags, as far as the parser has them."""
+    names = ("device", "precision", "backend", "cache", "fold", "scales", "flip")
+    return {"size": (args.height, args.width), **{n: getattr(args, n) for n in names if n in args}}
+
+
+def conditions(args: argparse.Namespace, predictor: Any) -> dict[str, Any]:
+    """What the results of a `Predictor` depend on, for a report."""
+    return {
+        "command": shlex.join(process_command()),
+        "weights": str(args.weights),
+        "network_size": list(predictor.size),
+        "backend": predictor.backend,
+        "precision": predictor.precision,
+    }
 
 
 def add_test_time_flags(flags: Flags) -> None:
     """--scales and --flip, whose predictions are averaged."""
-    flags.add_argument("--scales", type=at_least(0, float), nargs="+", default=[1.0], metavar="S",
-                       help="average the predictions at these sizes, relative to the network's "
-                            "input")
-    flags.add_argument("--flip", action="store_true",
-                       help="average with the predictions of the mirrored image")
+    add = flags.add_argument
+    add("--scales", type=at_least(0, float), nargs="+", default=[1.0], metavar="S",
+        help="average the predictions at these sizes, relative to the network's input")
+    add("--flip", action="store_true", help="average with the predictions of the mirrored image")
 
 
 def add_overlay_flags(flags: Flags) -> None:
-    flags.add_argument("--alpha", type=at_least(0, float, most=1), default=0.5, metavar="SHARE",
-                       help="opacity of the class colours in overlays, 0 to 1")
-    flags.add_argument("--legend", action=argparse.BooleanOptionalAction, default=True,
-                       help="draw a legend below each output")
+    add = flags.add_argument
+    add("--alpha", type=at_least(0, float, most=1), default=0.5, metavar="SHARE",
+        help="opacity of the class colours in overlays, 0 to 1")
+    add("--legend", action=argparse.BooleanOptionalAction, default=True,
+        help="draw a legend below each output")
 # fmt: on

@@ -1,13 +1,12 @@
 """The command `lednet evaluate`: score weights on a data set."""
 
 import os
-import shlex
 from collections.abc import Sequence
 
 from torch.utils.data import DataLoader, default_collate
 
 from lednet.cli import parsers
-from lednet.cli.common import ROOT
+from lednet.cli.common import ROOT, conditions, dataset_options, predictor_options
 from lednet.data.dataset import SegmentationDataset
 from lednet.data.registry import open_dataset
 from lednet.errors import UserError
@@ -19,7 +18,7 @@ from lednet.evaluation.evaluator import (
     require_labels,
 )
 from lednet.inference.predictor import Predictor
-from lednet.io import process_command, require_writable, write_json
+from lednet.io import require_writable, write_json
 from lednet.plots import contact_sheet, plot_class_iou
 from lednet.progress import progress_bar
 
@@ -56,15 +55,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     require_writable(args.plot, (".png", ".jpg", ".jpeg", ".pdf", ".svg"))
     require_writable(args.contact_sheet, (".png", ".jpg", ".jpeg"))
     root = args.datadir or ROOT / "datasets" / args.dataset
-    data = open_dataset(
-        args.dataset, root, args.subset, annotations=args.annotations, labels=args.labels,
-        class_file=args.classes, val_stride=args.val_stride, val_prefix=args.val_prefix,
-    )  # fmt: skip
-    predictor = Predictor(
-        args.weights, (args.height, args.width), scheme=data.scheme, device=args.device,
-        backend=args.backend, precision=args.precision, fold=args.fold, scales=args.scales,
-        flip=args.flip, expected_images=len(data), cache=args.cache,
-    )  # fmt: skip
+    data = open_dataset(args.dataset, root, args.subset, **dataset_options(args))
+    options = predictor_options(args)
+    predictor = Predictor(args.weights, scheme=data.scheme, expected_images=len(data), **options)
     if args.eval_size == "network":
         data.size = predictor.size
     loader: DataLoader = DataLoader(
@@ -78,14 +71,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     presence = class_presence(result["class_iou"], confusion.counts.sum(dim=1).tolist())
     result |= {
         "class_presence": presence,
-        "command": shlex.join(process_command()),
+        **conditions(args, predictor),
         "images": len(data),
-        "weights": str(args.weights),
         "dataset": args.dataset,
         "subset": args.subset,
-        "network_size": list(predictor.size),
-        "backend": predictor.backend,
-        "precision": predictor.precision,
         "scales": list(predictor.scales),
         "flip": predictor.flip,
         "scored_at": args.eval_size,

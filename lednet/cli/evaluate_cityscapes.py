@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lednet.cli import parsers
-from lednet.cli.common import ROOT
+from lednet.cli.common import ROOT, predictor_options
 from lednet.data.image_io import read_image
 from lednet.data.labels import LabelScheme, cityscapes_scheme
 from lednet.data.pairs import require_file
@@ -149,12 +149,10 @@ def evaluate(args: argparse.Namespace, dist_context: DistributedContext) -> None
     need_images = bool(args.weights or args.report)
     frames, scheme = evaluator.find_frames(args.datadir, args.subset, args.labels, need_images)
     if args.weights:
+        options = predictor_options(args) | {"device": dist_context.device}
         predictor = Predictor(
-            args.weights, (args.height, args.width), scheme=cityscapes_scheme(),
-            device=dist_context.device, backend=args.backend, precision=args.precision,
-            fold=args.fold, scales=args.scales, flip=args.flip,
-            tile=args.tile and tuple(args.tile), overlap=args.overlap,
-            expected_images=len(frames[: args.max_images]), cache=args.cache,
+            args.weights, scheme=cityscapes_scheme(), tile=args.tile and tuple(args.tile),
+            overlap=args.overlap, expected_images=len(frames[: args.max_images]), **options,
         )  # fmt: skip
         frames = frames[: args.max_images]
         results = run_network(args, predictor, frames, scheme, dist_context)

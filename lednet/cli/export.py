@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lednet.cli import parsers
+from lednet.cli.common import dataset_options
 from lednet.cli.live_page import SAMPLES
 from lednet.data.image_io import open_image, to_rgb
 from lednet.data.labels import require_classes
@@ -77,10 +78,7 @@ def miou_gate(
     args: argparse.Namespace, net: LEDNet, meta: dict, size: tuple[int, int]
 ) -> Callable[[ExportedModel], None]:
     """A check that compares a file's mIoU with the network's and prints both."""
-    data = open_dataset(
-        args.dataset, args.datadir, "val", annotations=args.annotations, labels=args.labels,
-        class_file=args.classes, val_stride=args.val_stride, val_prefix=args.val_prefix,
-    )  # fmt: skip
+    data = open_dataset(args.dataset, args.datadir, "val", **dataset_options(args))
     require_classes(net, meta, data.scheme, args.weights)
 
     def miou(predictor: Predictor, name: str) -> float:

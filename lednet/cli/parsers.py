@@ -14,7 +14,6 @@ from lednet.cli.common import (
     POSITIVE,
     ROOT,
     VARIANTS,
-    add_alias,
     add_backend_flags,
     add_dataset_flags,
     add_input_size_flags,
@@ -170,298 +169,265 @@ released weights, in about a minute. Needs `pip install ".[deploy]"` and Node.js
 """
 
 
+# fmt: off
 def predict() -> argparse.ArgumentParser:
     parser = make_parser(PREDICT)
-    # fmt: off
-    parser.add_argument("inputs", nargs="+", metavar="INPUT",
-                        help='image, video, folder, pattern ("*.jpg"), or camera:NUMBER')
-    parser.add_argument("--weights", type=Path, default=Path("camvid-d20"),
-                        help="released name, weights file, run folder (its best.pth) or exported "
-                             "file")
-    parser.add_argument("--out", type=Path, default=ROOT / "save" / "predictions",
-                        help="folder of the results (default: save/predictions)")
-    parser.add_argument("--outputs", choices=OUTPUTS, nargs="+",
-                        help="files to write (default: labels and overlay for images, overlay for "
-                             "videos)")
-    parser.add_argument("--label-ids", action="store_true",
-                        help="write label ids instead of class indices, as the Cityscapes "
-                             "benchmark expects (Cityscapes weights only)")
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT",
+        help='image, video, folder, pattern ("*.jpg"), or camera:NUMBER')
+    add("--weights", type=Path, default=Path("camvid-d20"),
+        help="released name, weights file, run folder (its best.pth) or exported file")
+    add("--out", type=Path, default=ROOT / "save" / "predictions",
+        help="folder of the results (default: save/predictions)")
+    add("--outputs", choices=OUTPUTS, nargs="+",
+        help="files to write (default: labels and overlay for images, overlay for videos)")
+    add("--label-ids", action="store_true",
+        help="write label ids instead of class indices, as the Cityscapes benchmark expects "
+             "(Cityscapes weights only)")
     add_overlay_flags(parser)
-    parser.add_argument("--image-format", choices=("jpg", "png"), default="jpg",
-                        help="format of overlay and side; png is lossless, slower and larger")
-    parser.add_argument("--overwrite", action="store_true", help="discard earlier results")
-    parser.add_argument("--max-frames", type=POSITIVE, metavar="N",
-                        help="stop each video or camera after N frames; a video is then not "
-                             "marked as finished")
-    parser.add_argument("--num-workers", type=POSITIVE, default=2, metavar="N",
-                        help="threads that decode images, and threads that write")
+    add("--image-format", choices=("jpg", "png"), default="jpg",
+        help="format of overlay and side; png is lossless, slower and larger")
+    add("--overwrite", action="store_true", help="discard earlier results")
+    add("--max-frames", type=POSITIVE, metavar="N",
+        help="stop each video or camera after N frames; a video is then not marked as finished")
+    add("--num-workers", type=POSITIVE, default=2, metavar="N",
+        help="threads that decode images, and threads that write")
     add_input_size_flags(parser)
     add_backend_flags(parser)
-    # fmt: on
-    add_alias(parser, "--what", "--outputs")
-    add_alias(parser, "--photo", "--image-format")
     return parser
 
 
 def evaluate() -> argparse.ArgumentParser:
     parser = make_parser(EVALUATE, released=True)
-    # fmt: off
-    parser.add_argument("--weights", type=Path, required=True,
-                        help="weights file, run folder (its best.pth), released name or exported "
-                             "file")
+    add = parser.add_argument
+    add("--weights", type=Path, required=True,
+        help="weights file, run folder (its best.pth), released name or exported file")
     add_dataset_flags(parser, ("fine", "coarse"), "the hold-out that the training used")
-    parser.add_argument("--subset", choices=("train", "train_extra", "val", "test"), default="val",
-                        help="split to evaluate")
-    parser.add_argument("--eval-size", choices=("full", "network"), default="full",
-                        help="evaluate at the size of the label files or of the network's input")
-    add_alias(parser, "--at", "--eval-size")
+    add("--subset", choices=("train", "train_extra", "val", "test"), default="val",
+        help="split to evaluate")
+    add("--eval-size", choices=("full", "network"), default="full",
+        help="evaluate at the size of the label files or of the network's input")
     add_input_size_flags(parser)
     add_test_time_flags(parser)
-    parser.add_argument("--batch-size", type=POSITIVE, default=1, help="images per batch")
+    add("--batch-size", type=POSITIVE, default=1, help="images per batch")
     add_num_workers_flag(parser, 2)
     add_backend_flags(parser, fold=True)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot the IoU of each class")
-    parser.add_argument("--contact-sheet", type=Path, metavar="PNG",
-                        help="draw input, truth and prediction of some images")
-    add_alias(parser, "--sheet", "--contact-sheet")
-    parser.add_argument("--sheet-images", type=POSITIVE, default=6, metavar="N",
-                        help="images on the contact sheet")
-    # fmt: on
+    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    add("--plot", type=Path, metavar="PNG", help="plot the IoU of each class")
+    add("--contact-sheet", type=Path, metavar="PNG",
+        help="draw input, truth and prediction of some images")
+    add("--sheet-images", type=POSITIVE, default=6, metavar="N", help="images on the contact sheet")
     return parser
 
 
 def evaluate_cityscapes() -> argparse.ArgumentParser:
     parser = make_parser(EVALUATE_CITYSCAPES, released=True)
-    # fmt: off
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--weights", type=Path,
-                        help="weights file, run folder (its best.pth), released name or exported "
-                             "file")
-    source.add_argument("--predictions", type=Path, metavar="DIR",
-                        help="evaluate the label-id PNGs below DIR, from any network")
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--weights", type=Path,
+        help="weights file, run folder (its best.pth), released name or exported file")
+    add("--predictions", type=Path, metavar="DIR",
+        help="evaluate the label-id PNGs below DIR, from any network")
     data = parser.add_argument_group("data")
-    data.add_argument("--datadir", type=Path, default=ROOT / "datasets" / "cityscapes",
-                      help="Cityscapes in the official layout (default: datasets/cityscapes)")
-    data.add_argument("--subset", choices=("train", "val", "test"), default="val",
-                      help="split to evaluate")
-    data.add_argument("--labels", choices=LABEL_ENCODINGS, default="auto",
-                      help="encoding of the label files; auto: by their names")
-    data.add_argument("--max-images", type=POSITIVE, metavar="N", help="only the first N images")
+    add = data.add_argument
+    add("--datadir", type=Path, default=ROOT / "datasets" / "cityscapes",
+        help="Cityscapes in the official layout (default: datasets/cityscapes)")
+    add("--subset", choices=("train", "val", "test"), default="val", help="split to evaluate")
+    add("--labels", choices=LABEL_ENCODINGS, default="auto",
+        help="encoding of the label files; auto: by their names")
+    add("--max-images", type=POSITIVE, metavar="N", help="only the first N images")
     add_num_workers_flag(data, 2, "decoding processes")
 
     net = parser.add_argument_group("network")
     add_input_size_flags(net)
-    net.add_argument("--batch-size", type=POSITIVE, default=1, help="images per batch")
+    add = net.add_argument
+    add("--batch-size", type=POSITIVE, default=1, help="images per batch")
     add_test_time_flags(net)
-    net.add_argument("--tile", type=int, nargs=2, metavar=("H", "W"),
-                     help="run the network on overlapping tiles of this size in pixels, for an "
-                          "input too large for the memory")
-    net.add_argument("--overlap", type=int, default=128, metavar="PIXELS",
-                     help="overlap of neighbouring tiles")
+    add("--tile", type=int, nargs=2, metavar=("H", "W"),
+        help="run the network on overlapping tiles of this size in pixels, for an input too large "
+             "for the memory")
+    add("--overlap", type=int, default=128, metavar="PIXELS", help="overlap of neighbouring tiles")
     add_backend_flags(net, fold=True)
 
-    out = parser.add_argument_group("results")
-    out.add_argument("--out", type=Path,
-                     help="folder for all results (default: <weights>-eval-<subset>)")
-    out.add_argument("--overwrite", action="store_true", help="discard existing results in --out")
-    out.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
-    out.add_argument("--report", nargs="?", const=True, type=Path, metavar="FILE",
-                     help="write an HTML report (default file: report.html in --out)")
-    out.add_argument("--report-images", type=COUNT, default=500, metavar="N",
-                     help="show the N images with the lowest scores in the report")
-    out.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True,
-                     help="measure the speed, for some seconds")
-    out.add_argument("--warmup", type=COUNT, default=3, metavar="N", help="passes before timing")
-    out.add_argument("--runs", type=POSITIVE, default=20, metavar="N", help="timed passes")
-    # fmt: on
+    add = parser.add_argument_group("results").add_argument
+    add("--out", type=Path, help="folder for all results (default: <weights>-eval-<subset>)")
+    add("--overwrite", action="store_true", help="discard existing results in --out")
+    add("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
+    add("--report", nargs="?", const=True, type=Path, metavar="FILE",
+        help="write an HTML report (default file: report.html in --out)")
+    add("--report-images", type=COUNT, default=500, metavar="N",
+        help="show the N images with the lowest scores in the report")
+    add("--speed", action=argparse.BooleanOptionalAction, default=True,
+        help="measure the speed, for some seconds")
+    add("--warmup", type=COUNT, default=3, metavar="N", help="passes before timing")
+    add("--runs", type=POSITIVE, default=20, metavar="N", help="timed passes")
     return parser
 
 
-# fmt: off
 def train() -> argparse.ArgumentParser:
     parser = make_parser(TRAIN, released=True)
     data = parser.add_argument_group("data")
     add_dataset_flags(data)
-    data.add_argument("--with-val", action="store_true",
-                      help="train on the validation images too, for a final model; their score is "
-                           "then no estimate of anything")
+    add = data.add_argument
+    add("--with-val", action="store_true",
+        help="train on the validation images too, for a final model; their score is then no "
+             "estimate of anything")
     add_input_size_flags(data, "that of the data set, 512x1024 for Cityscapes")
-    data.add_argument("--augment", choices=AUGMENTATIONS,
-                      help="paper: flip and shift; modern: scale, crop, flip and colour")
-    data.add_argument("--cache", type=Path, metavar="DIR",
-                      help="read the decoded data set that datasets/prepare_cityscapes.py has "
-                           "written to DIR")
-    data.add_argument("--class-uniform", type=float, metavar="SHARE",
-                      help="draw this share of the images (0 to 1) by class, each class as often "
-                           "as another")
+    add("--augment", choices=AUGMENTATIONS,
+        help="paper: flip and shift; modern: scale, crop, flip and colour")
+    add("--cache", type=Path, metavar="DIR",
+        help="read the decoded data set that datasets/prepare_cityscapes.py has written to DIR")
+    add("--class-uniform", type=float, metavar="SHARE",
+        help="draw this share of the images (0 to 1) by class, each class as often as another")
     add_loading_flags(data)
 
-    net = parser.add_argument_group("network")
-    net.add_argument("--variant", choices=VARIANTS, default="d20",
-                     help="d20: lighter, 0.93 M parameters; d128: heavier, 2.29 M")
-    net.add_argument("--pyramid-channels", type=POSITIVE, metavar="D",
-                     help="another width of d128's pyramid")
-    net.add_argument("--state", type=Path,
-                     help="start from the weights of a full network: a file, a run folder or a "
-                          "released name")
-    net.add_argument("--reset-head", action="store_true",
-                     help="with --state: keep new random weights in the layers of the classes, for "
-                          "other classes than those of the weights")
-    net.add_argument("--pretrainedEncoder", type=Path, dest="pretrained_encoder",
-                     help="weights to take the encoder and its normalization from; skips stage 1")
-    net.add_argument("--decoder", action="store_true", help="start with stage 2")
-    net.add_argument("--encoder-lr-factor", type=at_least(0, float), default=1.0,
-                     metavar="X", help="factor of the encoder's learning rate in stage 2")
-    net.add_argument("--freeze-encoder", type=COUNT, default=0, metavar="N",
-                     help="freeze the encoder in the first N epochs of stage 2")
+    add = parser.add_argument_group("network").add_argument
+    add("--variant", choices=VARIANTS, default="d20",
+        help="d20: lighter, 0.93 M parameters; d128: heavier, 2.29 M")
+    add("--pyramid-channels", type=POSITIVE, metavar="D", help="another width of d128's pyramid")
+    add("--state", type=Path,
+        help="start from the weights of a full network: a file, a run folder or a released name")
+    add("--reset-head", action="store_true",
+        help="with --state: keep new random weights in the layers of the classes, for other "
+             "classes than those of the weights")
+    add("--pretrainedEncoder", type=Path, dest="pretrained_encoder",
+        help="weights to take the encoder and its normalization from; skips stage 1")
+    add("--decoder", action="store_true", help="start with stage 2")
+    add("--encoder-lr-factor", type=at_least(0, float), default=1.0, metavar="X",
+        help="factor of the encoder's learning rate in stage 2")
+    add("--freeze-encoder", type=COUNT, default=0, metavar="N",
+        help="freeze the encoder in the first N epochs of stage 2")
 
     recipe = parser.add_argument_group("recipe", "the defaults come from --recipe")
     add_recipe_flags(recipe, "Adam")
-    recipe.add_argument("--encoder-epochs", type=POSITIVE, metavar="N",
-                        help="epochs of stage 1 (default: as many as of the stage after it)")
-    recipe.add_argument("--curriculum", metavar="A:N,B:M",
-                        help="Cityscapes: stage 2 on annotations A for N epochs, then on B for M, "
-                             "each with its own class weights and schedule, as in "
-                             "coarse:100,fine:200")
-    recipe.add_argument("--progressive", metavar="HxW:N,...",
-                        help="train stage 2 at smaller sizes first, N epochs each, with a schedule "
-                             "for each size")
-    recipe.add_argument("--class-weights", choices=("auto", "released", "computed", "none"),
-                        help="weights of the loss; computed: 1/ln(c+share) of the training labels; "
-                             "auto: the released list for Cityscapes fine, otherwise computed")
-    recipe.add_argument("--iouTrain", action=argparse.BooleanOptionalAction, default=True,
-                        dest="iou_train", help="compute the mIoU of the training batches too")
+    add = recipe.add_argument
+    add("--encoder-epochs", type=POSITIVE, metavar="N",
+        help="epochs of stage 1 (default: as many as of the stage after it)")
+    add("--curriculum", metavar="A:N,B:M",
+        help="Cityscapes: stage 2 on annotations A for N epochs, then on B for M, each with its "
+             "own class weights and schedule, as in coarse:100,fine:200")
+    add("--progressive", metavar="HxW:N,...",
+        help="train stage 2 at smaller sizes first, N epochs each, with a schedule for each size")
+    add("--class-weights", choices=("auto", "released", "computed", "none"),
+        help="weights of the loss; computed: 1/ln(c+share) of the training labels; auto: the "
+             "released list for Cityscapes fine, otherwise computed")
+    add("--iouTrain", action=argparse.BooleanOptionalAction, default=True, dest="iou_train",
+        help="compute the mIoU of the training batches too")
     add_run_flags(parser, "<dataset>-<variant>")
     return parser
-# fmt: on
 
 
-# fmt: off
 def pretrain() -> argparse.ArgumentParser:
     parser = make_parser(PRETRAIN)
     data = parser.add_argument_group("data")
-    data.add_argument("--datadir", type=Path, default=ROOT / "datasets/imagenet",
-                      help="folder with train/ and val/ (default: datasets/imagenet)")
-    data.add_argument("--stored-size", type=POSITIVE, default=256, metavar="S",
-                      help="images are resized to SxS pixels, from which the crops are taken")
-    data.add_argument("--crop-size", type=POSITIVE, default=224, metavar="S",
-                      help="side of the network's input")
-    data.add_argument("--cache", type=Path, metavar="DIR",
-                      help="read the decoded images that datasets/prepare_imagenet.py has written "
-                           "to DIR")
+    add = data.add_argument
+    add("--datadir", type=Path, default=ROOT / "datasets/imagenet",
+        help="folder with train/ and val/ (default: datasets/imagenet)")
+    add("--stored-size", type=POSITIVE, default=256, metavar="S",
+        help="images are resized to SxS pixels, from which the crops are taken")
+    add("--crop-size", type=POSITIVE, default=224, metavar="S", help="side of the network's input")
+    add("--cache", type=Path, metavar="DIR",
+        help="read the decoded images that datasets/prepare_imagenet.py has written to DIR")
     add_loading_flags(data)
 
     recipe = parser.add_argument_group("recipe", "the defaults come from --recipe")
     add_recipe_flags(recipe, "SGD with momentum 0.9")
-    recipe.add_argument("--augment", choices=AUGMENTATIONS,
-                        help="paper: crop and flip; modern: colour too")
-    recipe.add_argument("--label-smoothing", type=at_least(0, float), metavar="X",
-                        help="0 to below 1")
-    recipe.add_argument("--mixup", type=at_least(0, float), metavar="A",
-                        help="alpha of Beta(A, A); 0: none")
+    add = recipe.add_argument
+    add("--augment", choices=AUGMENTATIONS, help="paper: crop and flip; modern: colour too")
+    add("--label-smoothing", type=at_least(0, float), metavar="X", help="0 to below 1")
+    add("--mixup", type=at_least(0, float), metavar="A", help="alpha of Beta(A, A); 0: none")
 
-    net = parser.add_argument_group("network")
-    net.add_argument("--state", type=Path, help="start from the weights of a classifier")
-    net.add_argument("--evaluate", type=Path, metavar="FILE",
-                     help="evaluate these weights on val instead of training")
+    add = parser.add_argument_group("network").add_argument
+    add("--state", type=Path, help="start from the weights of a classifier")
+    add("--evaluate", type=Path, metavar="FILE",
+        help="evaluate these weights on val instead of training")
     add_run_flags(parser, "imagenet")
     return parser
-# fmt: on
 
 
 def export() -> argparse.ArgumentParser:
     parser = make_parser(EXPORT)
-    # fmt: off
-    parser.add_argument("--weights", type=Path, required=True,
-                        help="weights file, run folder (its best.pth) or released name")
-    parser.add_argument("--format", choices=("onnx", "openvino", "torch", "executorch"),
-                        default="onnx", help="format of the file")
-    parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="file to write (default: the name of the weights with the suffix of "
-                             "the format)")
+    add = parser.add_argument
+    add("--weights", type=Path, required=True,
+        help="weights file, run folder (its best.pth) or released name")
+    add("--format", choices=("onnx", "openvino", "torch", "executorch"), default="onnx",
+        help="format of the file")
+    add("--out", type=Path, metavar="FILE",
+        help="file to write (default: the name of the weights with the suffix of the format)")
     add_input_size_flags(parser)
-    parser.add_argument("--dynamic", action="store_true",
-                        help="accept any batch and size; otherwise one image of one size, which is "
-                             "faster in some runtimes")
-    parser.add_argument("--output", choices=("labels", "logits"), default="labels",
-                        help="class indices at the size of the image, or logits at 1/8 of it")
-    parser.add_argument("--check-images", type=Path, metavar="DIR",
-                        help="compare the outputs on every image below DIR (default: some of "
-                             "--calibrate, or three toy street scenes)")
-    parser.add_argument("--min-agreement", type=at_least(0, float), metavar="SHARE",
-                        help="share of the pixels that must get the same class (default: 0.9999; "
-                             "int8: 0.9)")
-    parser.add_argument("--max-difference", type=at_least(0, float), metavar="X",
-                        help="allowed difference between two logits, relative to the largest "
-                             "(default: 1e-3; int8: 0.5)")
+    add("--dynamic", action="store_true",
+        help="accept any batch and size; otherwise one image of one size, which is faster in some "
+             "runtimes")
+    add("--output", choices=("labels", "logits"), default="labels",
+        help="class indices at the size of the image, or logits at 1/8 of it")
+    add("--check-images", type=Path, metavar="DIR",
+        help="compare the outputs on every image below DIR (default: some of --calibrate, or three "
+             "toy street scenes)")
+    add("--min-agreement", type=at_least(0, float), metavar="SHARE",
+        help="share of the pixels that must get the same class (default: 0.9999; int8: 0.9)")
+    add("--max-difference", type=at_least(0, float), metavar="X",
+        help="allowed difference between two logits, relative to the largest (default: 1e-3; int8: "
+             "0.5)")
     int8 = parser.add_argument_group("int8")
-    int8.add_argument("--precision", choices=("fp32", "int8"), default="fp32",
-                      help="int8: convolutions in 8 bits, several times faster on many CPUs")
-    int8.add_argument("--calibrate", type=Path, metavar="DIR",
-                      help="images for the calibration of int8, such as those of the training")
-    int8.add_argument("--calibration-images", type=POSITIVE, default=64, metavar="N",
-                      help="number of images to use, evenly spaced")
+    add = int8.add_argument
+    add("--precision", choices=("fp32", "int8"), default="fp32",
+        help="int8: convolutions in 8 bits, several times faster on many CPUs")
+    add("--calibrate", type=Path, metavar="DIR",
+        help="images for the calibration of int8, such as those of the training")
+    add("--calibration-images", type=POSITIVE, default=64, metavar="N",
+        help="number of images to use, evenly spaced")
     add_dataset_flags(
         int8, ("fine", "coarse"), "the hold-out that the training used",
         "folder of the data set on whose val images network and file are evaluated",
     )
-    int8.add_argument("--max-drop", type=at_least(0, float), default=0.5, metavar="POINTS",
-                      help="allowed drop of the mIoU in percentage points")
-    # fmt: on
+    add("--max-drop", type=at_least(0, float), default=0.5, metavar="POINTS",
+        help="allowed drop of the mIoU in percentage points")
     return parser
 
 
 def benchmark() -> argparse.ArgumentParser:
     parser = make_parser(BENCHMARK, released=True)
-    # fmt: off
-    parser.add_argument("--weights", type=Path,
-                        help="weights file, run folder, released name or exported file (default: "
-                             "random weights, see --variant)")
-    parser.add_argument("--variant", choices=VARIANTS, default="d20", help="network to measure")
-    parser.add_argument("--num-classes", type=POSITIVE, default=20,
-                        help="outputs of the network, void included")
+    add = parser.add_argument
+    add("--weights", type=Path,
+        help="weights file, run folder, released name or exported file (default: random weights, "
+             "see --variant)")
+    add("--variant", choices=VARIANTS, default="d20", help="network to measure")
+    add("--num-classes", type=POSITIVE, default=20, help="outputs of the network, void included")
     add_input_size_flags(parser, "as trained, otherwise 512x1024")
-    parser.add_argument("--image-height", type=POSITIVE, default=IMAGE_SIZE[0], metavar="PIXELS",
-                        help="height of the images")
-    parser.add_argument("--image-width", type=POSITIVE, default=IMAGE_SIZE[1], metavar="PIXELS",
-                        help="width of the images")
-    parser.add_argument("--batch-size", type=POSITIVE, default=1, help="images per batch")
+    add("--image-height", type=POSITIVE, default=IMAGE_SIZE[0], metavar="PIXELS",
+        help="height of the images")
+    add("--image-width", type=POSITIVE, default=IMAGE_SIZE[1], metavar="PIXELS",
+        help="width of the images")
+    add("--batch-size", type=POSITIVE, default=1, help="images per batch")
     add_backend_flags(parser, fold=True)
-    parser.add_argument("--warmup", type=COUNT, default=3, metavar="N", help="passes before timing")
-    parser.add_argument("--runs", type=POSITIVE, default=20, metavar="N", help="timed passes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
-    # fmt: on
+    add("--warmup", type=COUNT, default=3, metavar="N", help="passes before timing")
+    add("--runs", type=POSITIVE, default=20, metavar="N", help="timed passes")
+    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
     return parser
 
 
 def check() -> argparse.ArgumentParser:
     parser = make_parser(CHECK)
-    # fmt: off
     add_dataset_flags(parser, ("fine", "coarse", "aug"), "the hold-out that training will use")
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="folder of the reports (default: save/check-<dataset>)")
-    parser.add_argument("--images", type=COUNT, default=12, metavar="N",
-                        help="pairs on the contact sheet")
-    parser.add_argument("--fail-on", choices=("error", "warning", "never"), default="warning",
-                        help="lowest severity that makes the exit status 1")
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR",
+        help="folder of the reports (default: save/check-<dataset>)")
+    add("--images", type=COUNT, default=12, metavar="N", help="pairs on the contact sheet")
+    add("--fail-on", choices=("error", "warning", "never"), default="warning",
+        help="lowest severity that makes the exit status 1")
     add_num_workers_flag(parser, usable_cpus(),
                          "decoding processes; 0 decodes in the main process")
-    # fmt: on
     return parser
 
 
 def serve() -> argparse.ArgumentParser:
     parser = make_parser(SERVE)
-    # fmt: off
-    parser.add_argument("--weights", type=Path, metavar="PATH",
-                        help="weights file, run folder or released name that the page offers first")
-    parser.add_argument("--port", type=at_least(0, most=65535), default=8080,
-                        help="port; 0 takes a free one")
-    parser.add_argument("--browser", action=argparse.BooleanOptionalAction, default=True,
-                        help="open a browser")
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="folder of the built page (default: live in $XDG_CACHE_HOME/lednet)")
-    parser.add_argument("--build-only", action="store_true", help="build the page, and end")
-    # fmt: on
+    add = parser.add_argument
+    add("--weights", type=Path, metavar="PATH",
+        help="weights file, run folder or released name that the page offers first")
+    add("--port", type=at_least(0, most=65535), default=8080, help="port; 0 takes a free one")
+    add("--browser", action=argparse.BooleanOptionalAction, default=True, help="open a browser")
+    add("--out", type=Path, metavar="DIR",
+        help="folder of the built page (default: live in $XDG_CACHE_HOME/lednet)")
+    add("--build-only", action="store_true", help="build the page, and end")
     return parser
+# fmt: on

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lednet.cli import parsers
+from lednet.cli.common import conditions, predictor_options
 from lednet.data.labels import LabelScheme, cityscapes_label_ids, cityscapes_scheme
 from lednet.distributed import DistributedContext, destroy_distributed, init_distributed
 from lednet.errors import UserError, raise_if_problems
@@ -28,7 +28,7 @@ from lednet.inference.video import (
     import_av,
     open_camera,
 )
-from lednet.io import process_command, write_atomically, write_json
+from lednet.io import write_atomically, write_json
 from lednet.progress import progress_bar
 from lednet.signals import StopRequest
 from lednet.visualization import Visualizer
@@ -57,16 +57,6 @@ class Run:
 
     def shares_file(self, name: str) -> Path:
         return self.args.out / f"{name}_shares.json"
-
-    def conditions(self) -> dict[str, Any]:
-        """What the results depend on, for a report."""
-        return {
-            "command": shlex.join(process_command()),
-            "weights": str(self.args.weights),
-            "network_size": list(self.predictor.size),
-            "backend": self.predictor.backend,
-            "precision": self.predictor.precision,
-        }
 
     def with_shares(self, entry: dict[str, Any]) -> dict[str, Any]:
         """The entry of an image or frame, with class shares in place of pixel counts."""
@@ -98,7 +88,9 @@ class VideoReport:
     def finish(self, **more: Any) -> dict[str, float]:
         """Write everything else; returns the shares in all frames."""
         shares = writers.class_shares([self.pixels], self.run.scheme)
-        rest = json.dumps(self.run.conditions() | more | {"shares": shares}, indent=2)
+        rest = json.dumps(
+            conditions(self.run.args, self.run.predictor) | more | {"shares": shares}, indent=2
+        )
         self.file.write("\n  ],\n" + rest.removeprefix("{\n") + "\n")
         return shares
 
@@ -109,10 +101,7 @@ def print_largest(shares: dict[str, float]) -> None:
 
 
 def split_long_names(items: dict[str, Path], files: FilesOf) -> tuple[dict[str, Path], list[str]]:
-    """Leave out inputs whose results would have too long names.
-
-    Args:
-        files: function from the name of an input to the paths of its results.
+    """Leave out inputs whose results, by `files`, would have too long names.
 
     Returns:
         The inputs that are left, and a sentence for each of the others.
@@ -136,13 +125,10 @@ def open_run(
 ) -> Run:
     """Load the weights, and check that earlier results are of the same settings and files.
 
-    Args:
-        expected: number of images, if there are no videos or cameras.
+    `expected` is the number of images, if there are no videos or cameras.
     """
-    predictor = Predictor(
-        args.weights, (args.height, args.width), device=context.device, backend=args.backend,
-        precision=args.precision, cache=args.cache, expected_images=expected,
-    )  # fmt: skip
+    options = predictor_options(args) | {"device": context.device}
+    predictor = Predictor(args.weights, expected_images=expected, **options)
     scheme = predictor.scheme
     if args.label_ids and scheme.classes != cityscapes_scheme().classes:
         raise UserError(
@@ -175,11 +161,8 @@ def open_run(
 
 
 def run_images(run: Run, images: dict[str, Path]) -> list[str]:
-    """Predict the images that have no results yet, and write the shares of all.
-
-    Returns:
-        In the main process, the errors of skipped images.
-    """
+    """Predict the images that have no results yet, and write the shares of all; returns, in the
+    main process, the errors of skipped images."""
     writer = run.writer(IMAGE_OUTPUTS)
     images, too_long = split_long_names(images, lambda name: writer.image_files(name).values())
     jobs, done = [], []
@@ -213,7 +196,7 @@ def run_images(run: Run, images: dict[str, Path]) -> list[str]:
     print(f"{count} of {len(images)} images predicted in {run.args.out} ({engine}){note}")
     if predicted:
         shares = writers.class_shares((entry["pixels"] for entry in predicted), run.scheme)
-        report = run.conditions() | {"passed_over": skipped, "shares": shares}
+        report = conditions(run.args, run.predictor) | {"passed_over": skipped, "shares": shares}
         report["images"] = [run.with_shares(entry) for entry in predicted]
         write_json(run.args.out / "shares.json", report)
         print_largest(shares)

@@ -15,25 +15,14 @@ if TYPE_CHECKING:
 
 
 def add_cache_flags(parser: argparse.ArgumentParser, default: str) -> None:
-    """--cache, --num-workers, --rebuild and --verify.
-
-    Args:
-        default: folder that is written without --cache, for the help text.
-    """
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help=f"folder to write (default: {default})"
-    )
+    """--cache, --num-workers, --rebuild and --verify; `default` is the folder without --cache."""
+    add = parser.add_argument
+    add("--cache", type=Path, metavar="DIR", help=f"folder to write (default: {default})")
     add_num_workers_flag(parser, usable_cpus(), "decoding processes; 0 decodes in the main process")
-    parser.add_argument(
-        "--rebuild",
-        action="store_true",
-        help="replace a cache of other options or other library versions",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="write nothing: compare a finished cache with its checksums",
-    )
+    text = "replace a cache of other options or other library versions"
+    add("--rebuild", action="store_true", help=text)
+    text = "write nothing: compare a finished cache with its checksums"
+    add("--verify", action="store_true", help=text)
 
 
 def build_or_verify(
@@ -43,12 +32,8 @@ def build_or_verify(
     parser: argparse.ArgumentParser,
     flags: Sequence[str],
 ) -> None:
-    """Build the cache at --cache and open it, or with --verify compare its checksums.
-
-    Args:
-        splits: the data of each split, by the name of its subfolder.
-        script, parser, flags: of the command that error messages name.
-    """
+    """Build the cache of `splits` (see `build_cache`) at --cache and open it, or with --verify
+    compare its checksums. `script`, `parser` and `flags` are of the command that messages name."""
     from lednet.data.cache import CachedDataset, build_cache, command_line
 
     if not args.verify:

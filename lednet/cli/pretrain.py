@@ -1,7 +1,6 @@
 """The command `lednet pretrain`: pretrain the encoder as a classifier."""
 
 import argparse
-import functools
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,9 @@ from lednet.distributed import DistributedContext
 from lednet.errors import UserError
 from lednet.hub import load_weights
 from lednet.io import process_command
-from lednet.model import EncoderClassifier, count_parameters
-from lednet.training.launch import config_from_args, launch, open_run, prepare_net
-from lednet.training.loop import StageComponents, report_result, train_stages
+from lednet.model import EncoderClassifier
+from lednet.training.launch import config_from_args, launch, open_run, train_run
+from lednet.training.loop import StageComponents
 from lednet.training.run_dir import environment
 from lednet.training.signals import CheckpointTimer
 from lednet.training.stages import Stage
@@ -31,12 +30,11 @@ ENCODER_FILE = "encoder.pth"
 
 
 def run_path(args: argparse.Namespace) -> Path:
-    return train_args.run_folder(ROOT, args.savedir or "imagenet")
+    return train_args.run_folder(args.savedir or "imagenet")
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    recipes = recipe_folder("imagenet")
-    args = train_args.parse_flags(parsers.pretrain(), run_path, recipes, argv)
+    args = train_args.parse_flags(parsers.pretrain(), run_path, recipe_folder("imagenet"), argv)
     if not 0 <= args.label_smoothing < 1:
         raise UserError(f"--label-smoothing is {args.label_smoothing}: give 0 to below 1")
     train_args.require_schedule(args, args.num_epochs)
@@ -106,16 +104,14 @@ def train(
         "provenance": {
             "command": shlex.join(process_command()),
             "images": len(train_data),
-            **{key: str(value) for key, value in environment(ROOT).items()},
+            **{key: str(value) for key, value in environment().items()},
         },
     }
     net = EncoderClassifier(len(classes))
     run = open_run(args, run_path(args), net, [stage], meta, timer)
     log = run.run_dir.log
-    state = run.resume() if args.resume else ()
     if not args.resume and args.state:
         log(f"--state: {load_weights(net, args.state)}")
-    prepare_net(args, run, ROOT)
 
     def build_stage(stage: Stage) -> StageComponents:
         augmentation = ImageAugmentation(size, args.augment, len(classes), mixup=args.mixup)
@@ -129,17 +125,15 @@ def train(
         )  # fmt: skip
         return StageComponents(trainer, *loaders)
 
-    log(
+    about = (
         f"{len(classes)} classes, {len(train_data)} training and {len(val_data)} validation "
-        f"images at {size}x{size}; {count_parameters(net):,} parameters, on {dist_context.size} x "
-        f"{dist_context.device}; {run.run_dir.path}"
+        f"images at {size}x{size};"
     )
-    progress = train_stages(run, build_stage, *state)
-    report_result(run, progress, "top-1", ENCODER_FILE)
+    train_run(args, run, build_stage, about, "top-1")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Pretrain, resume, or evaluate; returns the folder of the run."""
     args = parse_options(argv)
-    launch(args, functools.partial(evaluate if args.evaluate else train, args))
+    launch(args, evaluate if args.evaluate else train)
     return run_path(args)

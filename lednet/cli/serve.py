@@ -44,11 +44,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 def make_server(folder: Path, port: int, handler: type[Handler] = Handler) -> ThreadingHTTPServer:
-    """A server of the files in `folder` on 127.0.0.1.
-
-    Raises:
-        UserError: the port is taken.
-    """
+    """A server of the files in `folder` on 127.0.0.1."""
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), partial(handler, directory=str(folder)))
     except OSError as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lednet.checkpoint import compare_keys, load_checkpoint, load_state
 from lednet.cli import parsers, train_args
-from lednet.cli.common import ROOT, recipe_folder
+from lednet.cli.common import ROOT, dataset_options, recipe_folder
 from lednet.data.cache import CachedDataset, command_line
 from lednet.data.dataset import (
     SegmentationDataset,
@@ -26,10 +26,10 @@ from lednet.data.transforms import Augmentation
 from lednet.distributed import DistributedContext
 from lednet.errors import UserError
 from lednet.hub import resolve_weights
-from lednet.model import LEDNet, count_parameters
+from lednet.model import LEDNet
 from lednet.training import losses
-from lednet.training.launch import config_from_args, launch, open_run, prepare_net
-from lednet.training.loop import StageComponents, TrainingRun, report_result, train_stages
+from lednet.training.launch import config_from_args, launch, open_run, train_run
+from lednet.training.loop import StageComponents, TrainingRun
 from lednet.training.signals import CheckpointTimer
 from lednet.training.stages import Stage, parse_curriculum, parse_sizes, plan_stages
 from lednet.training.tasks import Segmentation
@@ -37,7 +37,7 @@ from lednet.training.trainer import FinetuneConfig, Trainer, seed_everything
 
 
 def run_path(args: argparse.Namespace) -> Path:
-    return train_args.run_folder(ROOT, args.savedir or f"{args.dataset}-{args.variant}")
+    return train_args.run_folder(args.savedir or f"{args.dataset}-{args.variant}")
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,8 +80,7 @@ class Data:
         val: SegmentationDataset | CachedDataset
         train, val = open_training_data(
             args.dataset, args.datadir or ROOT / "datasets" / args.dataset, args.height, args.width,
-            annotations=annotations, labels=args.labels, class_file=args.classes,
-            val_stride=args.val_stride, val_prefix=args.val_prefix, with_val=args.with_val,
+            with_val=args.with_val, **dataset_options(args) | {"annotations": annotations},
         )  # fmt: skip
         _, args.height, args.width = train.encoded_shape
         self.scheme, self.workers = train.scheme, max(1, args.num_workers)
@@ -185,12 +184,10 @@ def train(
         args, run_path(args), net, stages, meta, timer, stage_costs(stages, args), scheme
     )
     log = run.run_dir.log
-    state = run.resume() if args.resume else ()
     if not args.resume:
         load_initial_weights(args, run, net)
         if not scheme.has_void:
             net.disable_last_class()
-    prepare_net(args, run, ROOT)
 
     def build_stage(stage: Stage) -> StageComponents:
         data = open_data(stage.annotations)
@@ -225,16 +222,11 @@ def train(
         )  # fmt: skip
         return StageComponents(trainer, *loaders)
 
-    log(
-        f"LEDNet {args.variant}, {count_parameters(net):,} parameters, on {dist_context.size} x "
-        f"{dist_context.device}; {run.run_dir.path}"
-    )
-    progress = train_stages(run, build_stage, *state)
-    report_result(run, progress, "mIoU", stages[-1].best_file)
+    train_run(args, run, build_stage, f"LEDNet {args.variant},", "mIoU")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train or resume a run; returns its folder."""
     args = parse_options(argv)
-    launch(args, functools.partial(train, args))
+    launch(args, train)
     return run_path(args)

@@ -13,10 +13,10 @@ from lednet.cli.common import (
     DEVICES,
     POSITIVE,
     PRECISIONS,
+    ROOT,
     SCHEDULES,
     SEED,
     Flags,
-    add_alias,
     add_num_workers_flag,
     at_least,
     usable_cpus,
@@ -32,94 +32,80 @@ NOT_NEGATIVE = at_least(0, float)
 def add_loading_flags(data: Flags) -> None:
     """Flags about loading the data."""
     add_num_workers_flag(data, min(4, usable_cpus()))
-    data.add_argument("--skip-corrupt", action="store_true",
-                      help="replace training images that cannot be read by others, and report them")
-    add_alias(data, "--skip-damaged", "--skip-corrupt")
-    data.add_argument("--cache-device", action="store_true",
-                      help="keep the decoded data set in the memory of the training device")
+    add = data.add_argument
+    add("--skip-corrupt", action="store_true",
+        help="replace training images that cannot be read by others, and report them")
+    add("--cache-device", action="store_true",
+        help="keep the decoded data set in the memory of the training device")
 
 
 def add_recipe_flags(recipe: Flags, optimizer: str) -> None:
-    """Flags whose defaults come from a recipe, and others of the optimization.
-
-    Args:
-        optimizer: its name, for the help.
-    """
-    recipe.add_argument("--recipe", default=BASE_RECIPE, metavar="NAME|FILE",
-                        help="file of options, or the name of one in the script's folder recipes/; "
-                             "flags that are given override it")
-    recipe.add_argument("--num-epochs", type=POSITIVE, metavar="N", help="epochs of each stage")
-    recipe.add_argument("--batch-size", type=POSITIVE, metavar="N",
-                        help="images per step and process")
-    recipe.add_argument("--lr", type=NOT_NEGATIVE, help=f"initial learning rate of {optimizer}")
-    recipe.add_argument("--schedule", choices=SCHEDULES, help="learning rate schedule")
-    recipe.add_argument("--warmup-epochs", type=COUNT, metavar="N", help="epochs of linear warm-up")
-    recipe.add_argument("--weight-decay", type=NOT_NEGATIVE, help="L2 penalty")
-    recipe.add_argument("--ema-decay", type=NOT_NEGATIVE, metavar="D",
-                        help="decay of an exponential moving average of the weights, which is then "
-                             "evaluated and saved; 0: none")
-    recipe.add_argument("--seed", type=SEED, default=1, help="random seed")
-    recipe.add_argument("--accumulate", type=POSITIVE, default=1, metavar="N",
-                        help="batches whose gradients are accumulated for one step")
-    recipe.add_argument("--clip-norm", type=NOT_NEGATIVE, metavar="X",
-                        help="largest norm of the gradients")
-    recipe.add_argument("--sync-batch-norm", action="store_true",
-                        help="synchronize batch norm statistics between GPUs (untested)")
-    recipe.add_argument("--skip-bad-steps", action="store_true",
-                        help="skip steps whose loss is not finite, instead of stopping")
+    """Flags whose defaults come from a recipe, and others of training by `optimizer`."""
+    add = recipe.add_argument
+    add("--recipe", default=BASE_RECIPE, metavar="NAME|FILE",
+        help="file of options, or the name of one in the script's folder recipes/; flags that are "
+             "given override it")
+    add("--num-epochs", type=POSITIVE, metavar="N", help="epochs of each stage")
+    add("--batch-size", type=POSITIVE, metavar="N", help="images per step and process")
+    add("--lr", type=NOT_NEGATIVE, help=f"initial learning rate of {optimizer}")
+    add("--schedule", choices=SCHEDULES, help="learning rate schedule")
+    add("--warmup-epochs", type=COUNT, metavar="N", help="epochs of linear warm-up")
+    add("--weight-decay", type=NOT_NEGATIVE, help="L2 penalty")
+    add("--ema-decay", type=NOT_NEGATIVE, metavar="D",
+        help="decay of an exponential moving average of the weights, which is then evaluated and "
+             "saved; 0: none")
+    add("--seed", type=SEED, default=1, help="random seed")
+    add("--accumulate", type=POSITIVE, default=1, metavar="N",
+        help="batches whose gradients are accumulated for one step")
+    add("--clip-norm", type=NOT_NEGATIVE, metavar="X", help="largest norm of the gradients")
+    add("--sync-batch-norm", action="store_true",
+        help="synchronize batch norm statistics between GPUs (untested)")
+    add("--skip-bad-steps", action="store_true",
+        help="skip steps whose loss is not finite, instead of stopping")
 
 
 def add_run_flags(parser: argparse.ArgumentParser, savedir: str) -> None:
-    """Flags about speed, the run folder, checkpoints and loggers.
+    """Flags about speed, the run folder (by default `savedir`), checkpoints and loggers."""
+    add = parser.add_argument_group("speed").add_argument
+    add("--precision", choices=PRECISIONS, default="fp32", help="number format")
+    add("--channels-last", action="store_true",
+        help="channels-last memory format, which suits bf16 and fp16")
+    add("--compile", action="store_true", help="compile the network (torch.compile)")
+    add("--cuda-graph", action="store_true",
+        help="record the training step as a CUDA graph (one GPU)")
+    add("--deterministic", action="store_true",
+        help="use deterministic GPU kernels, which are slower; CPUs need no flag")
 
-    Args:
-        savedir: default name of the run folder, for the help.
-    """
-    speed = parser.add_argument_group("speed")
-    speed.add_argument("--precision", choices=PRECISIONS, default="fp32", help="number format")
-    speed.add_argument("--channels-last", action="store_true",
-                       help="channels-last memory format, which suits bf16 and fp16")
-    speed.add_argument("--compile", action="store_true",
-                       help="compile the network (torch.compile)")
-    speed.add_argument("--cuda-graph", action="store_true",
-                       help="record the training step as a CUDA graph (one GPU)")
-    speed.add_argument("--deterministic", action="store_true",
-                       help="use deterministic GPU kernels, which are slower; CPUs need no flag")
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--savedir", metavar="NAME|DIR",
-                     help="run folder; a name without a slash is created in save/ (default: "
-                          f"{savedir})")
-    run.add_argument("--resume", nargs="?", choices=("always", "auto"), const="always",
-                     help="resume the run in --savedir with its options; flags that are given "
-                          "override them. auto: start the run if there is none (for torchrun "
-                          "--max-restarts and job queues)")
-    run.add_argument("--device", choices=DEVICES, default="auto", help="device to train on")
-    run.add_argument("--cuda", action="store_const", const="cuda", dest="device",
-                     default=argparse.SUPPRESS, help="same as --device cuda")
-    run.add_argument("--max-minutes", type=NOT_NEGATIVE, metavar="X",
-                     help="end after X minutes, validation included; the schedule follows the "
-                          "time, which stages divide in proportion to their epochs")
-    run.add_argument("--save-minutes", type=NOT_NEGATIVE, default=10, metavar="X",
-                     help="minutes between checkpoints, besides the one after each epoch; 0: none")
-    run.add_argument("--save-steps", type=COUNT, default=0, metavar="N",
-                     help="steps between checkpoints; 0: none")
-    run.add_argument("--keep-checkpoints", type=POSITIVE, default=2, metavar="N",
-                     help="checkpoints to keep")
-    run.add_argument("--epochs-save", type=COUNT, default=0, metavar="N",
-                     help="also keep the weights of every N-th epoch; 0: none")
-    run.add_argument("--validate-every", type=POSITIVE, default=1, metavar="N",
-                     help="validate after every N-th epoch and after the last of a stage")
-    run.add_argument("--visualize", action="store_true", help="log to a visdom server")
-    run.add_argument("--port", type=int, default=8097, help="port of the visdom server")
-    run.add_argument("--tensorboard", action="store_true",
-                     help="log to TensorBoard, in the run folder")
+    add = parser.add_argument_group("run").add_argument
+    add("--savedir", metavar="NAME|DIR",
+        help=f"run folder; a name without a slash is created in save/ (default: {savedir})")
+    add("--resume", nargs="?", choices=("always", "auto"), const="always",
+        help="resume the run in --savedir with its options; flags that are given override them. "
+             "auto: start the run if there is none (for torchrun --max-restarts and job queues)")
+    add("--device", choices=DEVICES, default="auto", help="device to train on")
+    add("--cuda", action="store_const", const="cuda", dest="device", default=argparse.SUPPRESS,
+        help="same as --device cuda")
+    add("--max-minutes", type=NOT_NEGATIVE, metavar="X",
+        help="end after X minutes, validation included; the schedule follows the time, which "
+             "stages divide in proportion to their epochs")
+    add("--save-minutes", type=NOT_NEGATIVE, default=10, metavar="X",
+        help="minutes between checkpoints, besides the one after each epoch; 0: none")
+    add("--save-steps", type=COUNT, default=0, metavar="N",
+        help="steps between checkpoints; 0: none")
+    add("--keep-checkpoints", type=POSITIVE, default=2, metavar="N", help="checkpoints to keep")
+    add("--epochs-save", type=COUNT, default=0, metavar="N",
+        help="also keep the weights of every N-th epoch; 0: none")
+    add("--validate-every", type=POSITIVE, default=1, metavar="N",
+        help="validate after every N-th epoch and after the last of a stage")
+    add("--visualize", action="store_true", help="log to a visdom server")
+    add("--port", type=int, default=8097, help="port of the visdom server")
+    add("--tensorboard", action="store_true", help="log to TensorBoard, in the run folder")
 # fmt: on
 
 
-def run_folder(root: Path, name: str) -> Path:
-    """The run folder of --savedir: a name without a slash is in save/ of the repository `root`."""
-    return root / "save" / name if Path(name).name == name else Path(name)
+def run_folder(name: str) -> Path:
+    """The run folder of --savedir: a name without a slash is in save/ of the repository."""
+    return ROOT / "save" / name if Path(name).name == name else Path(name)
 
 
 def parse_flags(
@@ -133,10 +119,6 @@ def parse_flags(
     Args:
         run_path: returns the run folder.
         recipes: folder of the recipes that are known by name.
-        argv: arguments (default: those of the process).
-
-    Raises:
-        UserError: a value is invalid, there is no run to resume, or its options are damaged.
     """
     set_recipe(parser, recipe_path(BASE_RECIPE, recipes))  # first: --help shows its values
     args = parser.parse_args(argv)
@@ -155,12 +137,12 @@ def parse_flags(
         set_options(parser, options, path / "options.json")
     args = parser.parse_args(argv)
     args.resume = resume
-    if resume and args.recipe != saved["recipe"]:
-        raise UserError(
-            f"the run was started with the recipe {saved['recipe']}, not {args.recipe}: resume it "
-            "without --recipe, and give the flags that shall change"
-        )
     if resume:
+        if args.recipe != saved["recipe"]:
+            raise UserError(
+                f"the run was started with the recipe {saved['recipe']}, not {args.recipe}: resume "
+                "it without --recipe, and give the flags that shall change"
+            )
         _require_same_options(parser, args, saved)
     for name in ("clip_norm", "max_minutes"):
         if getattr(args, name, None) == 0:
@@ -196,10 +178,7 @@ def _require_same_options(
 
 
 def require_schedule(args: argparse.Namespace, epochs: int) -> None:
-    """
-    Raises:
-        UserError: the warm-up takes all the epochs of a stage.
-    """
+    """Raise a `UserError` if the warm-up takes all the epochs of a stage."""
     if args.warmup_epochs >= epochs:
         raise UserError(
             f"--warmup-epochs {args.warmup_epochs} leaves nothing of a stage's {epochs} epochs: "

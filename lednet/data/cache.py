@@ -10,6 +10,7 @@ Samples read from a cache equal those of its source bit for bit. Builds are cras
 resumable: a shard is written to a temporary file and renamed, then its JSON file.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -76,7 +77,6 @@ class CachedDataset(PairDataset):
 
     Args:
         folder: folder of the split inside the cache.
-        source: the split on disk.
         command: command that builds the cache, for error messages.
 
     Attributes:
@@ -131,10 +131,9 @@ class CachedDataset(PairDataset):
         number, row = divmod(index, self._shard_pairs)
         if number not in self._maps:  # each process maps the file itself
             shard = self._shards[number]
+            offset = len(shard.header)
             try:
-                self._maps[number] = np.memmap(
-                    shard.path, np.uint8, "r", len(shard.header), shard.shape
-                )
+                self._maps[number] = np.memmap(shard.path, np.uint8, "r", offset, shard.shape)
             except (OSError, ValueError):
                 raise _stale(shard.path, self.folder, self.command) from None
         return torch.from_numpy(np.array(self._maps[number][row]))
@@ -215,8 +214,7 @@ def _stale(file: object, folder: Path, command: str) -> UserError:
 class _EncodedSamples(Dataset):
     """Samples as a shard holds them: fingerprint, planes and metadata.
 
-    Fingerprints are created on access, since ImageNet has 1.3 million files. File names
-    in them are relative, so that the data set may be moved.
+    File names in fingerprints are relative, so that the data set may be moved.
     """
 
     def __init__(self, source: CacheableDataset):
@@ -262,19 +260,19 @@ class _Shard:
         wrong: object = None
         try:
             entry = read_json(self.entry_path)
+            metadata, recorded = np.array(entry["facts"], dtype=np.int64), entry["checksum"]
             if entry["stamps"] != current:
                 wrong = str(min(_files(entry["stamps"]) ^ _files(current))[0])
-            metadata, recorded = np.array(entry["facts"], dtype=np.int64), entry["checksum"]
-            if metadata.ndim != 2 or len(metadata) != len(current):
-                wrong = wrong or self.entry_path
+            elif metadata.ndim != 2 or len(metadata) != len(current):
+                wrong = self.entry_path
+            elif (
+                not self.path.is_file()
+                or self.path.stat().st_size != self.num_bytes
+                or (checksum and recorded != self._checksum(entry["facts"]))
+            ):
+                wrong = self.path
         except (UserError, ArithmeticError, LookupError, TypeError, ValueError):
-            raise _stale(self.entry_path, self.path.parent, command) from None
-        if wrong is None and (
-            not self.path.is_file()
-            or self.path.stat().st_size != self.num_bytes
-            or (checksum and recorded != self._checksum(entry["facts"]))
-        ):
-            wrong = self.path
+            wrong = self.entry_path
         if wrong is not None:
             raise _stale(wrong, self.path.parent, command)
         return metadata
@@ -320,36 +318,30 @@ def _prepare_split(
     step = max(shard_pairs, math.ceil(len(source) / MAX_SHARDS))
     shards, missing, kept = _list_shards(folder, source, step), [], {MANIFEST}
     for shard in progress_bar(shards, desc="checking", unit="shard"):
-        try:
+        with contextlib.suppress(UserError):
             if not rebuild:
                 shard.load(checksum=True)
                 kept |= {shard.path.name, shard.entry_path.name}
-                continue
-        except UserError:
-            pass
-        missing.append(shard)
+        if shard.path.name not in kept:
+            missing.append(shard)
     # Shards of other options must be gone before the manifest states the new ones. Temporary
     # files of a killed build are removed too.
     for name in existing - kept:
         if name.endswith((".npy", ".json")):
             (folder / name).unlink()
-    manifest = {**_options(source), "shard_pairs": step, "shards": len(shards)}
+    options = {"version": VERSION, **source.cache_options()}
+    manifest = {**options, "shard_pairs": step, "shards": len(shards)}
     write_text(folder / MANIFEST, json.dumps(manifest) + "\n")
     return missing
 
 
-def _options(source: CacheableDataset) -> dict[str, Any]:
-    return {"version": VERSION, **source.cache_options()}
-
-
 def _read_manifest(folder: Path, source: CacheableDataset, next_step: str) -> dict[str, Any]:
     """Read the manifest in `folder`; names the first option that differs from `source`."""
-    try:
+    content = None
+    with contextlib.suppress(UserError):
         content = read_json(folder / MANIFEST)
-    except UserError:
-        content = None
     manifest = content if isinstance(content, dict) else {}
-    for name, wanted in _options(source).items():
+    for name, wanted in {"version": VERSION, **source.cache_options()}.items():
         found = manifest.get(name)
         if found != wanted:
             short = name in ("version", "size")

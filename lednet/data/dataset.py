@@ -1,6 +1,5 @@
 """Data sets of images and label maps."""
 
-import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from lednet.data.image_io import (
     read_image,
     to_rgb,
     transposed_size,
+    warn_once,
 )
 from lednet.data.labels import IGNORE_INDEX, LabelScheme
 from lednet.data.pairs import Sample, list_examples, require_file
@@ -27,15 +27,10 @@ from lednet.data.transforms import resize_transform
 from lednet.errors import UserError
 from lednet.progress import progress_bar
 
-logger = logging.getLogger(__name__)
-
 
 def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
-    """Decode a label file to class indices, (H, W) uint8; void is `IGNORE_INDEX`.
-
-    Raises:
-        UserError: see `lednet.data.image_io.read_ids`; or it has an id that is not in `scheme`.
-    """
+    """Decode a label file to class indices, (H, W) uint8; void is `IGNORE_INDEX`. A `UserError` as
+    of `read_ids`, or of an id that is not in `scheme`."""
     ids = read_ids(path)
     label = scheme.lut[ids]
     if label.min() < 0:
@@ -52,43 +47,28 @@ def read_labeled_image(pair: Sample, size: tuple[int, ...]) -> np.ndarray:
 
     The EXIF orientation is applied, as in prediction, unless only the stored image has the size of
     the label. If both have it, because the image is square or turned by 180 degrees, the first
-    such image of a process is logged.
-
-    Raises:
-        UserError: damaged, or of another size.
+    such image of a process is logged. An image of another size is a `UserError`.
     """
     image = open_image(pair.image)
     height, width = size
     exif = exif_transpose_op(image)
     operation, fits_both = match_orientation(exif, image.size, (width, height))
-    if fits_both:
-        _warn_of_orientation(pair.image)
+    worker = get_worker_info()
+    if fits_both and (worker is None or worker.id == 0):
+        warn_once(
+            "%s is turned by its EXIF orientation, and its label is assumed to be upright. This "
+            "applies to all images whose size does not tell; if it is wrong, remove the EXIF data.",
+            pair.image,
+        )
     pixels = to_rgb(image, upright=operation is not None)
     if pixels.shape[:2] == size:
         return pixels
-    turned = (
-        ""
-        if exif is None
-        else " ({}x{} turned by its EXIF)".format(*transposed_size(image.size, exif))
-    )
+    upright = transposed_size(image.size, exif)
+    turned = f" ({upright[0]}x{upright[1]} turned by its EXIF)" if exif is not None else ""
     raise UserError(
         f"{pair.label} is {width}x{height}, its image {pair.image.name} "
         f"{image.width}x{image.height}{turned}: both must have one size"
     )
-
-
-def _warn_of_orientation(path: Path) -> None:
-    worker = get_worker_info()
-    if (worker is None or worker.id == 0) and not _warned:
-        _warned.append(path)
-        logger.warning(
-            "%s is turned by its EXIF orientation, and its label is assumed to be upright. This "
-            "applies to all images whose size does not tell; if it is wrong, remove the EXIF data.",
-            path,
-        )
-
-
-_warned: list[Path] = []
 
 
 class PairDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -113,9 +93,8 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
         """`count_label` of all samples, (len, num_classes + 1) int64, in `workers` threads."""
         with ThreadPoolExecutor(workers) as pool:
             counts = pool.map(self.count_label, range(len(self)))
-            return np.stack(
-                list(progress_bar(counts, total=len(self), desc="class shares", unit="label"))
-            )
+            bar = progress_bar(counts, total=len(self), desc="class shares", unit="label")
+            return np.stack(list(bar))
 
 
 class SegmentationDataset(PairDataset):
@@ -229,19 +208,15 @@ def _count_classes(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
 def pixel_shares(class_counts: np.ndarray) -> np.ndarray:
     """Share of each class of all pixels, (num_classes + 1,) float64 of sum 1, void last.
 
-    Args:
-        class_counts: (len, num_classes + 1), of `SegmentationDataset.class_counts`.
+    `class_counts` are those of `SegmentationDataset.class_counts`.
     """
     total = class_counts.sum(axis=0)
     return total / total.sum()
 
 
 def require_common_class(train: PairDataset, val: PairDataset) -> None:
-    """Read labels until a class is found in both data sets, usually the first two.
-
-    Raises:
-        UserError: there is no such class, so that nothing can be learned or scored.
-    """
+    """Read labels until a class is found in both data sets, usually the first two; a `UserError`
+    if there is none, so that nothing can be learned or scored."""
     parts = {"training": (train, set[int]()), "validation": (val, set[int]())}
     for index in range(max(len(train), len(val))):
         for data, found in parts.values():

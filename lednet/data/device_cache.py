@@ -26,7 +26,6 @@ class DeviceLoader(Generic[AnySampler]):
 
     Args:
         dataset: source of the samples.
-        sampler: indices of the samples of an epoch.
         batch_size: samples per batch; the last batch of an epoch may be smaller.
         images: (N, 3, H, W) uint8, the stored samples.
         targets: (N, ...), their labels.
@@ -86,13 +85,9 @@ def load_to_device(
         )
     stored = [torch.empty((count, *p.shape), dtype=p.dtype, device=device) for p in first]
     batches = DataLoader(
-        dataset,
-        batch_size=_COPY_BATCH,
-        sampler=chosen,
-        num_workers=loader.num_workers,
-        worker_init_fn=loader.worker_init_fn,
-        pin_memory=device.type == "cuda",
-    )
+        dataset, batch_size=_COPY_BATCH, sampler=chosen, num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn, pin_memory=device.type == "cuda",
+    )  # fmt: skip
     row = 0
     with progress_bar(total=count, desc=f"loading to {device}", unit="image") as bar:
         for batch in batches:

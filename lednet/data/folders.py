@@ -20,10 +20,8 @@ def list_folders(image_folder: Path, label_folder: Path) -> FileIndex:
     """List the files of two folders and their subfolders.
 
     An image and its label have the same name before the suffix. Where several files of a folder
-    have the same name, subfolders count too: `rec1/0.png` and `rec2/0.png` are two images.
-
-    Raises:
-        UserError: a folder does not exist, or there are no images.
+    have the same name, subfolders count too: `rec1/0.png` and `rec2/0.png` are two images. A
+    missing folder, or one without images, is a `UserError`.
     """
     next_step = "check --datadir and the layout in datasets/README.md"
     if image_folder.name == "val":
@@ -62,17 +60,14 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
           - {name: field, id: 1}
         ignore: [255]
 
-    Unquoted words such as `no` or `null` are names as written.
-
-    Raises:
-        UserError: the file does not exist, has another structure or an unknown key; an id or color
-            is not a whole number from 0 to 255, an id or name is used twice, a name is empty or
-            "void", or there are more than 254 classes.
+    Unquoted words such as `no` or `null` are names as written. Ids and colors are whole numbers
+    from 0 to 255; there are at most 254 classes, none of them "void". A `UserError` says what is
+    wrong with a file.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no class file {path}: specify one with --classes")
-    content = read_yaml(path, text=True)
+    content = read_yaml(path)
     rows = content.get("classes") if isinstance(content, dict) else None
     ignored = content.get("ignore") or [] if isinstance(content, dict) else []
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 from lednet.errors import UserError
 from lednet.files import require_content
@@ -21,16 +22,10 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 """Permitted formats, detected by content, not suffix. Pillow's other readers are not exposed to
 untrusted files; one of them starts Ghostscript."""
 
-_Transpose = Image.Transpose
-_UPRIGHT = {
-    2: _Transpose.FLIP_LEFT_RIGHT,
-    3: _Transpose.ROTATE_180,
-    4: _Transpose.FLIP_TOP_BOTTOM,
-    5: _Transpose.TRANSPOSE,
-    6: _Transpose.ROTATE_270,
-    7: _Transpose.TRANSVERSE,
-    8: _Transpose.ROTATE_90,
-}
+_TURNS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
+"""Operations that exchange width and height."""
+_FLIPS = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM)
+_UPRIGHT = dict(enumerate((*_FLIPS, *_TURNS), start=2))
 """Operation that makes an image upright, by its EXIF orientation."""
 
 # Larger images than Pillow's limit are judged by ours. Invalid EXIF and palettes whose transparency
@@ -76,15 +71,16 @@ def _name(source: str | os.PathLike | BinaryIO) -> str:
 
 
 def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -> Image.Image:
-    """Open and decode an image; `source` and `limit` as for `open_header`.
-
-    Raises:
-        UserError: missing, damaged, not one of `FORMATS`, or too large.
-    """
+    """Open and decode an image; `source` and `limit` as for `open_header`. A `UserError` if it is
+    missing, damaged, not one of `FORMATS`, or too large."""
     try:
         image = open_header(source, limit)
         image.info["raw_mode"] = _raw_mode(image)
-        _warn_of_more_images(image, source)
+        if (count := _count_images(image, source)) > 1:
+            warn_once(
+                "%s holds %d images, of which the first is used, here and in other such files: "
+                "split it into a file for each image to use all", _name(source), count,
+            )  # fmt: skip
         image.load()
         return image
     except (UserError, MemoryError):
@@ -92,8 +88,7 @@ def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -
     except IsADirectoryError as error:
         raise UserError(f"{_name(source)} is a folder, not an image: give a file") from error
     except FileNotFoundError as error:
-        message = f"no file {_name(source)}: check the path"
-        raise UserError(message) from error
+        raise UserError(f"no file {_name(source)}: check the path") from error
     except OSError as error:
         if error.errno is not None:  # of the file system; decoders set none
             raise UserError(
@@ -108,33 +103,27 @@ def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -
     raise UserError(f"{_name(source)} is damaged ({reason}): copy it again")
 
 
-def _warn_of_more_images(image: Image.Image, source: str | os.PathLike | BinaryIO) -> None:
-    """Log the first file of a process with further images: TIFF pages, or an animation.
+def warn_once(message: str, *values: object) -> None:
+    """Log a warning, unless this process has logged the same `message` with any values."""
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning(message, *values)
+
+
+_warned: set[str] = set()
+
+
+def _count_images(image: Image.Image, source: str | os.PathLike | BinaryIO) -> int:
+    """Images in a file: TIFF pages, or an animation; 1 if unknown.
 
     The second image of a JPEG is a preview.
     """
-    if _warned or image.format in ("JPEG", "MPO"):
-        return
-    count = getattr(image, "n_frames", 1) if image.format != "TIFF" else _count_pages(source)
-    if count > 1:
-        _warned.append(source)
-        logger.warning(
-            "%s holds %d images, of which the first is used, here and in other such files: split "
-            "it into a file for each image to use all",
-            _name(source),
-            count,
-        )
-
-
-def _count_pages(source: str | os.PathLike | BinaryIO) -> int:
-    """Pages of a TIFF file; 1 if unknown. Counting moves the position in an opened image."""
-    if isinstance(source, str | os.PathLike):
-        with contextlib.suppress(Exception), Image.open(source, formats=["TIFF"]) as image:
-            return getattr(image, "n_frames", 1)
+    if image.format != "TIFF":
+        return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+    if isinstance(source, str | os.PathLike):  # counting moves the position in an opened image
+        with contextlib.suppress(Exception), Image.open(source, formats=["TIFF"]) as other:
+            return getattr(other, "n_frames", 1)
     return 1
-
-
-_warned: list[object] = []
 
 
 def _reason(error: Exception) -> str:
@@ -154,10 +143,8 @@ def read_ids(source: str | os.PathLike | BinaryIO) -> np.ndarray:
     """Decode a label map to its ids as the file stores them, (H, W) uint8.
 
     Greyscale values are ids at every bit depth (1, 2, 4, 8, or 16 with values below 256). Palette
-    images store ids as palette indices. An alpha channel must be opaque everywhere.
-
-    Raises:
-        UserError: missing or damaged, or its mode or values cannot be ids.
+    images store ids as palette indices. An alpha channel must be opaque everywhere. Other modes
+    and values, and damaged files, are a `UserError`.
     """
     image, name = open_image(source), _name(source)
     ids = np.asarray(image)
@@ -185,11 +172,7 @@ def read_ids(source: str | os.PathLike | BinaryIO) -> np.ndarray:
 
 
 def read_image(path: Path, upright: bool = False) -> np.ndarray:
-    """Decode an image file to RGB, (H, W, 3) uint8; `upright` applies its EXIF orientation.
-
-    Raises:
-        UserError: missing, damaged, or not an image of at most 16 bits.
-    """
+    """Decode an image file to RGB, (H, W, 3) uint8; `upright` applies its EXIF orientation."""
     return to_rgb(open_image(path), upright)
 
 
@@ -237,7 +220,7 @@ def to_rgb(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
         raise UserError(f"{name} has the colour mode {image.mode}: save it as RGB") from error
 
 
-def exif_transpose_op(image: Image.Image) -> Image.Transpose | None:
+def exif_transpose_op(image: Image.Image) -> Transpose | None:
     """The operation that makes the image upright according to its EXIF, or None."""
     try:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 0))
@@ -245,28 +228,21 @@ def exif_transpose_op(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-_TURNS = (
-    _Transpose.TRANSPOSE, _Transpose.ROTATE_270, _Transpose.TRANSVERSE, _Transpose.ROTATE_90,
-)  # fmt: skip
-"""Operations that exchange width and height."""
-
-
-def transposed_size(size: tuple[int, int], operation: Image.Transpose | None) -> tuple[int, int]:
+def transposed_size(size: tuple[int, int], operation: Transpose | None) -> tuple[int, int]:
     """Width and height of an image of `size` after `operation`."""
     return size[::-1] if operation in _TURNS else size
 
 
 def match_orientation(
-    operation: Image.Transpose | None, size: tuple[int, int], label_size: tuple[int, int] | None
-) -> tuple[Image.Transpose | None, bool]:
+    operation: Transpose | None, size: tuple[int, int], label_size: tuple[int, int] | None
+) -> tuple[Transpose | None, bool]:
     """Whether the EXIF orientation of an image applies to its label too.
 
     It does not if only the stored image has the label's size.
 
     Args:
         operation: see `exif_transpose_op`.
-        size: width and height of the stored image.
-        label_size: those of the label; None if there is none.
+        size, label_size: width and height of the stored image, and of the label if there is one.
 
     Returns:
         `operation`, or None if the upright image does not have the size of the label; and whether

@@ -1,8 +1,9 @@
 """Label schemes: the classes of a data set and their values in label files."""
 
+import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -77,21 +78,19 @@ class LabelScheme:
         colors: RGB of each class, 0..255.
         file_ids: value in a label file (0..255) -> class index, or `IGNORE_INDEX`. Other values
             are errors in the data.
-
-    Attributes:
-        lut: (256,) int16, `file_ids` as a table; -1 for other values.
     """
 
     name: str
     classes: tuple[str, ...]
     colors: tuple[Color, ...]
     file_ids: Mapping[int, int]
-    lut: np.ndarray = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    @functools.cached_property
+    def lut(self) -> np.ndarray:
+        """(256,) int16, `file_ids` as a table; -1 for other values."""
         lut = np.full(256, -1, dtype=np.int16)
         lut[list(self.file_ids)] = list(self.file_ids.values())
-        object.__setattr__(self, "lut", lut)
+        return lut
 
     @property
     def num_classes(self) -> int:
@@ -134,21 +133,14 @@ def _cityscapes(labels: list[Label], target: str, void: int, encoding: str) -> L
 
 
 def cityscapes_scheme(encoding: str = "labelIds") -> LabelScheme:
-    """The 19 evaluated Cityscapes classes.
-
-    Args:
-        encoding: values in the label files: "labelIds" (0..33) or "labelTrainIds" (0..18, void
-            255).
-    """
+    """The 19 evaluated Cityscapes classes; `encoding` is that of the label files: "labelIds" (0 to
+    33) or "labelTrainIds" (0 to 18, void 255)."""
     return _cityscapes(_EVALUATED, "train_id", IGNORE_INDEX, encoding)
 
 
 def cityscapes_id_scheme(encoding: str = "labelIds") -> LabelScheme:
-    """All Cityscapes labels as classes, with their ids as indices, as the benchmark counts.
-
-    Args:
-        encoding: as for `cityscapes_scheme`; void of labelTrainIds becomes id 0 (unlabeled).
-    """
+    """All Cityscapes labels as classes, with their ids as indices, as the benchmark counts; void of
+    the encoding labelTrainIds becomes id 0 (unlabeled)."""
     return _cityscapes(_WITH_ID, "id", 0, encoding)
 
 
@@ -160,18 +152,11 @@ def cityscapes_label_ids() -> np.ndarray:
 
 
 _CAMVID_CLASSES: dict[str, Color] = {
-    "sky": (128, 128, 128),
-    "building": (128, 0, 0),
-    "pole": (192, 192, 128),
-    "road": (128, 64, 128),
-    "pavement": (60, 40, 222),
-    "tree": (128, 128, 0),
-    "sign": (192, 128, 128),
-    "fence": (64, 64, 128),
-    "car": (64, 0, 128),
-    "pedestrian": (64, 64, 0),
-    "bicyclist": (0, 128, 192),
-}
+    "sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128),
+    "road": (128, 64, 128), "pavement": (60, 40, 222), "tree": (128, 128, 0),
+    "sign": (192, 128, 128), "fence": (64, 64, 128), "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192),
+}  # fmt: skip
 
 
 def camvid_scheme() -> LabelScheme:

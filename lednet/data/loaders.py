@@ -56,7 +56,6 @@ def make_loaders(
     Args:
         batch_size: images per step and process.
         workers: worker processes of each loader; 0 loads in this process.
-        seed: seed of the shuffling.
         class_counts, class_uniform: see `ClassUniformSampler`; with None and 0 every training
             image is used once per epoch.
         on_device: decode both data sets into the memory of the device now.
@@ -68,12 +67,9 @@ def make_loaders(
         sampler = ClassUniformSampler(class_counts, class_uniform, dist_context, seed)
     val_sampler = DistributedEvalSampler(len(val), dist_context)
     common: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_workers": workers,
-        "pin_memory": device.type == "cuda",
-        "persistent_workers": workers > 0,
-        "worker_init_fn": ignore_stop_signals,
-    }
+        "batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0,
+        "pin_memory": device.type == "cuda", "worker_init_fn": ignore_stop_signals,
+    }  # fmt: skip
     train_loader = TrainLoader(train, sampler=sampler, **common)
     val_loader = Loader(val, sampler=val_sampler, **common)
     if not on_device:
@@ -115,10 +111,8 @@ def worker_failures() -> Iterator[None]:
         if full := shared_memory_error(error):
             raise full from error
         # The connection errors occur if the worker had a batch ready.
-        ended = str(error).startswith("DataLoader worker (pid")
-        if not (
-            ended or isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
-        ):
+        lost = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
+        if not (lost or str(error).startswith("DataLoader worker (pid")):
             raise
         raise UserError(
             "a loading process died (killed, or out of memory): continue with --resume, perhaps "
@@ -127,9 +121,7 @@ def worker_failures() -> Iterator[None]:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """Worker initialization: ignore signals that are sent to the whole process group.
-
-    The training process finishes its step after such a signal and then ends its workers.
-    """
+    """Worker initialization: ignore signals to the whole process group, after which the training
+    process finishes its step and ends its workers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

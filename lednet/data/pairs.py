@@ -34,8 +34,8 @@ class FileIndex(NamedTuple):
     """The files of a split by the name that matches them, not matched yet.
 
     Attributes:
-        images: image files of each name, of which there should be one.
-        labels: label files of each name; None where they are withheld.
+        images, labels: files of each name, of which there should be one; no labels where they are
+            withheld.
         unused: images in the folders of the split whose format or name is not supported.
         place: location of the split, for messages.
     """
@@ -117,11 +117,8 @@ def require_unique(files: dict[str, list[Path]], what: str) -> dict[str, Path]:
 
 
 def pair_files(index: FileIndex) -> list[Sample]:
-    """Pair the images and labels of a split, sorted by name.
-
-    Raises:
-        UserError: some have no partner or two; names the first ones and their number.
-    """
+    """Pair the images and labels of a split, sorted by name; a `UserError` names those that have no
+    partner or two."""
     images = require_unique(index.images, "images")
     if index.labels is None:
         return [Sample(images[name], None) for name in sorted(images)]

@@ -23,14 +23,10 @@ def _root_of(root: Path, subfolders: tuple[str, ...], content: str, archive: str
     return found[0]
 
 
-def _voc_root(root: Path) -> Path:
-    subfolders = ("VOC2012", "VOCdevkit/VOC2012")
-    return _root_of(root, subfolders, "ImageSets/Segmentation", "VOCtrainval_11-May-2012.tar")
-
-
 def voc_list(root: Path, split: str) -> Path:
     """The file that lists the images of a Pascal VOC split."""
-    return _voc_root(root) / "ImageSets" / "Segmentation" / f"{split}.txt"
+    subfolders, lists = ("VOC2012", "VOCdevkit/VOC2012"), "ImageSets/Segmentation"
+    return _root_of(root, subfolders, lists, "VOCtrainval_11-May-2012.tar") / lists / f"{split}.txt"
 
 
 def list_voc(root: str | os.PathLike, split: str, annotations: str = "fine") -> FileIndex:

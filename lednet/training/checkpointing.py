@@ -13,9 +13,7 @@ class Checkpoints:
     """The newest few files `checkpoint_<steps>.pth` of a run folder.
 
     Args:
-        folder: the run folder.
-        keep: number of checkpoints to keep, at least 1. With 2, one is left if the other is
-            damaged.
+        keep: number of checkpoints to keep. With 2, one is left if the other is damaged.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
@@ -26,11 +24,9 @@ class Checkpoints:
         return sorted(self.folder.glob("checkpoint_*.pth"), reverse=True)
 
     def save(self, number: int, net: nn.Module, meta: dict, **state: Any) -> Path:
-        """Write a checkpoint, then remove the oldest ones.
+        """Write a checkpoint (see `save_checkpoint`), then remove the oldest ones.
 
-        Args:
-            number: steps of the run so far, by which the files are ordered.
-            net, meta, state: see `save_checkpoint`.
+        `number` is that of the steps so far, by which the files are ordered.
         """
         path = self.folder / f"checkpoint_{number:09d}.pth"
         save_checkpoint(path, net, meta, **state)
@@ -39,16 +35,13 @@ class Checkpoints:
         return path
 
     def load_latest(self, main: bool = True) -> tuple[Path, dict[str, Any], list[str]]:
-        """Load the newest valid checkpoint.
+        """Load the newest valid checkpoint; a `UserError` if there is none.
 
         Args:
             main: whether this process renames damaged checkpoints to `.damaged`.
 
         Returns:
             Path, content, and a sentence about each newer checkpoint that is damaged.
-
-        Raises:
-            UserError: none is valid.
         """
         warnings: list[str] = []
         for path in self.paths():

@@ -26,29 +26,21 @@ ABOUT = ("data", "command", "hours", "score")
 
 
 def recipe_path(name: str, folder: Path) -> Path:
-    """The file of the recipe `name`: a path that ends in .yaml, or a name in `folder`.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    path = Path(name)
-    is_file = path.suffix in (".yaml", ".yml")
-    path = path if is_file else folder / f"{name}.yaml"
+    """The file of the recipe `name`: a path that ends in .yaml, or a name in `folder`; a
+    `UserError` if there is none."""
+    is_path = Path(name).suffix in (".yaml", ".yml")
+    path = Path(name) if is_path else folder / f"{name}.yaml"
     if path.is_file():
         return path
-    if is_file:
+    if is_path:
         raise UserError(f"no recipe {path}: check the path")
     known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
     raise UserError(f"no recipe {name!r}: there are {known}; or give a .yaml file")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The mappings `about` and `options` of a recipe.
-
-    Raises:
-        UserError: it is not YAML, or an entry is missing.
-    """
-    content = read_yaml(path, text=True)
+    """The mappings `about` and `options` of a recipe; a `UserError` if an entry is missing."""
+    content = read_yaml(path)
     content = content if isinstance(content, dict) else {}
     about, options = content.get("about"), content.get("options")
     if not isinstance(about, dict) or not isinstance(options, dict):

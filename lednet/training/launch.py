@@ -16,7 +16,6 @@ from lednet.data.loaders import worker_failures
 from lednet.device import allow_tf32, autocast
 from lednet.distributed import (
     DistributedContext,
-    convert_sync_batch_norm,
     destroy_distributed,
     init_distributed,
     report_lost_process,
@@ -27,7 +26,7 @@ from lednet.model import count_parameters
 from lednet.signals import StopRequest
 from lednet.training.checkpointing import Checkpoints
 from lednet.training.loggers import LoggerBackend, MetricLogger
-from lednet.training.loop import TrainingRun
+from lednet.training.loop import StageComponents, TrainingRun, report_result, train_stages
 from lednet.training.run_dir import RunDir
 from lednet.training.signals import CheckpointTimer, TrainingStopped
 from lednet.training.stages import Stage
@@ -58,42 +57,53 @@ def open_run(
         meta: see `TrainingRun`.
         costs: see `TimeBudget`.
         scheme: see `MetricLogger`.
-
-    Raises:
-        UserError: see `RunDir` and `open_logger`.
     """
     run_dir = RunDir(path, bool(args.resume), timer.dist_context.is_main)
-    checkpoints = Checkpoints(path, args.keep_checkpoints)
-    run = TrainingRun(net, stages, run_dir, checkpoints, meta, args.seed, timer)
-    run.keep_every, run.validate_every = args.epochs_save, args.validate_every
-    run.budget = TimeBudget(timer.dist_context, args.max_minutes, costs)
-    run.logger = open_logger(args, run_dir, scheme)
-    return run
+    return TrainingRun(
+        net, stages, run_dir, Checkpoints(path, args.keep_checkpoints), meta, args.seed, timer,
+        logger=open_logger(args, run_dir, scheme), keep_every=args.epochs_save,
+        validate_every=args.validate_every,
+        budget=TimeBudget(timer.dist_context, args.max_minutes, costs),
+    )  # fmt: skip
 
 
-def prepare_net(args: argparse.Namespace, run: TrainingRun, repository: Path) -> None:
-    """Move the network of `run` to its device, and describe the run in its folder."""
+def train_run(
+    args: argparse.Namespace,
+    run: TrainingRun,
+    build_stage: Callable[[Stage], StageComponents],
+    about: str,
+    score: str,
+) -> None:
+    """Describe the run in its folder, train its remaining stages, and log the result.
+
+    Args:
+        run: a new run, or one that is resumed if `args` say so.
+        build_stage: see `train_stages`.
+        about: start of the first message.
+        score: name of the score.
+    """
     context = run.timer.dist_context
+    state = run.resume() if args.resume else ()
     run.net.to(context.device)
     if args.sync_batch_norm:
-        run.net = convert_sync_batch_norm(run.net, context)
-    run.run_dir.write_options(plain_values(vars(args)), repository, context)
+        if context.device.type != "cuda":  # PyTorch has no other implementation
+            raise UserError("--sync-batch-norm needs CUDA GPUs: leave it out")
+        run.net = nn.SyncBatchNorm.convert_sync_batchnorm(run.net)
+    run.run_dir.write_options(plain_values(vars(args)), context)
+    parameters = f"{count_parameters(run.net):,} parameters"
     if context.is_main:
-        summary = f"{run.net}\n\n{count_parameters(run.net):,} parameters\n"
-        write_text(run.run_dir.path / "model.txt", summary)
+        write_text(run.run_dir.path / "model.txt", f"{run.net}\n\n{parameters}\n")
+    on = f"on {context.size} x {context.device}; {run.run_dir.path}"
+    run.run_dir.log(f"{about} {parameters}, {on}")
+    progress, last = train_stages(run, build_stage, *state), run.stages[-1]
+    report_result(run, progress, score, last.encoder_file or last.best_file)
 
 
 def open_logger(
     args: argparse.Namespace, run_dir: RunDir, scheme: LabelScheme | None = None
 ) -> MetricLogger | None:
-    """The loggers of --visualize and --tensorboard, in the main process.
-
-    Args:
-        scheme: see `MetricLogger`.
-
-    Raises:
-        UserError: a package is not installed.
-    """
+    """The loggers of --visualize and --tensorboard in the main process; a `UserError` if a package
+    is not installed. `scheme`: see `MetricLogger`."""
     backends: list[LoggerBackend] = []
     hint = ""
     try:
@@ -126,15 +136,13 @@ def set_backends(device: torch.device, precision: str, deterministic: bool = Fal
 
 
 def launch(
-    args: argparse.Namespace, train: Callable[[DistributedContext, CheckpointTimer], None]
+    args: argparse.Namespace,
+    train: Callable[[argparse.Namespace, DistributedContext, CheckpointTimer], None],
 ) -> None:
-    """Join the other processes, and train.
+    """Join the other processes, and train with `args`.
 
-    Exits with 143, 130 or 129 after SIGTERM, SIGINT or SIGHUP.
-
-    Raises:
-        UserError: the device or its precision is not available, another process of the run or a
-            data loading process has ended; and what `train` raises.
+    Exits with 143, 130 or 129 after SIGTERM, SIGINT or SIGHUP. A `UserError` if the device or its
+    precision is not available, or another process of the run or a loading process has ended.
     """
     with report_lost_process():
         dist_context = init_distributed(args.device)
@@ -144,7 +152,7 @@ def launch(
         set_backends(dist_context.device, args.precision, args.deterministic)
         timer = CheckpointTimer(dist_context, StopRequest(), args.save_steps, args.save_minutes)
         with report_lost_process(), worker_failures():
-            train(dist_context, timer)
+            train(args, dist_context, timer)
     except TrainingStopped as stopped:
         if dist_context.is_main:
             print(f"{stopped}; continue with --resume", file=sys.stderr)

@@ -32,7 +32,6 @@ class EpochSummary:
 
     Attributes:
         stage: name of the training stage.
-        epoch: number of the epoch, from 1.
         charts: all curves of the stage up to this epoch.
         images: (H, W, 3) uint8 arrays of one size.
     """
@@ -44,11 +43,8 @@ class EpochSummary:
 
 
 class LoggerBackend(Protocol):
-    """A destination for epoch summaries. Its methods raise any error that occurs.
-
-    Attributes:
-        failure: the start of the warning about such an error.
-    """
+    """A destination for epoch summaries. Its methods raise any error that occurs, of which a
+    warning is given that begins with `failure`."""
 
     failure: str
 
@@ -65,7 +61,6 @@ class MetricLogger:
     A backend that raises an error is removed with one warning. Training continues.
 
     Args:
-        backends: destinations of the summaries.
         scheme: class names and colours of the label maps, or None to log no images.
         num_images: number of validation images to log.
     """
@@ -85,7 +80,6 @@ class MetricLogger:
         """Log the last epoch of `records`, the lines of `log.jsonl`.
 
         Args:
-            task: the task that is trained.
             model: returns logits. It is evaluated on the first images of `loader`.
             loader: validation data, uint8.
         """
@@ -114,12 +108,7 @@ class MetricLogger:
 def example_images(
     model: nn.Module, task: Task, loader: Batches, scheme: LabelScheme, count: int
 ) -> list[np.ndarray]:
-    """Images of input, target and prediction side by side, (H, W, 3) uint8.
-
-    Args:
-        model: returns logits. Its training mode is restored.
-        count: number of images, from the start of the data set.
-    """
+    """Input, target and prediction side by side, (H, W, 3) uint8, of the first `count` samples."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -138,10 +127,7 @@ def example_images(
 
 
 def make_charts(records: Sequence[dict[str, Any]], task: Task) -> Charts:
-    """Charts of one stage from its lines of `log.jsonl`.
-
-    Values that are None, or that an earlier version did not log, are left out.
-    """
+    """Charts of one stage from its lines of `log.jsonl`, without values that are not there."""
     keys = {
         ("loss", "train"): "train_loss",
         ("loss", "val"): "val_loss",

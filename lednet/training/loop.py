@@ -34,8 +34,7 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        stage: name of the current stage.
-        epoch: finished epochs of that stage.
+        stage, epoch: name of the current stage, and its finished epochs.
         steps: optimizer steps of all stages.
         best_score: best validation score of that stage; -1 before the first.
         records: lines of `log.jsonl` so far, of all stages.
@@ -76,13 +75,7 @@ class TrainingRun:
 
     Attributes:
         net: the whole network; each stage trains a part of it.
-        stages: all stages of the run.
-        run_dir: the run folder; only the main process writes to it.
-        checkpoints: checkpoints in that folder.
         meta: description of data and classes, stored with the weights.
-        seed: random seed.
-        timer: decides when to save and when to stop.
-        logger: where metrics are shown after each epoch; None for nowhere.
         keep_every: also keep the weights of every n-th epoch; 0 keeps none.
         validate_every: validate after every n-th epoch of a stage and after its last.
         budget: time limit of the run; None for no limit.
@@ -107,8 +100,7 @@ class TrainingRun:
             The progress of the run, and the state of the trainer.
 
         Raises:
-            UserError: there is no checkpoint, it holds weights only, or its stage is not one of
-                `stages`.
+            UserError: there is no checkpoint, or it does not fit the run.
         """
         path, content, warnings = self.checkpoints.load_latest(self.run_dir.main)
         for warning in warnings:
@@ -157,34 +149,27 @@ def _is_progress(meta: Any, state: Any) -> bool:
 
 
 def _require_same_classes(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """
-    Raises:
-        UserError: the classes of a checkpoint or their label values are not the current ones;
-            names the first difference. Checkpoints of version 0.1 have no label values.
-    """
-    changed = []
-    names = [dict(enumerate(meta.get("classes", ()))) for meta in (saved, current)]
-    if "classes" in saved:
-        changed += _changes("class", *names)
-    if "label_values" in saved:
-        values = (
-            {value: name.get(index, "void") for value, index in meta.get("label_values", ())}
-            for meta, name in zip((saved, current), names, strict=True)
-        )
-        changed += _changes("label value", *values)
-    if changed:
-        raise UserError(
-            f"the classes are not those of {path}: {changed[0]}. Restore them to resume the run, "
-            "or start a new one with --state"
-        )
+    """Raise a `UserError` of the first class or label value that a checkpoint has differently.
 
+    Checkpoints of version 0.1 have no label values.
+    """
 
-def _changes(what: str, before: dict[int, str], now: dict[int, str]) -> list[str]:
-    return [
-        f"{what} {key} was {before.get(key, 'absent')}, and is {now.get(key, 'absent')}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
+    def names(meta: dict[str, Any]) -> dict[tuple[str, int], str]:
+        classes = dict(enumerate(meta.get("classes", ()))) if "classes" in saved else {}
+        values = meta.get("label_values", ()) if "label_values" in saved else ()
+        return {
+            **{("class", index): name for index, name in classes.items()},
+            **{("label value", value): classes.get(index, "void") for value, index in values},
+        }
+
+    before, now = names(saved), names(current)
+    for key in sorted(before.keys() | now.keys()):
+        was, present = before.get(key, "absent"), now.get(key, "absent")
+        if was != present:
+            raise UserError(
+                f"the classes are not those of {path}: {key[0]} {key[1]} was {was}, and is "
+                f"{present}. Restore them to resume the run, or start a new one with --state"
+            )
 
 
 class StageComponents(NamedTuple):
@@ -207,12 +192,8 @@ def train_stages(
         build_stage: called when a stage starts or is resumed.
         progress, trainer_state: from `TrainingRun.resume`; None starts with the first stage.
 
-    Returns:
-        The progress at the end.
-
     Raises:
         TrainingStopped: a signal arrived; the step has been finished and everything saved.
-        UserError: the loss is not finite, or data cannot be read.
     """
     names = [stage.name for stage in run.stages]
     progress = progress or Progress(names[0])
@@ -232,12 +213,7 @@ def train_stages(
 
 
 def report_result(run: TrainingRun, progress: Progress, score: str, file: str) -> None:
-    """Log the best score of a finished run, and the paths of weights and curves.
-
-    Args:
-        score: name of the score.
-        file: name of the file of the weights.
-    """
+    """Log the best score of a finished run, and the paths of curves and weights (`file`)."""
     folder, log = run.run_dir.path, run.run_dir.log
     if progress.best_score < 0 or not (folder / file).exists():
         last = next(iter(run.checkpoints.paths()), folder)
@@ -270,7 +246,7 @@ class StageRunner:
         self.run, self.stage, self.progress, self.budget = run, stage, progress, budget
         self.trainer, self.train_loader, self.val_loader = components
         self.dist_context, self.task = self.trainer.dist_context, self.trainer.task
-        self.number = [stage.name for stage in run.stages].index(stage.name)
+        self.number = run.stages.index(stage)
         self.clock = self.trainer.clock = budget.stage(self.number, progress.stage_start)
         self.time_over = False
 
@@ -308,16 +284,15 @@ class StageRunner:
         return validated and self.progress.epoch_state is None and self.clock.share() >= 1
 
     def _run_epoch(self, epoch: int) -> None:
-        title = f"{self.stage.name} {epoch}"
-        if self.clock is None:
-            title += f"/{self.stage.epochs}"
+        of_epochs = f"/{self.stage.epochs}" if self.clock is None else ""
+        title = f"{self.stage.name} {epoch}{of_epochs}"
         begin = time.perf_counter()
         state = self.trainer.new_epoch_state()
         lr, trained = self._train_epoch(epoch, title, state)
         start = time.perf_counter()
         validated = self._validate(epoch, title, state)
         end = time.perf_counter()
-        score = self.task.score
+        score, device = self.task.score, self.dist_context.device
         record = {
             "stage": self.stage.name,
             "epoch": epoch,
@@ -326,7 +301,8 @@ class StageRunner:
             **{f"val_{key}": value for key, value in validated.items()},
             "images_per_second": trained["images_per_second"],
             "seconds": end - begin,
-            **_peak_memory(self.dist_context.device),
+            "process_memory_mb": round(peak_memory_mb(torch.device("cpu"))),
+            **({"gpu_memory_mb": round(peak_memory_mb(device))} if device.type == "cuda" else {}),
             **{key: trained[key] for key in ("skipped",) if key in trained},
             **self._count_corrupt(),
         }
@@ -335,8 +311,8 @@ class StageRunner:
     def _train_epoch(
         self, epoch: int, title: str, state: EpochState
     ) -> tuple[float, dict[str, Any]]:
-        """Train an epoch, or the rest of an interrupted one; updates `state`. Returns the first
-        learning rate, and the results of `Trainer.train_one_epoch`."""
+        """Train an epoch, or the rest of an interrupted one. Returns the first learning rate, and
+        the results of `Trainer.train_one_epoch`."""
         trainer, progress, loader = self.trainer, self.progress, self.train_loader
         if progress.epoch_state is not None:
             with report_mismatch():
@@ -462,7 +438,6 @@ class StageRunner:
     def _format_record(
         self, record: dict[str, Any], improved: bool, validation_seconds: float
     ) -> str:
-        """One line about a finished epoch, for the log."""
         score, epoch, epochs = self.task.score, record["epoch"], self.stage.epochs
         rate, of_epochs, seconds = record["images_per_second"], f"/{epochs}", None
         if self.clock is not None:
@@ -479,14 +454,6 @@ class StageRunner:
             + (f"  {record['skipped']} steps skipped" if "skipped" in record else "")
             + ("  best" if improved else "")
         )
-
-
-def _peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak memory of the main process and of tensors on its GPU, in MB (10^6 bytes)."""
-    peaks = {"process_memory_mb": round(peak_memory_mb(torch.device("cpu")))}
-    if device.type == "cuda":
-        peaks["gpu_memory_mb"] = round(peak_memory_mb(device))
-    return peaks
 
 
 def _format(value: float | None) -> str:

@@ -22,11 +22,11 @@ if sys.platform != "win32":
 
 logger = logging.getLogger(__name__)
 
+REPOSITORY = Path(lednet.__file__).resolve().parents[1]
+
 RENAMED_OPTIONS = {
-    "val_every": "val_stride",
-    "val_names": "val_prefix",
-    "skip_damaged": "skip_corrupt",
-}
+    "val_every": "val_stride", "val_names": "val_prefix", "skip_damaged": "skip_corrupt",
+}  # fmt: skip
 """Options of version 0.1, and their present names."""
 
 MEASURED_KEYS = ("images_per_second", "seconds", "process_memory_mb", "gpu_memory_mb")
@@ -37,7 +37,7 @@ in MB (10^6 bytes), count from the last start of the run.
 """
 
 
-def environment(repository: Path) -> dict[str, Any]:
+def environment(repository: Path = REPOSITORY) -> dict[str, Any]:
     """Versions of the software that a run depends on. The commit is None outside of git."""
 
     def git(*command: str) -> str:
@@ -68,20 +68,13 @@ def holds_run(path: Path) -> bool:
 
 
 def require_run(path: Path) -> None:
-    """
-    Raises:
-        UserError: there is nothing to resume in the folder `path`.
-    """
+    """Raise a `UserError` if there is nothing to resume in the folder `path`."""
     if not holds_run(path):
         raise UserError(f"nothing to resume in {path}: start without --resume")
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """Options of the run in the folder `path`.
-
-    Raises:
-        UserError: there is no run, or its file is damaged.
-    """
+    """Options of the run in the folder `path`; a `UserError` if there is none, or it is damaged."""
     require_run(path)
     content = read_json(path / "options.json")
     options = content.get("options") if isinstance(content, dict) else None
@@ -91,11 +84,7 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of the epochs of the run in the folder `path`.
-
-    Raises:
-        UserError: there is no run, or its first epoch has not ended.
-    """
+    """Records of the epochs of the run in the folder `path`; a `UserError` if there are none."""
     require_run(path)
     try:
         lines = (path / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -141,8 +130,8 @@ class RunDir:
             return
         if not resume and holds_run(self.path):
             raise UserError(
-                f"{self.path} already holds a run: add --resume to continue it, or choose "
-                "another --savedir"
+                f"{path} already holds a run: add --resume to continue it, or choose another "
+                "--savedir"
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -156,11 +145,7 @@ class RunDir:
         remove_leftovers(self.path)
 
     def _take_lock(self) -> None:
-        """Lock the folder against other processes, on POSIX systems only.
-
-        The lock ends with the process, and worker processes do not inherit it. Some network file
-        systems have no locks, which is logged.
-        """
+        """Lock the folder against other processes, on POSIX systems only, until this one ends."""
         if sys.platform == "win32":
             return
         try:
@@ -173,17 +158,11 @@ class RunDir:
         except OSError as error:
             logger.warning(
                 "%s is not protected against a second run, because its file system has no locks "
-                "(%s)",
-                self.path,
-                error.strerror,
-            )
+                "(%s)", self.path, error.strerror,
+            )  # fmt: skip
 
     def log(self, text: str) -> None:
-        """Print `text` and append it to `log.txt`.
-
-        Raises:
-            UserError: the disk is full, or the folder has been removed.
-        """
+        """Print `text` and append it to `log.txt`; a `UserError` if the disk is full."""
         if not self.main:
             return
         print(text, flush=True)
@@ -196,9 +175,7 @@ class RunDir:
                 f"cannot write {path}: {error.strerror}; free some space and continue with --resume"
             ) from error
 
-    def write_options(
-        self, options: dict[str, Any], repository: Path, dist_context: DistributedContext
-    ) -> None:
+    def write_options(self, options: dict[str, Any], dist_context: DistributedContext) -> None:
         """Write `options.json`: command, options, versions and hardware."""
         if not self.main:
             return
@@ -206,7 +183,7 @@ class RunDir:
         record = {
             "command": process_command(size),
             "options": options,
-            "environment": environment(repository),
+            "environment": environment(),
             "hardware": f"{size} x {describe_device(dist_context.device)}",
         }
         write_json(self.path / "options.json", record)

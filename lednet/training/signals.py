@@ -20,12 +20,8 @@ class Action(enum.IntEnum):
 
 
 class TrainingStopped(Exception):
-    """A signal asked the run to stop, and it has been saved.
-
-    Attributes:
-        exit_status: 128 plus the number of the signal: 143 after SIGTERM, 130 after SIGINT, 129
-            after SIGHUP.
-    """
+    """A signal asked the run to stop, and it has been saved. `exit_status` is 128 plus the number
+    of the signal: 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP."""
 
     def __init__(self, number: int):
         verb = "interrupted" if number == signal.SIGINT else "stopped"
@@ -39,10 +35,8 @@ class CheckpointTimer:
     The decision is reduced over all processes.
 
     Args:
-        dist_context: all processes.
         request: signals of this process.
-        every_steps: steps between checkpoints; 0 for no such rule.
-        every_minutes: minutes between checkpoints; 0 for no such rule.
+        every_steps, every_minutes: steps and minutes between checkpoints; 0 for no such rule.
 
     Attributes:
         signal: number of the signal that stops the run, once it is known to all processes; or 0.

@@ -16,7 +16,6 @@ class Stage:
     Attributes:
         name: unique name in logs and checkpoints.
         title: name in plots and messages.
-        epochs: number of epochs.
         best_file: name of the file of its best weights in the run folder.
         encoder_file: name of a file of the encoder's weights only; empty for none.
         part: "encoder" (with its 1x1 head) or "decoder" (the full network) in segmentation.
@@ -35,14 +34,8 @@ class Stage:
 
 
 def parse_curriculum(text: str) -> list[tuple[str, int]]:
-    """Parse a curriculum such as "coarse:100,fine:200".
-
-    Returns:
-        Annotations and epochs of each part.
-
-    Raises:
-        UserError: the text has another form.
-    """
+    """Annotations and epochs of each part of a curriculum such as "coarse:100,fine:200"; a
+    `UserError` if the text has another form."""
     matches = [re.fullmatch(r"(\w+):0*([1-9]\d*)", word.strip()) for word in text.split(",")]
     parts = [(match[1], int(match[2])) for match in matches if match and match[1] in TRAINING_PARTS]
     if len(parts) < len(matches):
@@ -54,14 +47,8 @@ def parse_curriculum(text: str) -> list[tuple[str, int]]:
 
 
 def parse_sizes(text: str) -> list[tuple[tuple[int, int], int]]:
-    """Parse sizes and epochs such as "128x256:50,256x512:50".
-
-    Returns:
-        (height, width) and epochs of each part; an empty list for an empty text.
-
-    Raises:
-        UserError: the text has another form.
-    """
+    """(height, width) and epochs of each part of a text such as "128x256:50,256x512:50", which may
+    be empty; a `UserError` if it has another form."""
     words = [word.strip() for word in text.split(",")] if text else []
     number = r"0*([1-9]\d*)"
     matches = [re.fullmatch(f"{number}x{number}:{number}", word) for word in words]
@@ -87,9 +74,6 @@ def plan_stages(
         parts: annotations and epochs, see `parse_curriculum`; a single part without a curriculum.
         encoder_epochs: epochs of the encoder stage; None for no such stage.
         smaller: sizes and epochs, see `parse_sizes`.
-
-    Returns:
-        The stages. The best weights of the last one are those of the run.
     """
     stages, annotations = [], parts[0][0]
     if encoder_epochs is not None:
@@ -103,13 +87,10 @@ def plan_stages(
             Stage(name, f"Full network at {height}x{width}", epochs, f"{name}_best.pth",
                   annotations=annotations, size=(height, width))
         )  # fmt: skip
-    if len(parts) == 1:
-        return [
-            *stages,
-            Stage("decoder", "Stage 2: full network", parts[0][1], annotations=annotations),
-        ]
     for number, (annotations, epochs) in enumerate(parts, 1):
         name, title = f"{annotations}-{number}", f"Full network, {number}: {annotations}"
+        if len(parts) == 1:
+            name, title = "decoder", "Stage 2: full network"
         best_file = BEST_WEIGHTS if number == len(parts) else f"{name}_best.pth"
         stages.append(Stage(name, title, epochs, best_file, annotations=annotations))
     return stages

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lednet.data.classification_transforms import ImageAugmentation
 from lednet.data.transforms import Augmentation
-from lednet.metrics import ConfusionMatrix, none_if_nan
+from lednet.metrics import ConfusionMatrix
 from lednet.model import argmax_at
 from lednet.training.losses import WeightedCrossEntropy, resize_target
 
@@ -68,13 +68,9 @@ class Segmentation(nn.Module):
     ):
         super().__init__()
         self.loss, self.augment = criterion, augmentation
-        self.classes = classes
-
-    def normalize(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return self.augment.normalize(images, target)
+        self.classes, self.normalize = classes, augmentation.normalize
 
     def _confusion(self, counts: Tensor) -> ConfusionMatrix:
-        """The confusion matrix whose counts are `counts`."""
         confusion = ConfusionMatrix(len(self.classes), counts.device)
         confusion.counts = counts
         return confusion
@@ -92,12 +88,8 @@ class Segmentation(nn.Module):
 
     def compute(self, counts: Tensor) -> dict[str, Any]:
         """ "miou", and "class_iou" by class name; None for absent classes."""
-        confusion = self._confusion(counts)
-        ious = [none_if_nan(iou) for iou in confusion.class_iou().tolist()]
-        return {
-            "miou": none_if_nan(confusion.mean_iou()),
-            "class_iou": dict(zip(self.classes, ious, strict=True)),
-        }
+        summary = self._confusion(counts).summary(self.classes)
+        return {name: summary[name] for name in ("miou", "class_iou")}
 
 
 class Classification(nn.Module):
@@ -116,8 +108,8 @@ class Classification(nn.Module):
         self, augmentation: ImageAugmentation, classes: Sequence[str], label_smoothing: float = 0.0
     ):
         super().__init__()
-        self.augmentation, self.classes = augmentation, classes
-        self.label_smoothing = label_smoothing
+        self.augmentation, self.normalize = augmentation, augmentation.normalize
+        self.classes, self.label_smoothing = classes, label_smoothing
 
     def augment(
         self, images: Tensor, target: Tensor, generator: torch.Generator
@@ -130,18 +122,8 @@ class Classification(nn.Module):
             labels = torch.lerp(labels, uniform, self.label_smoothing)
         return images, labels
 
-    def normalize(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return self.augmentation.normalize(images, target)
-
     def loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            logits: (N, C).
-            target: (N,) int64, or (N, C) float shares.
-
-        Returns:
-            Sum of the cross-entropies, and N.
-        """
+        """Sum of the cross-entropies of logits (N, C), and N; target: (N,), or (N, C) shares."""
         total = F.cross_entropy(logits.float(), target, reduction="sum")
         return total, total.new_tensor(float(len(logits)))
 

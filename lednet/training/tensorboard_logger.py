@@ -15,9 +15,6 @@ class TensorBoardBackend:
     The tag of a curve is "<chart>/<curve>" and its steps are epochs. The tab "Custom scalars"
     shows all curves of a chart together. After a resume, a new file hides the epochs in earlier
     files that are trained again.
-
-    Args:
-        log_dir: folder of the event files. It is created if necessary.
     """
 
     def __init__(self, log_dir: Path):
@@ -47,8 +44,7 @@ class TensorBoardBackend:
                     if epoch >= self._next_epoch:
                         writer.add_scalar(f"{title}/{name}", value, epoch)
         for number, image in enumerate(summary.images, 1):
-            tag = f"{IMAGES_TITLE}/{number}"
-            writer.add_image(tag, image, summary.epoch, dataformats="HWC")
+            writer.add_image(f"{IMAGES_TITLE}/{number}", image, summary.epoch, dataformats="HWC")
         layout = {title: ["Multiline", [f"{re.escape(title)}/"]] for title in summary.charts}
         writer.add_custom_scalars({"Curves": layout})
         writer.flush()  # raises errors of the writer's thread

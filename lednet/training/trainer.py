@@ -38,7 +38,6 @@ class TrainerConfig:
 
     Attributes:
         optimizer: "adam" (betas 0.9 and 0.999, eps 1e-8) or "sgd" (momentum 0.9).
-        lr: initial learning rate.
         weight_decay: L2 penalty on all weights.
         schedule: a key of `lednet.training.lr_schedule.SCHEDULES`.
         warmup_epochs: epochs of linear warm-up before the schedule.
@@ -49,7 +48,6 @@ class TrainerConfig:
         ema_decay: decay of an exponential moving average of the weights, which is then evaluated
             and saved; None for no average. In step n the decay is at most (1 + n) / (10 + n).
         channels_last: use the channels-last memory format for weights and images.
-        compile: compile the network with `torch.compile`.
         cuda_graph: record forward pass, backward pass and optimizer step as one CUDA graph. If
             that is not possible, steps are eager, and `Trainer` reports the reason.
         skip_bad_steps: skip a step whose loss or gradients are not finite. This checks every
@@ -76,7 +74,6 @@ class FinetuneConfig:
     """How a pretrained part of a model is trained.
 
     Attributes:
-        part: the module.
         lr_factor: its learning rate relative to that of the other parameters.
         frozen_epochs: epochs at the start in which it is frozen, in evaluation mode.
     """
@@ -141,10 +138,7 @@ class Trainer:
     Args:
         model: maps images (N, 3, H, W) to logits (N, C, ...); already on the device of
             `dist_context`.
-        task: augmentation, loss and metrics.
         num_epochs: length of the schedule.
-        dist_context: all processes.
-        config: options of the optimization.
         count_training: compute metrics of the training batches too.
         pretrained: a part of `model` with options of its own.
         notify: called with a sentence if steps cannot be recorded as a CUDA graph.
@@ -166,9 +160,8 @@ class Trainer:
     ):
         self.model, self.dist_context, self.config = model, dist_context, config
         self.device = dist_context.device
-        self.task, self.pretrained = task.to(self.device), pretrained
+        self.task, self.pretrained, self.notify = task.to(self.device), pretrained, notify
         self.num_epochs, self.count_training = num_epochs, count_training
-        self.notify = notify
         self.memory_format = torch.contiguous_format
         if config.channels_last:
             self.memory_format = torch.channels_last
@@ -180,10 +173,9 @@ class Trainer:
         self.clock: StageClock | None = None
         self.record: Recorder | None = None
         if config.cuda_graph:
+            self.record = record_cuda_graph
             if obstacle := self._graph_obstacle():
                 self._disable_graph(obstacle)
-            else:
-                self.record = record_cuda_graph
         self._captured: CapturedStep | None = None
         self._freeze(self._frozen_in(self.epoch))
         self.optimizer = self._make_optimizer()
@@ -199,18 +191,14 @@ class Trainer:
 
     def _make_optimizer(self) -> Optimizer:
         """The optimizer; its last parameter group is the pretrained part, if there is one."""
-        config = self.config
-        part = [] if self.pretrained is None else list(self.pretrained.part.parameters())
-        known = {id(parameter) for parameter in part}
-        groups = [{"params": [p for p in self.model.parameters() if id(p) not in known]}]
-        if self.pretrained is not None:
-            groups.append({"params": part})
-        fused = self.device.type in ("cpu", "cuda")
-        options: dict[str, Any] = {
-            "lr": config.lr, "weight_decay": config.weight_decay, "fused": fused,
-        }  # fmt: skip
+        parts = [] if self.pretrained is None else [list(self.pretrained.part.parameters())]
+        known = {id(parameter) for part in parts for parameter in part}
+        rest = [p for p in self.model.parameters() if id(p) not in known]
+        groups = [{"params": part} for part in (rest, *parts)]
+        options: dict[str, Any] = {"lr": self.config.lr, "weight_decay": self.config.weight_decay}
+        options["fused"] = self.device.type in ("cpu", "cuda")
         optimizer: Optimizer
-        if config.optimizer == "sgd":
+        if self.config.optimizer == "sgd":
             optimizer = SGD(groups, momentum=0.9, **options)
         else:
             optimizer = Adam(groups, betas=(0.9, 0.999), eps=1e-8, **options)
@@ -262,13 +250,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """State of optimizer, scaler and average. That of the model is saved separately."""
-        state: dict[str, Any] = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-        if self.ema is not None:
-            state["average"] = self.ema.state_dict()
-        return state
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return state if self.ema is None else state | {"average": self.ema.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
@@ -427,7 +410,10 @@ class Trainer:
         with self._progress_bar(loader, title) as bar:
             for step, batch in enumerate(loader, first):
                 lr = self._set_lr(step / last, step)
-                images, target = self._augment(batch, (*keys, step, self.dist_context.rank))
+                step_keys = (*keys, step, self.dist_context.rank)
+                seed_everything(*step_keys, 1)  # of dropout
+                images, target = self._to_device(batch)
+                images, target = self.task.augment(images, target, step_generator(*step_keys))
                 update = (step + 1) % self.config.accumulate == 0 or step + 1 == last
                 captured = self._captured_step(images, target)
                 if captured is not None:
@@ -461,24 +447,15 @@ class Trainer:
         if check:
             self._require_finite(losses, loader, title, first)
         rate = (state.images - images_before) / (time.perf_counter() - start)
-        return self._epoch_results(state, rate)
-
-    def _augment(self, batch: Iterable[Tensor], keys: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """A training batch on the device, augmented; also seeds the dropout of the step."""
-        seed_everything(*keys, 1)
-        images, target = self._to_device(batch)
-        return self.task.augment(images, target, step_generator(*keys))
-
-    def _epoch_results(self, state: EpochState, images_per_second: float) -> dict[str, Any]:
-        """Results of `train_one_epoch`, over all processes."""
         self.dist_context.broadcast_buffers(self.model)
         if self.ema is not None:
             self.dist_context.broadcast_buffers(self.ema.module)
         joint, score = state.state(self.dist_context), self.task.score
+        loss_sum, weight_sum = joint["sums"].tolist()
         return {
-            "loss": _mean(joint["sums"]),
+            "loss": loss_sum / max(weight_sum, 1e-12),
             score: self.task.compute(joint["counts"])[score] if self.count_training else None,
-            "images_per_second": images_per_second,
+            "images_per_second": rate,
             **({"skipped": state.skipped} if state.skipped else {}),
         }
 
@@ -490,12 +467,8 @@ class Trainer:
     def _require_finite(
         self, losses: dict[int, float], loader: TrainBatches, title: str, first: int
     ) -> None:
-        """Raise `NonFiniteLoss` in all processes if a loss is not finite in one of them.
-
-        Args:
-            losses: losses by step; of the same steps in all processes.
-            first: number of the first step of `loader`.
-        """
+        """Raise `NonFiniteLoss` in all processes if one of the losses, which are given by step, is
+        not finite in one of them. `first` is the number of the first step of `loader`."""
         bad = [(step, loss) for step, loss in losses.items() if not math.isfinite(loss)]
         if not losses or not self.dist_context.all_reduce_max(len(bad)):
             return
@@ -549,8 +522,3 @@ class Trainer:
             total=len(loader.sampler) * self.dist_context.size, lines=4, desc=title, unit="image",
             disable=not self.dist_context.is_main,
         )  # fmt: skip
-
-
-def _mean(sums: Tensor) -> float:
-    loss_sum, weight_sum = sums.tolist()
-    return loss_sum / max(weight_sum, 1e-12)

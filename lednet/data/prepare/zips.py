@@ -69,16 +69,11 @@ class Archive:
                 )
 
     def extract(self, root: Path, bar: tqdm) -> int:
-        """Write the files that do not exist yet with their size and CRC, each one atomically.
+        """Write the files that do not exist yet with their size and CRC, each one atomically, and
+        return how many. Raises a `UserError` if one is damaged or cannot be written.
 
         An existing file directly in `root`, such as a README, is kept: it may be of another
         archive, or the user's own. `bar` is advanced by the bytes of each file.
-
-        Returns:
-            How many were written.
-
-        Raises:
-            UserError: a file is damaged or cannot be written. Files before it are kept.
         """
         for folder in {(root / member.filename).parent for member in self.files} - {root}:
             if folder.is_dir():
@@ -118,11 +113,8 @@ def _is_complete(path: Path, member: zipfile.ZipInfo) -> bool:
 
 
 def extract_all(archives: list[Archive], root: Path) -> int:
-    """Extract into `root`, which is created if necessary, and return how many files were written.
-
-    Shows a progress bar. Interrupted extractions are resumed. Raises a `UserError` if the disk is
-    too small, or see `Archive.extract`.
-    """
+    """Extract into `root` and return how many files were written, with a progress bar. Raises a
+    `UserError` if the disk is too small, or see `Archive.extract`."""
     members = [member for archive in archives for member in archive.files]
     needed = sum(m.file_size for m in members if not (root / m.filename).exists())
     require_space(root, needed, "what is to be unpacked", "--datadir")

@@ -149,8 +149,14 @@ def _read_torch_file(path: Path) -> dict[str, Any]:
 
 
 def _require_intact(path: Path) -> None:
-    """Check the CRC-32 of each member of the file, which PyTorch writes, from 1.6 on, but does not
-    check. Compressed members are refused: they could expand to more than the memory holds."""
+    """Check the CRC-32 of each member of the file, which PyTorch writes but does not check.
+
+    Files from before PyTorch 1.6 have none.
+
+    Raises:
+        zipfile.BadZipFile: a checksum differs, or the members are compressed, which PyTorch's
+            never are: they could expand to more than the memory holds.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
@@ -198,8 +204,12 @@ _META: dict[str, Callable[[Any], bool]] = {
 
 
 def require_meta(meta: Any, source: str | os.PathLike) -> None:
-    """Raise a `UserError` naming `source` if "meta", the description of data and training that goes
-    with weights, has another form than training writes."""
+    """Check "meta", the description of data and training that goes with weights.
+
+    Raises:
+        UserError: `meta` is no dictionary, or one of its entries has another form than training
+            writes; names `source`.
+    """
     if not isinstance(meta, dict):
         raise UserError(f'the "meta" of {source} is no dictionary: give a file written by training')
     for key, is_valid in _META.items():
@@ -213,7 +223,9 @@ def require_meta(meta: Any, source: str | os.PathLike) -> None:
 def compare_keys(net: nn.Module, state: dict[str, Tensor], part: str = "") -> LoadReport:
     """Compare the keys and shapes of `state` with those of `net`, which is not changed.
 
-    Keys that do not begin with `part`, for instance "encoder.", are reported as skipped.
+    Args:
+        part: prefix of the keys to compare, for instance "encoder."; other keys of `state` are
+            reported as skipped.
     """
     wanted = {key: value.shape for key, value in net.state_dict().items() if key.startswith(part)}
     found = {key: value.shape for key, value in state.items() if key.startswith(part)}
@@ -250,8 +262,12 @@ def require_fit(
 def load_state(
     net: nn.Module, state: dict[str, Tensor], source: str | os.PathLike, part: str = ""
 ) -> LoadReport:
-    """Copy `state` into `net`, all of it or nothing; a `UserError` names `source` if a key is
-    missing, unexpected or of another shape, or a value is infinite or NaN."""
+    """Copy `state` into `net`, all of it or nothing.
+
+    Raises:
+        UserError: a key is missing, unexpected or of another shape, or a value is infinite or NaN;
+            names `source`.
+    """
     report = require_fit(net, state, source, part)
     for key in report.loaded:
         if not state[key].float().isfinite().all():
@@ -278,8 +294,11 @@ def save_checkpoint(path: str | os.PathLike, net: nn.Module, meta: dict, **extra
 
 
 def save_pretrained(folder: str | os.PathLike, net: nn.Module, meta: dict[str, Any]) -> None:
-    """Write a `LEDNet` to a folder in Hugging Face's layout: `CONFIG` and `TENSORS`. `meta` is as
-    `load_model` returns it, in JSON's types."""
+    """Write a `LEDNet` to a folder in Hugging Face's layout: `CONFIG` and `TENSORS`.
+
+    Args:
+        meta: about data and training, as `load_model` returns it, in JSON's types.
+    """
     folder = Path(folder)
     state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
     content = save(state, metadata={"format": "pt"})

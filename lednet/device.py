@@ -33,8 +33,10 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     On CUDA, TF32 is forbidden inside for "fp32" and allowed for the others. PyTorch has one such
     setting for all threads: while threads are inside with different precisions, it is forbidden,
     and the settings from before return when the last one leaves. The backward pass runs outside of
-    it: call `allow_tf32` for training. A `UserError` of fp16 on a CPU, where it overflows and is
-    not faster, and of tf32 without CUDA.
+    it: call `allow_tf32` for training.
+
+    Raises:
+        UserError: fp16 on a CPU, where it overflows and is not faster, or tf32 without CUDA.
     """
     if precision == "fp16" and device.type == "cpu":
         raise UserError("fp16 needs a GPU: choose --precision bf16 or fp32 on a CPU")
@@ -81,8 +83,11 @@ def fast_precisions(device: torch.device) -> tuple[str, ...]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device `name`, a `UserError` if it is not available; "auto" is the first available of
-    CUDA, MPS (Apple) and the CPU."""
+    """The device `name`; "auto" is the first available of CUDA, MPS (Apple) and the CPU.
+
+    Raises:
+        UserError: the device is not available.
+    """
     cuda, mps = torch.cuda.is_available, torch.backends.mps.is_available
     if name == "auto":
         name = "cuda" if cuda() else "mps" if mps() else "cpu"

@@ -41,11 +41,13 @@ def is_skipped(name: str) -> bool:
 def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = None) -> list[Path]:
     """Files in a folder and its subfolders, sorted by path.
 
-    A link to a missing file is included, so that reading it reports the missing file.
-
     Args:
         suffixes: in lower case, with the dot; upper case in file names is accepted. None finds
             files of any suffix.
+
+    Returns:
+        Paths that start with `folder`. A link to a missing file is included, so that reading it
+        reports the missing file.
     """
     return sorted(
         path
@@ -77,8 +79,10 @@ def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 def split_pattern(source: str) -> tuple[Path, str] | None:
     """Split a pattern such as "city [1]/**/*.png" into an existing folder and a pattern below it.
 
-    Brackets and spaces in names of existing folders are not part of the pattern. Returns None if
-    there is no wildcard below them.
+    Brackets and spaces in names of existing folders are not part of the pattern.
+
+    Returns:
+        None if `source` contains no wildcard below its existing folders.
     """
     path = PurePath(source)
     folder, rest = Path(path.anchor), [*path.relative_to(path.anchor).parts]
@@ -130,7 +134,11 @@ def require_content(path: str | os.PathLike) -> None:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """Read a UTF-8 text file, with or without a byte order mark; a `UserError` if it cannot."""
+    """Read a text file that people edit: UTF-8, with or without a byte order mark.
+
+    Raises:
+        UserError: the file cannot be read, or has another encoding.
+    """
     try:
         content = Path(path).read_bytes()
     except OSError as error:

@@ -70,6 +70,9 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     Args:
         repo_id: owner/name.
         revision: branch, tag or commit (default: the main branch).
+
+    Raises:
+        UserError: huggingface_hub is not installed, or there is no such repository.
     """
     try:
         import huggingface_hub
@@ -97,12 +100,16 @@ def weights_checksum(path: str | os.PathLike) -> str:
 
 
 def load_weights(net: nn.Module, path: str | os.PathLike, part: str = "") -> LoadReport:
-    """Load the weights at `path` into `net`, strictly, and return a printable report.
+    """Load the weights at `path` into `net`, strictly.
 
     Args:
         net: a `LEDNet`, a part of one with the same key names, or an `EncoderClassifier`.
         path: as for `resolve_weights`.
-        part: prefix of the keys to load: "" for all, "encoder." for the encoder alone.
+        part: prefix of the keys to load: "" for all, "encoder." for the encoder alone, for
+            instance from pretraining on ImageNet.
+
+    Returns:
+        A report of every key, which can be printed.
 
     Raises:
         UserError: the file cannot be read safely, or a key does not fit. The network is not
@@ -148,8 +155,11 @@ def input_size(
     height: int | None = None,
     width: int | None = None,
 ) -> tuple[int, int]:
-    """Network input size (height, width) in pixels: as requested, as trained, or `default`; a
-    `UserError` if none of them gives a size."""
+    """Network input size (height, width) in pixels: as requested, as trained, or `default`.
+
+    Raises:
+        UserError: none of them gives a size.
+    """
     known = meta.get("size") or default or (None, None)
     height, width = height or known[0], width or known[1]
     if height is None or width is None:

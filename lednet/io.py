@@ -28,7 +28,11 @@ Result = TypeVar("Result")
 
 
 def process_command(processes: int = 1) -> list[str]:
-    """The words of the command that started this process and, by torchrun, `processes` in all."""
+    """The words of the command that started this process: of a script or of `lednet COMMAND`.
+
+    Args:
+        processes: number of processes that torchrun started.
+    """
     launcher = ["torchrun", f"--nproc-per-node={processes}"] if processes > 1 else []
     program, *arguments = sys.argv
     if program.startswith("lednet "):
@@ -131,10 +135,13 @@ def require_writable(
 
 
 def require_space(folder: Path, needed: int, what: str, flag: str) -> None:
-    """Raise a `UserError` if the disk of `folder`, which may not exist yet, has fewer bytes left.
+    """Check that the disk of `folder`, which may not exist yet, has `needed` bytes left.
 
     Args:
         what, flag: what needs the space, and the flag that names the folder, for the message.
+
+    Raises:
+        UserError: the disk has less.
     """
     free = shutil.disk_usage(nearest_existing(folder)).free
     if needed > free:
@@ -163,8 +170,11 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def write_between_marks(path: str | os.PathLike, script: str, text: str) -> None:
-    """Replace the text between the marks of `script` in the Markdown page at `path`; a `UserError`
-    if they are not there."""
+    """Replace the text between the marks of `script` in the Markdown page at `path`.
+
+    Raises:
+        UserError: the page does not contain both marks, in order.
+    """
     marks = f"<!-- {script} writes from here -->", "<!-- to here -->"
     path = Path(path)
     content = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -181,7 +191,11 @@ def plain_values(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Parse a JSON file; a `UserError` if it is missing or not JSON."""
+    """Parse a JSON file.
+
+    Raises:
+        UserError: the file is missing or not JSON.
+    """
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -257,7 +271,11 @@ def read_yaml(path: str | os.PathLike) -> Any:
 
 
 def max_pixels() -> int:
-    """Largest number of pixels of an image; a `UserError` if `LIMIT` is no positive number."""
+    """Largest number of pixels of an image.
+
+    Raises:
+        UserError: the environment variable `LIMIT` is not a positive number.
+    """
     value = os.environ.get(LIMIT, str(DEFAULT_LIMIT))
     if not re.fullmatch("[0-9]{1,18}", value) or int(value) == 0:
         raise UserError(f"{LIMIT} is {value!r}: give a number of pixels")

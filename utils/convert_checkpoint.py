@@ -44,7 +44,11 @@ NO_NORMALIZATION = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
 
 def complete_meta(net: LEDNet, meta: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """`meta`, completed with the entries that files of other projects lack."""
+    """`meta`, completed with the entries that files of other projects lack.
+
+    Raises:
+        UserError: neither the weights nor the flags give the size.
+    """
     scheme = output_scheme(meta, net.num_classes, args.weights)
     default = DEFAULT_SIZES.get(scheme.name.lower())
     return {

@@ -158,7 +158,10 @@ def add_dataset_flags(
 ) -> None:
     """Flags that select a data set and its held-out part.
 
-    `annotations` are choices; `hold_out` and `datadir` are the help of --val-stride and --datadir.
+    Args:
+        annotations: choices of --annotations.
+        hold_out: help text of --val-stride.
+        datadir: help text of --datadir.
     """
     add = flags.add_argument
     add("--dataset", choices=DATASETS, default="cityscapes", help="data set")

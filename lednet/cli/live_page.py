@@ -46,7 +46,11 @@ RUNTIME = [
 
 
 def fetch_runtime() -> bytes:
-    """The archive of ONNX Runtime Web: cached, or else downloaded by `npm pack`."""
+    """The archive of ONNX Runtime Web: cached, or else downloaded by `npm pack`.
+
+    Raises:
+        UserError: npm is not installed, it cannot download, or the archive has another checksum.
+    """
     path = cache_folder() / "npm" / ARCHIVE
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +120,11 @@ def add_model(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def build(folder: Path, weights: Sequence[str | Path] = ()) -> None:
-    """Write the page to `folder`, with the given or else the released weights."""
+    """Write the page to `folder`, with the given or else the released weights.
+
+    Raises:
+        UserError: as `fetch_runtime`, `load_model` and `export`.
+    """
     paths = [resolve_weights(path) for path in weights or list_pretrained()]
     extract_runtime(folder / "runtime")
     models = [add_model(path, folder / "models") for path in paths]

@@ -101,7 +101,10 @@ def print_largest(shares: dict[str, float]) -> None:
 
 
 def split_long_names(items: dict[str, Path], files: FilesOf) -> tuple[dict[str, Path], list[str]]:
-    """Leave out inputs whose results, by `files`, would have too long names.
+    """Leave out inputs whose results would have too long names.
+
+    Args:
+        files: function from the name of an input to the paths of its results.
 
     Returns:
         The inputs that are left, and a sentence for each of the others.
@@ -125,7 +128,8 @@ def open_run(
 ) -> Run:
     """Load the weights, and check that earlier results are of the same settings and files.
 
-    `expected` is the number of images, if there are no videos or cameras.
+    Args:
+        expected: number of images, if there are no videos or cameras.
     """
     options = predictor_options(args) | {"device": context.device}
     predictor = Predictor(args.weights, expected_images=expected, **options)
@@ -161,8 +165,11 @@ def open_run(
 
 
 def run_images(run: Run, images: dict[str, Path]) -> list[str]:
-    """Predict the images that have no results yet, and write the shares of all; returns, in the
-    main process, the errors of skipped images."""
+    """Predict the images that have no results yet, and write the shares of all.
+
+    Returns:
+        In the main process, the errors of skipped images.
+    """
     writer = run.writer(IMAGE_OUTPUTS)
     images, too_long = split_long_names(images, lambda name: writer.image_files(name).values())
     jobs, done = [], []

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def add_cache_flags(parser: argparse.ArgumentParser, default: str) -> None:
-    """--cache, --num-workers, --rebuild and --verify; `default` is the folder without --cache."""
+    """--cache, --num-workers, --rebuild and --verify.
+
+    Args:
+        default: folder that is written without --cache, for the help text.
+    """
     add = parser.add_argument
     add("--cache", type=Path, metavar="DIR", help=f"folder to write (default: {default})")
     add_num_workers_flag(parser, usable_cpus(), "decoding processes; 0 decodes in the main process")
@@ -32,8 +36,12 @@ def build_or_verify(
     parser: argparse.ArgumentParser,
     flags: Sequence[str],
 ) -> None:
-    """Build the cache of `splits` (see `build_cache`) at --cache and open it, or with --verify
-    compare its checksums. `script`, `parser` and `flags` are of the command that messages name."""
+    """Build the cache at --cache and open it, or with --verify compare its checksums.
+
+    Args:
+        splits: the data of each split, by the name of its subfolder.
+        script, parser, flags: of the command that error messages name.
+    """
     from lednet.data.cache import CachedDataset, build_cache, command_line
 
     if not args.verify:

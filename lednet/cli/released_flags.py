@@ -21,7 +21,11 @@ COLOR_FLAGS = ("--datadir", "--subset")
 
 
 def translate(argv: Sequence[str], known: Collection[str]) -> list[str]:
-    """Replace flags of the release in a command line, except `known` ones of the script."""
+    """Replace flags of the release in a command line.
+
+    Args:
+        known: flags of the script, which are left as they are.
+    """
     arguments: list[str] = []
     released: dict[str, str] = {}
     renamed = {*IGNORED, "--loadDir", "--loadWeights", "--cpu"}

@@ -44,7 +44,11 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 def make_server(folder: Path, port: int, handler: type[Handler] = Handler) -> ThreadingHTTPServer:
-    """A server of the files in `folder` on 127.0.0.1."""
+    """A server of the files in `folder` on 127.0.0.1.
+
+    Raises:
+        UserError: the port is taken.
+    """
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), partial(handler, directory=str(folder)))
     except OSError as error:

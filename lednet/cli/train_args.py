@@ -40,7 +40,11 @@ def add_loading_flags(data: Flags) -> None:
 
 
 def add_recipe_flags(recipe: Flags, optimizer: str) -> None:
-    """Flags whose defaults come from a recipe, and others of training by `optimizer`."""
+    """Flags whose defaults come from a recipe, and others of the optimization.
+
+    Args:
+        optimizer: its name, for the help.
+    """
     add = recipe.add_argument
     add("--recipe", default=BASE_RECIPE, metavar="NAME|FILE",
         help="file of options, or the name of one in the script's folder recipes/; flags that are "
@@ -65,7 +69,11 @@ def add_recipe_flags(recipe: Flags, optimizer: str) -> None:
 
 
 def add_run_flags(parser: argparse.ArgumentParser, savedir: str) -> None:
-    """Flags about speed, the run folder (by default `savedir`), checkpoints and loggers."""
+    """Flags about speed, the run folder, checkpoints and loggers.
+
+    Args:
+        savedir: default name of the run folder, for the help.
+    """
     add = parser.add_argument_group("speed").add_argument
     add("--precision", choices=PRECISIONS, default="fp32", help="number format")
     add("--channels-last", action="store_true",
@@ -119,6 +127,10 @@ def parse_flags(
     Args:
         run_path: returns the run folder.
         recipes: folder of the recipes that are known by name.
+        argv: arguments (default: those of the process).
+
+    Raises:
+        UserError: a value is invalid, there is no run to resume, or its options are damaged.
     """
     set_recipe(parser, recipe_path(BASE_RECIPE, recipes))  # first: --help shows its values
     args = parser.parse_args(argv)
@@ -178,7 +190,10 @@ def _require_same_options(
 
 
 def require_schedule(args: argparse.Namespace, epochs: int) -> None:
-    """Raise a `UserError` if the warm-up takes all the epochs of a stage."""
+    """
+    Raises:
+        UserError: the warm-up takes all the epochs of a stage.
+    """
     if args.warmup_epochs >= epochs:
         raise UserError(
             f"--warmup-epochs {args.warmup_epochs} leaves nothing of a stage's {epochs} epochs: "

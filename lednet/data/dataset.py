@@ -29,8 +29,11 @@ from lednet.progress import progress_bar
 
 
 def read_label(path: Path, scheme: LabelScheme) -> np.ndarray:
-    """Decode a label file to class indices, (H, W) uint8; void is `IGNORE_INDEX`. A `UserError` as
-    of `read_ids`, or of an id that is not in `scheme`."""
+    """Decode a label file to class indices, (H, W) uint8; void is `IGNORE_INDEX`.
+
+    Raises:
+        UserError: see `lednet.data.image_io.read_ids`; or it has an id that is not in `scheme`.
+    """
     ids = read_ids(path)
     label = scheme.lut[ids]
     if label.min() < 0:
@@ -47,7 +50,10 @@ def read_labeled_image(pair: Sample, size: tuple[int, ...]) -> np.ndarray:
 
     The EXIF orientation is applied, as in prediction, unless only the stored image has the size of
     the label. If both have it, because the image is square or turned by 180 degrees, the first
-    such image of a process is logged. An image of another size is a `UserError`.
+    such image of a process is logged.
+
+    Raises:
+        UserError: damaged, or of another size.
     """
     image = open_image(pair.image)
     height, width = size
@@ -208,15 +214,19 @@ def _count_classes(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
 def pixel_shares(class_counts: np.ndarray) -> np.ndarray:
     """Share of each class of all pixels, (num_classes + 1,) float64 of sum 1, void last.
 
-    `class_counts` are those of `SegmentationDataset.class_counts`.
+    Args:
+        class_counts: (len, num_classes + 1), of `SegmentationDataset.class_counts`.
     """
     total = class_counts.sum(axis=0)
     return total / total.sum()
 
 
 def require_common_class(train: PairDataset, val: PairDataset) -> None:
-    """Read labels until a class is found in both data sets, usually the first two; a `UserError`
-    if there is none, so that nothing can be learned or scored."""
+    """Read labels until a class is found in both data sets, usually the first two.
+
+    Raises:
+        UserError: there is no such class, so that nothing can be learned or scored.
+    """
     parts = {"training": (train, set[int]()), "validation": (val, set[int]())}
     for index in range(max(len(train), len(val))):
         for data, found in parts.values():

@@ -20,8 +20,10 @@ def list_folders(image_folder: Path, label_folder: Path) -> FileIndex:
     """List the files of two folders and their subfolders.
 
     An image and its label have the same name before the suffix. Where several files of a folder
-    have the same name, subfolders count too: `rec1/0.png` and `rec2/0.png` are two images. A
-    missing folder, or one without images, is a `UserError`.
+    have the same name, subfolders count too: `rec1/0.png` and `rec2/0.png` are two images.
+
+    Raises:
+        UserError: a folder does not exist, or there are no images.
     """
     next_step = "check --datadir and the layout in datasets/README.md"
     if image_folder.name == "val":
@@ -60,9 +62,12 @@ def read_class_file(path: str | os.PathLike) -> LabelScheme:
           - {name: field, id: 1}
         ignore: [255]
 
-    Unquoted words such as `no` or `null` are names as written. Ids and colors are whole numbers
-    from 0 to 255; there are at most 254 classes, none of them "void". A `UserError` says what is
-    wrong with a file.
+    Unquoted words such as `no` or `null` are names as written.
+
+    Raises:
+        UserError: the file does not exist, has another structure or an unknown key; an id or color
+            is not a whole number from 0 to 255, an id or name is used twice, a name is empty or
+            "void", or there are more than 254 classes.
     """
     path = Path(path)
     if not path.is_file():

@@ -71,8 +71,11 @@ def _name(source: str | os.PathLike | BinaryIO) -> str:
 
 
 def open_image(source: str | os.PathLike | BinaryIO, limit: int | None = None) -> Image.Image:
-    """Open and decode an image; `source` and `limit` as for `open_header`. A `UserError` if it is
-    missing, damaged, not one of `FORMATS`, or too large."""
+    """Open and decode an image; `source` and `limit` as for `open_header`.
+
+    Raises:
+        UserError: missing, damaged, not one of `FORMATS`, or too large.
+    """
     try:
         image = open_header(source, limit)
         image.info["raw_mode"] = _raw_mode(image)
@@ -143,8 +146,10 @@ def read_ids(source: str | os.PathLike | BinaryIO) -> np.ndarray:
     """Decode a label map to its ids as the file stores them, (H, W) uint8.
 
     Greyscale values are ids at every bit depth (1, 2, 4, 8, or 16 with values below 256). Palette
-    images store ids as palette indices. An alpha channel must be opaque everywhere. Other modes
-    and values, and damaged files, are a `UserError`.
+    images store ids as palette indices. An alpha channel must be opaque everywhere.
+
+    Raises:
+        UserError: missing or damaged, or its mode or values cannot be ids.
     """
     image, name = open_image(source), _name(source)
     ids = np.asarray(image)
@@ -172,7 +177,11 @@ def read_ids(source: str | os.PathLike | BinaryIO) -> np.ndarray:
 
 
 def read_image(path: Path, upright: bool = False) -> np.ndarray:
-    """Decode an image file to RGB, (H, W, 3) uint8; `upright` applies its EXIF orientation."""
+    """Decode an image file to RGB, (H, W, 3) uint8; `upright` applies its EXIF orientation.
+
+    Raises:
+        UserError: missing, damaged, or not an image of at most 16 bits.
+    """
     return to_rgb(open_image(path), upright)
 
 

@@ -78,6 +78,9 @@ class LabelScheme:
         colors: RGB of each class, 0..255.
         file_ids: value in a label file (0..255) -> class index, or `IGNORE_INDEX`. Other values
             are errors in the data.
+
+    Attributes:
+        lut: (256,) int16, `file_ids` as a table; -1 for other values.
     """
 
     name: str
@@ -133,14 +136,21 @@ def _cityscapes(labels: list[Label], target: str, void: int, encoding: str) -> L
 
 
 def cityscapes_scheme(encoding: str = "labelIds") -> LabelScheme:
-    """The 19 evaluated Cityscapes classes; `encoding` is that of the label files: "labelIds" (0 to
-    33) or "labelTrainIds" (0 to 18, void 255)."""
+    """The 19 evaluated Cityscapes classes.
+
+    Args:
+        encoding: values in the label files: "labelIds" (0..33) or "labelTrainIds" (0..18, void
+            255).
+    """
     return _cityscapes(_EVALUATED, "train_id", IGNORE_INDEX, encoding)
 
 
 def cityscapes_id_scheme(encoding: str = "labelIds") -> LabelScheme:
-    """All Cityscapes labels as classes, with their ids as indices, as the benchmark counts; void of
-    the encoding labelTrainIds becomes id 0 (unlabeled)."""
+    """All Cityscapes labels as classes, with their ids as indices, as the benchmark counts.
+
+    Args:
+        encoding: as for `cityscapes_scheme`; void of labelTrainIds becomes id 0 (unlabeled).
+    """
     return _cityscapes(_WITH_ID, "id", 0, encoding)
 
 

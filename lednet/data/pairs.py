@@ -117,8 +117,11 @@ def require_unique(files: dict[str, list[Path]], what: str) -> dict[str, Path]:
 
 
 def pair_files(index: FileIndex) -> list[Sample]:
-    """Pair the images and labels of a split, sorted by name; a `UserError` names those that have no
-    partner or two."""
+    """Pair the images and labels of a split, sorted by name.
+
+    Raises:
+        UserError: some have no partner or two; names the first ones and their number.
+    """
     images = require_unique(index.images, "images")
     if index.labels is None:
         return [Sample(images[name], None) for name in sorted(images)]

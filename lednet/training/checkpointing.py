@@ -24,9 +24,11 @@ class Checkpoints:
         return sorted(self.folder.glob("checkpoint_*.pth"), reverse=True)
 
     def save(self, number: int, net: nn.Module, meta: dict, **state: Any) -> Path:
-        """Write a checkpoint (see `save_checkpoint`), then remove the oldest ones.
+        """Write a checkpoint, then remove the oldest ones.
 
-        `number` is that of the steps so far, by which the files are ordered.
+        Args:
+            number: steps of the run so far, by which the files are ordered.
+            net, meta, state: see `save_checkpoint`.
         """
         path = self.folder / f"checkpoint_{number:09d}.pth"
         save_checkpoint(path, net, meta, **state)
@@ -35,13 +37,16 @@ class Checkpoints:
         return path
 
     def load_latest(self, main: bool = True) -> tuple[Path, dict[str, Any], list[str]]:
-        """Load the newest valid checkpoint; a `UserError` if there is none.
+        """Load the newest valid checkpoint.
 
         Args:
             main: whether this process renames damaged checkpoints to `.damaged`.
 
         Returns:
             Path, content, and a sentence about each newer checkpoint that is damaged.
+
+        Raises:
+            UserError: none is valid.
         """
         warnings: list[str] = []
         for path in self.paths():

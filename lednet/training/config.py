@@ -26,8 +26,11 @@ ABOUT = ("data", "command", "hours", "score")
 
 
 def recipe_path(name: str, folder: Path) -> Path:
-    """The file of the recipe `name`: a path that ends in .yaml, or a name in `folder`; a
-    `UserError` if there is none."""
+    """The file of the recipe `name`: a path that ends in .yaml, or a name in `folder`.
+
+    Raises:
+        UserError: there is no such file.
+    """
     is_path = Path(name).suffix in (".yaml", ".yml")
     path = Path(name) if is_path else folder / f"{name}.yaml"
     if path.is_file():
@@ -39,7 +42,11 @@ def recipe_path(name: str, folder: Path) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The mappings `about` and `options` of a recipe; a `UserError` if an entry is missing."""
+    """The mappings `about` and `options` of a recipe.
+
+    Raises:
+        UserError: it is not YAML, or an entry is missing.
+    """
     content = read_yaml(path)
     content = content if isinstance(content, dict) else {}
     about, options = content.get("about"), content.get("options")

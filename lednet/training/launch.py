@@ -57,6 +57,9 @@ def open_run(
         meta: see `TrainingRun`.
         costs: see `TimeBudget`.
         scheme: see `MetricLogger`.
+
+    Raises:
+        UserError: see `RunDir` and `open_logger`.
     """
     run_dir = RunDir(path, bool(args.resume), timer.dist_context.is_main)
     return TrainingRun(
@@ -102,8 +105,14 @@ def train_run(
 def open_logger(
     args: argparse.Namespace, run_dir: RunDir, scheme: LabelScheme | None = None
 ) -> MetricLogger | None:
-    """The loggers of --visualize and --tensorboard in the main process; a `UserError` if a package
-    is not installed. `scheme`: see `MetricLogger`."""
+    """The loggers of --visualize and --tensorboard, in the main process.
+
+    Args:
+        scheme: see `MetricLogger`.
+
+    Raises:
+        UserError: a package is not installed.
+    """
     backends: list[LoggerBackend] = []
     hint = ""
     try:
@@ -139,10 +148,13 @@ def launch(
     args: argparse.Namespace,
     train: Callable[[argparse.Namespace, DistributedContext, CheckpointTimer], None],
 ) -> None:
-    """Join the other processes, and train with `args`.
+    """Join the other processes, and train.
 
-    Exits with 143, 130 or 129 after SIGTERM, SIGINT or SIGHUP. A `UserError` if the device or its
-    precision is not available, or another process of the run or a loading process has ended.
+    Exits with 143, 130 or 129 after SIGTERM, SIGINT or SIGHUP.
+
+    Raises:
+        UserError: the device or its precision is not available, another process of the run or a
+            data loading process has ended; and what `train` raises.
     """
     with report_lost_process():
         dist_context = init_distributed(args.device)

@@ -43,8 +43,11 @@ class EpochSummary:
 
 
 class LoggerBackend(Protocol):
-    """A destination for epoch summaries. Its methods raise any error that occurs, of which a
-    warning is given that begins with `failure`."""
+    """A destination for epoch summaries. Its methods raise any error that occurs.
+
+    Attributes:
+        failure: the start of the warning about such an error.
+    """
 
     failure: str
 
@@ -108,7 +111,12 @@ class MetricLogger:
 def example_images(
     model: nn.Module, task: Task, loader: Batches, scheme: LabelScheme, count: int
 ) -> list[np.ndarray]:
-    """Input, target and prediction side by side, (H, W, 3) uint8, of the first `count` samples."""
+    """Images of input, target and prediction side by side, (H, W, 3) uint8.
+
+    Args:
+        model: returns logits. Its training mode is restored.
+        count: number of images, from the start of the data set.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -149,9 +149,10 @@ def _is_progress(meta: Any, state: Any) -> bool:
 
 
 def _require_same_classes(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Raise a `UserError` of the first class or label value that a checkpoint has differently.
-
-    Checkpoints of version 0.1 have no label values.
+    """
+    Raises:
+        UserError: the classes of a checkpoint or their label values are not the current ones;
+            names the first difference. Checkpoints of version 0.1 have no label values.
     """
 
     def names(meta: dict[str, Any]) -> dict[tuple[str, int], str]:
@@ -192,8 +193,12 @@ def train_stages(
         build_stage: called when a stage starts or is resumed.
         progress, trainer_state: from `TrainingRun.resume`; None starts with the first stage.
 
+    Returns:
+        The progress at the end.
+
     Raises:
         TrainingStopped: a signal arrived; the step has been finished and everything saved.
+        UserError: the loss is not finite, or data cannot be read.
     """
     names = [stage.name for stage in run.stages]
     progress = progress or Progress(names[0])
@@ -213,7 +218,12 @@ def train_stages(
 
 
 def report_result(run: TrainingRun, progress: Progress, score: str, file: str) -> None:
-    """Log the best score of a finished run, and the paths of curves and weights (`file`)."""
+    """Log the best score of a finished run, and the paths of weights and curves.
+
+    Args:
+        score: name of the score.
+        file: name of the file of the weights.
+    """
     folder, log = run.run_dir.path, run.run_dir.log
     if progress.best_score < 0 or not (folder / file).exists():
         last = next(iter(run.checkpoints.paths()), folder)

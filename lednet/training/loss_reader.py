@@ -15,6 +15,9 @@ class LossReader:
     On a CPU, a loss is read at once. On a GPU, the losses of `READ_EVERY` steps are copied
     together, and are read when the next group has been copied, so that a queue of steps remains.
 
+    Args:
+        device: device of the losses.
+
     Attributes:
         mean: weighted mean of the losses read so far; NaN before the first.
     """
@@ -26,10 +29,15 @@ class LossReader:
         self._copied: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
 
     def add(self, step: int, loss: Tensor, sums: Tensor) -> dict[int, float]:
-        """Add the loss of a step; returns the losses that were read now, by step, often none.
+        """Add the loss of a step.
 
         Args:
+            step: number of the step.
+            loss: scalar.
             sums: (2,) sums of the losses and of their weights in the epoch so far.
+
+        Returns:
+            The losses that were read now, by step; often none.
         """
         self._new[step] = loss.clone()  # a CUDA graph writes the next one to the same memory
         if len(self._new) == (READ_EVERY if self._on_gpu else 1):

@@ -68,13 +68,20 @@ def holds_run(path: Path) -> bool:
 
 
 def require_run(path: Path) -> None:
-    """Raise a `UserError` if there is nothing to resume in the folder `path`."""
+    """
+    Raises:
+        UserError: there is nothing to resume in the folder `path`.
+    """
     if not holds_run(path):
         raise UserError(f"nothing to resume in {path}: start without --resume")
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """Options of the run in the folder `path`; a `UserError` if there is none, or it is damaged."""
+    """Options of the run in the folder `path`.
+
+    Raises:
+        UserError: there is no run, or its file is damaged.
+    """
     require_run(path)
     content = read_json(path / "options.json")
     options = content.get("options") if isinstance(content, dict) else None
@@ -84,7 +91,11 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of the epochs of the run in the folder `path`; a `UserError` if there are none."""
+    """Records of the epochs of the run in the folder `path`.
+
+    Raises:
+        UserError: there is no run, or its first epoch has not ended.
+    """
     require_run(path)
     try:
         lines = (path / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -162,7 +173,11 @@ class RunDir:
             )  # fmt: skip
 
     def log(self, text: str) -> None:
-        """Print `text` and append it to `log.txt`; a `UserError` if the disk is full."""
+        """Print `text` and append it to `log.txt`.
+
+        Raises:
+            UserError: the disk is full, or the folder has been removed.
+        """
         if not self.main:
             return
         print(text, flush=True)

@@ -20,8 +20,12 @@ class Action(enum.IntEnum):
 
 
 class TrainingStopped(Exception):
-    """A signal asked the run to stop, and it has been saved. `exit_status` is 128 plus the number
-    of the signal: 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP."""
+    """A signal asked the run to stop, and it has been saved.
+
+    Attributes:
+        exit_status: 128 plus the number of the signal: 143 after SIGTERM, 130 after SIGINT, 129
+            after SIGHUP.
+    """
 
     def __init__(self, number: int):
         verb = "interrupted" if number == signal.SIGINT else "stopped"

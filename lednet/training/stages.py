@@ -34,8 +34,14 @@ class Stage:
 
 
 def parse_curriculum(text: str) -> list[tuple[str, int]]:
-    """Annotations and epochs of each part of a curriculum such as "coarse:100,fine:200"; a
-    `UserError` if the text has another form."""
+    """Parse a curriculum such as "coarse:100,fine:200".
+
+    Returns:
+        Annotations and epochs of each part.
+
+    Raises:
+        UserError: the text has another form.
+    """
     matches = [re.fullmatch(r"(\w+):0*([1-9]\d*)", word.strip()) for word in text.split(",")]
     parts = [(match[1], int(match[2])) for match in matches if match and match[1] in TRAINING_PARTS]
     if len(parts) < len(matches):
@@ -47,8 +53,14 @@ def parse_curriculum(text: str) -> list[tuple[str, int]]:
 
 
 def parse_sizes(text: str) -> list[tuple[tuple[int, int], int]]:
-    """(height, width) and epochs of each part of a text such as "128x256:50,256x512:50", which may
-    be empty; a `UserError` if it has another form."""
+    """Parse sizes and epochs such as "128x256:50,256x512:50".
+
+    Returns:
+        (height, width) and epochs of each part; an empty list for an empty text.
+
+    Raises:
+        UserError: the text has another form.
+    """
     words = [word.strip() for word in text.split(",")] if text else []
     number = r"0*([1-9]\d*)"
     matches = [re.fullmatch(f"{number}x{number}:{number}", word) for word in words]
@@ -74,6 +86,9 @@ def plan_stages(
         parts: annotations and epochs, see `parse_curriculum`; a single part without a curriculum.
         encoder_epochs: epochs of the encoder stage; None for no such stage.
         smaller: sizes and epochs, see `parse_sizes`.
+
+    Returns:
+        The stages. The best weights of the last one are those of the run.
     """
     stages, annotations = [], parts[0][0]
     if encoder_epochs is not None:

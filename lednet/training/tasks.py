@@ -123,7 +123,14 @@ class Classification(nn.Module):
         return images, labels
 
     def loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the cross-entropies of logits (N, C), and N; target: (N,), or (N, C) shares."""
+        """
+        Args:
+            logits: (N, C).
+            target: (N,) int64, or (N, C) float shares.
+
+        Returns:
+            Sum of the cross-entropies, and N.
+        """
         total = F.cross_entropy(logits.float(), target, reduction="sum")
         return total, total.new_tensor(float(len(logits)))
 

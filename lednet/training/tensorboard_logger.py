@@ -15,6 +15,9 @@ class TensorBoardBackend:
     The tag of a curve is "<chart>/<curve>" and its steps are epochs. The tab "Custom scalars"
     shows all curves of a chart together. After a resume, a new file hides the epochs in earlier
     files that are trained again.
+
+    Args:
+        log_dir: folder of the event files. It is created if necessary.
     """
 
     def __init__(self, log_dir: Path):

@@ -38,8 +38,12 @@ class TimeBudget:
         return time.monotonic() - self._start
 
     def stage(self, number: int, start: float) -> "StageClock | None":
-        """The clock of stage `number`, from 0, which began when `elapsed` was `start`; None without
-        a limit."""
+        """The clock of a stage; None without a limit.
+
+        Args:
+            number: number of the stage, from 0.
+            start: value of `elapsed` when the stage began.
+        """
         if self.limit is None:
             return None
         share = sum(self.costs[: number + 1]) / sum(self.costs)
@@ -47,7 +51,11 @@ class TimeBudget:
 
 
 class StageClock:
-    """Measures how much of a stage's time has passed; `start` and `end` are seconds of `budget`."""
+    """Measures how much of a stage's time has passed.
+
+    Args:
+        start, end: start and end of the stage, in seconds of the budget.
+    """
 
     def __init__(self, budget: TimeBudget, start: float, end: float):
         self.budget, self.start, self.end = budget, start, end

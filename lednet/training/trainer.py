@@ -467,8 +467,12 @@ class Trainer:
     def _require_finite(
         self, losses: dict[int, float], loader: TrainBatches, title: str, first: int
     ) -> None:
-        """Raise `NonFiniteLoss` in all processes if one of the losses, which are given by step, is
-        not finite in one of them. `first` is the number of the first step of `loader`."""
+        """Raise `NonFiniteLoss` in all processes if a loss is not finite in one of them.
+
+        Args:
+            losses: losses by step; of the same steps in all processes.
+            first: number of the first step of `loader`.
+        """
         bad = [(step, loss) for step, loss in losses.items() if not math.isfinite(loss)]
         if not losses or not self.dist_context.all_reduce_max(len(bad)):
             return

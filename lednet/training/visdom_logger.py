@@ -12,7 +12,12 @@ class VisdomBackend:
     """A `LoggerBackend` that draws windows on a visdom server.
 
     All windows are redrawn after each epoch, so that each point appears once, also after a
-    resume or a restart of the server. `name` is that of the visdom environment.
+    resume or a restart of the server.
+
+    Args:
+        name: visdom environment, shown in the page's selector.
+        server: URL of the server without the port.
+        port: port of the server.
     """
 
     def __init__(self, name: str, server: str = "http://localhost", port: int = 8097):

@@ -82,8 +82,11 @@ def _parse_annotation(content: Any) -> Annotation:
 
 
 def draw_labels(annotation: Annotation, encoding: str = "labelIds") -> np.ndarray:
-    """Draw the label image of an annotation, (H, W) uint8: "labelIds" (0..33) or "labelTrainIds"
-    (0..18, void 255)."""
+    """Draw the label image of an annotation, (H, W) uint8.
+
+    Args:
+        encoding: "labelIds" (0..33) or "labelTrainIds" (0..18, void 255).
+    """
     values = {
         label.name: label.id if encoding == "labelIds" else label.train_id
         for label in CITYSCAPES_LABELS

@@ -69,11 +69,16 @@ class Archive:
                 )
 
     def extract(self, root: Path, bar: tqdm) -> int:
-        """Write the files that do not exist yet with their size and CRC, each one atomically, and
-        return how many. Raises a `UserError` if one is damaged or cannot be written.
+        """Write the files that do not exist yet with their size and CRC, each one atomically.
 
         An existing file directly in `root`, such as a README, is kept: it may be of another
         archive, or the user's own. `bar` is advanced by the bytes of each file.
+
+        Returns:
+            How many were written.
+
+        Raises:
+            UserError: a file is damaged or cannot be written. Files before it are kept.
         """
         for folder in {(root / member.filename).parent for member in self.files} - {root}:
             if folder.is_dir():

@@ -22,6 +22,7 @@ class DistributedContext:
     Attributes:
         rank: 0 to size - 1. Only rank 0 writes files.
         size: number of processes.
+        device: device of this process.
     """
 
     rank: int

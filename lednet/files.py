@@ -57,8 +57,10 @@ def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = Non
 
 
 def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Yield the files below a folder. `parents` are device and inode of those above: links may form
-    a loop."""
+    """Yield the files below a folder.
+
+    parents: device and inode of the folders above, to detect links that form a loop.
+    """
     try:
         status = folder.stat()
         here = (status.st_dev, status.st_ino)

@@ -684,8 +684,16 @@ def test_predict_readme_command_labels_the_toy_street(run_inside, tmp_path):
     street = ROOT / "docs/toy_street.png"
     np.testing.assert_array_equal(read(street), toy_scene(1, "val", 1, 400, 200).image)
     result = run_inside(
-        "utils/predict.py", street, "--weights", "toy-d20", "--out", tmp_path,
-        "--backend", "eager", "--device", "cpu",
+        "utils/predict.py",
+        street,
+        "--weights",
+        "toy-d20",
+        "--out",
+        tmp_path,
+        "--backend",
+        "eager",
+        "--device",
+        "cpu",
     )
     assert result.returncode == 0, result.stderr
     label = Predictor("toy-d20", backend="eager")(street).labels

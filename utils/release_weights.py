@@ -28,8 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="folder of all released weights (default: save/released)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md",
                         help="page with the table of released weights (default: docs/results.md)")
-    parser.add_argument("--data", help="name of the data set, for its terms and the tables: CamVid, "
-                                       "Cityscapes or toy streets (default: that of the runs)")
+    parser.add_argument("--data", help="data set of the terms and tables: CamVid, Cityscapes or "
+                                       "toy streets (default: that of the runs)")
     parser.add_argument("--images", help="training images, in words (default: the splits in the "
                                          "options of the runs)")
     parser.add_argument("--limits", default="", metavar="SENTENCE",

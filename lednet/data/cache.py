@@ -77,6 +77,7 @@ class CachedDataset(PairDataset):
 
     Args:
         folder: folder of the split inside the cache.
+        source: the split on disk.
         command: command that builds the cache, for error messages.
 
     Attributes:

@@ -26,6 +26,7 @@ class DeviceLoader(Generic[AnySampler]):
 
     Args:
         dataset: source of the samples.
+        sampler: indices of the samples of an epoch.
         batch_size: samples per batch; the last batch of an epoch may be smaller.
         images: (N, 3, H, W) uint8, the stored samples.
         targets: (N, ...), their labels.

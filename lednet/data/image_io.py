@@ -251,7 +251,8 @@ def match_orientation(
 
     Args:
         operation: see `exif_transpose_op`.
-        size, label_size: width and height of the stored image, and of the label if there is one.
+        size: width and height of the stored image.
+        label_size: those of the label; None if there is none.
 
     Returns:
         `operation`, or None if the upright image does not have the size of the label; and whether

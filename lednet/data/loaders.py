@@ -56,6 +56,7 @@ def make_loaders(
     Args:
         batch_size: images per step and process.
         workers: worker processes of each loader; 0 loads in this process.
+        seed: seed of the shuffling.
         class_counts, class_uniform: see `ClassUniformSampler`; with None and 0 every training
             image is used once per epoch.
         on_device: decode both data sets into the memory of the device now.

@@ -34,8 +34,8 @@ class FileIndex(NamedTuple):
     """The files of a split by the name that matches them, not matched yet.
 
     Attributes:
-        images, labels: files of each name, of which there should be one; no labels where they are
-            withheld.
+        images: image files of each name, of which there should be one.
+        labels: label files of each name; None where they are withheld.
         unused: images in the folders of the split whose format or name is not supported.
         place: location of the split, for messages.
     """

@@ -13,7 +13,9 @@ class Checkpoints:
     """The newest few files `checkpoint_<steps>.pth` of a run folder.
 
     Args:
-        keep: number of checkpoints to keep. With 2, one is left if the other is damaged.
+        folder: the run folder.
+        keep: number of checkpoints to keep, at least 1. With 2, one is left if the other is
+            damaged.
     """
 
     def __init__(self, folder: Path, keep: int = 2):

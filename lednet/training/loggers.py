@@ -32,6 +32,7 @@ class EpochSummary:
 
     Attributes:
         stage: name of the training stage.
+        epoch: number of the epoch, from 1.
         charts: all curves of the stage up to this epoch.
         images: (H, W, 3) uint8 arrays of one size.
     """
@@ -64,6 +65,7 @@ class MetricLogger:
     A backend that raises an error is removed with one warning. Training continues.
 
     Args:
+        backends: destinations of the summaries.
         scheme: class names and colours of the label maps, or None to log no images.
         num_images: number of validation images to log.
     """
@@ -83,6 +85,7 @@ class MetricLogger:
         """Log the last epoch of `records`, the lines of `log.jsonl`.
 
         Args:
+            task: the task that is trained.
             model: returns logits. It is evaluated on the first images of `loader`.
             loader: validation data, uint8.
         """

@@ -34,7 +34,8 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        stage, epoch: name of the current stage, and its finished epochs.
+        stage: name of the current stage.
+        epoch: finished epochs of that stage.
         steps: optimizer steps of all stages.
         best_score: best validation score of that stage; -1 before the first.
         records: lines of `log.jsonl` so far, of all stages.
@@ -75,7 +76,13 @@ class TrainingRun:
 
     Attributes:
         net: the whole network; each stage trains a part of it.
+        stages: all stages of the run.
+        run_dir: the run folder; only the main process writes to it.
+        checkpoints: checkpoints in that folder.
         meta: description of data and classes, stored with the weights.
+        seed: random seed.
+        timer: decides when to save and when to stop.
+        logger: where metrics are shown after each epoch; None for nowhere.
         keep_every: also keep the weights of every n-th epoch; 0 keeps none.
         validate_every: validate after every n-th epoch of a stage and after its last.
         budget: time limit of the run; None for no limit.

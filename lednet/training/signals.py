@@ -39,8 +39,10 @@ class CheckpointTimer:
     The decision is reduced over all processes.
 
     Args:
+        dist_context: all processes.
         request: signals of this process.
-        every_steps, every_minutes: steps and minutes between checkpoints; 0 for no such rule.
+        every_steps: steps between checkpoints; 0 for no such rule.
+        every_minutes: minutes between checkpoints; 0 for no such rule.
 
     Attributes:
         signal: number of the signal that stops the run, once it is known to all processes; or 0.

@@ -16,6 +16,7 @@ class Stage:
     Attributes:
         name: unique name in logs and checkpoints.
         title: name in plots and messages.
+        epochs: number of epochs.
         best_file: name of the file of its best weights in the run folder.
         encoder_file: name of a file of the encoder's weights only; empty for none.
         part: "encoder" (with its 1x1 head) or "decoder" (the full network) in segmentation.

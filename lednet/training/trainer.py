@@ -38,6 +38,7 @@ class TrainerConfig:
 
     Attributes:
         optimizer: "adam" (betas 0.9 and 0.999, eps 1e-8) or "sgd" (momentum 0.9).
+        lr: initial learning rate.
         weight_decay: L2 penalty on all weights.
         schedule: a key of `lednet.training.lr_schedule.SCHEDULES`.
         warmup_epochs: epochs of linear warm-up before the schedule.
@@ -48,6 +49,7 @@ class TrainerConfig:
         ema_decay: decay of an exponential moving average of the weights, which is then evaluated
             and saved; None for no average. In step n the decay is at most (1 + n) / (10 + n).
         channels_last: use the channels-last memory format for weights and images.
+        compile: compile the network with `torch.compile`.
         cuda_graph: record forward pass, backward pass and optimizer step as one CUDA graph. If
             that is not possible, steps are eager, and `Trainer` reports the reason.
         skip_bad_steps: skip a step whose loss or gradients are not finite. This checks every
@@ -74,6 +76,7 @@ class FinetuneConfig:
     """How a pretrained part of a model is trained.
 
     Attributes:
+        part: the module.
         lr_factor: its learning rate relative to that of the other parameters.
         frozen_epochs: epochs at the start in which it is frozen, in evaluation mode.
     """
@@ -138,7 +141,10 @@ class Trainer:
     Args:
         model: maps images (N, 3, H, W) to logits (N, C, ...); already on the device of
             `dist_context`.
+        task: augmentation, loss and metrics.
         num_epochs: length of the schedule.
+        dist_context: all processes.
+        config: options of the optimization.
         count_training: compute metrics of the training batches too.
         pretrained: a part of `model` with options of its own.
         notify: called with a sentence if steps cannot be recorded as a CUDA graph.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from fakes import need
 
 PAGES = sorted(
     path
@@ -132,8 +133,7 @@ def test_script_accepts_documented_command(page, command, monkeypatch, capsys):
 
 def test_notebook_runs(tmp_path):
     """Its code in the order of its cells, which write to a temporary folder."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"needs {package}: pip install '.[deploy]'")
+    need("onnx", "onnxscript", "onnxruntime")
     notebook = json.loads((ROOT / "docs/quickstart.ipynb").read_text(encoding="utf-8"))
     code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     (tmp_path / "notebook.py").write_text("\n".join(code), encoding="utf-8")

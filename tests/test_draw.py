@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, COLORS
+from fakes import content, read
 from PIL import Image
-from test_bad_input import assert_refused
 
 from lednet import LEDNet, UserError, fonts
 from lednet.checkpoint import save_checkpoint
@@ -188,20 +188,11 @@ def draw(run_inside, weights, photos, tmp_path):
     return run
 
 
-def pictures(folder) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
-def read(path) -> np.ndarray:
-    return np.array(Image.open(path))
-
-
 def test_color_script_folder_draws_colors_and_overlays(draw, weights, photos, tmp_path):
-    result = draw("--no-legend", "--alpha", 0.25)
-    assert result.returncode == 0, result.stderr
+    result = draw("--no-legend", "--alpha", 0.25).check()
     assert "2 of 2 images" in result.stdout
     names = [f"{folder}a_{kind}.png" for folder in ("", "sub/") for kind in ("color", "overlay")]
-    assert pictures(tmp_path / "out") == names
+    assert sorted(content(tmp_path / "out")) == names
     scheme = output_scheme({"classes": CLASSES, "colors": COLORS}, 12, weights)
     predictor = Predictor(load_model(weights)[0], (48, 64), backend="eager")
     for folder in ("", "sub/"):
@@ -231,14 +222,14 @@ def test_color_script_results_inside_the_input_are_not_inputs(draw, photos):
     for _ in range(2):
         result = draw("--out", photos / "out", "--outputs", "color")
         assert "of 2 images" in result.stdout, result.stderr
-    assert pictures(photos / "out") == ["a_color.png", "sub/a_color.png"]
+    assert sorted(content(photos / "out")) == ["a_color.png", "sub/a_color.png"]
 
 
 def test_color_script_truncated_image_is_named(draw, photos, tmp_path):
     path = photos / "sub/a.png"
     path.write_bytes(path.read_bytes()[:-200])
-    assert_refused(draw(), str(path), "is damaged")
-    assert pictures(tmp_path / "out") == ["a_color.png", "a_overlay.png"]
+    draw().assert_error(str(path), "is damaged")
+    assert sorted(content(tmp_path / "out")) == ["a_color.png", "a_overlay.png"]
 
 
 @pytest.mark.parametrize(
@@ -252,4 +243,4 @@ def test_color_script_truncated_image_is_named(draw, photos, tmp_path):
 )
 def test_color_script_wrong_options_are_refused(draw, flags, words, tmp_path):
     save_checkpoint(tmp_path / "other.pth", LEDNet(5), {"size": [48, 64], "classes": ["a"]})
-    assert_refused(draw(*(str(flag).format(tmp=tmp_path) for flag in flags)), *words)
+    draw(*(str(flag).format(tmp=tmp_path) for flag in flags)).assert_error(*words)

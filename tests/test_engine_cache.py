@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import need
 from test_inference import SHORT_STAGES
 
 import lednet.model
@@ -21,8 +22,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"needs {package}: pip install '.[deploy]'")
+    need("onnx", "onnxscript", "onnxruntime")
     monkeypatch.setenv("LEDNET_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import content, flip_bit
 from PIL import Image
-from test_bad_input import assert_refused
-from test_cache import content
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
@@ -360,8 +359,7 @@ def test_prepare_imagenet_builds_verifies_and_prints_training_command(run_script
     save(root / "train/ant", "odd.png", palette_image(), transparency=b"\xff\x80\x00")
     folder = root.parent / "the cache"
     flags = ("--datadir", root, "--cache", folder, "--stored-size", 24)
-    result = run_script("datasets/prepare_imagenet.py", *flags, "--workers", 1)
-    assert result.returncode == 0, result.stderr
+    result = run_script("datasets/prepare_imagenet.py", *flags, "--workers", 1).check()
     assert "arning" not in result.stderr, result.stderr
     summary, command = result.stdout.splitlines()
     assert summary == f"{folder}: 11 and 3 images of 3 classes, 24x24; train with"
@@ -374,11 +372,11 @@ def test_prepare_imagenet_builds_verifies_and_prints_training_command(run_script
 
     before = content(folder)
     assert again("--verify").returncode == 0
-    other = again("--stored-size", 30)
-    assert_refused(other, "differs in its size ([24, 24], not [30, 30])", "--rebuild")
+    words = ("differs in its size ([24, 24], not [30, 30])", "--rebuild")
+    again("--stored-size", 30).assert_error(*words)
     path = folder / "val/000000.npy"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
-    assert_refused(again("--verify"), str(path), "prepare_imagenet.py", "--stored-size")
+    flip_bit(path)
+    again("--verify").assert_error(str(path), "prepare_imagenet.py", "--stored-size")
     assert again().returncode == 0 and content(folder) == before
     assert again("--stored-size", 0).returncode == 2
-    assert_refused(again("--datadir", root / "train"), "no folder", "--datadir")
+    again("--datadir", root / "train").assert_error("no folder", "--datadir")

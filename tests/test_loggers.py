@@ -274,12 +274,11 @@ def test_training_without_the_package_is_refused(
 
 def test_training_logs_each_epoch_to_tensorboard(run_inside, camvid, tmp_path):
     run = tmp_path / "run"
-    result = run_inside(
+    run_inside(
         "train/main.py", "--dataset", "camvid", "--datadir", camvid, "--savedir", run,
         "--height", 24, "--width", 32, "--num-epochs", 2, "--batch-size", 5, "--num-workers", 0,
         "--device", "cpu", "--decoder", "--tensorboard",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    ).check()  # fmt: skip
     records, events = read_records(run), read_events(run / "tensorboard")
     for tag, key in (("loss/train", "train_loss"), ("mIoU/val", "val_miou")):
         assert points(events, tag) == [(r["epoch"], pytest.approx(r[key])) for r in records]

@@ -653,8 +653,7 @@ def test_run_of_version_0_1_is_resumed(own_camvid, tmp_path, run_inside):
     assert {"val_stride", "val_prefix", "skip_corrupt"} <= read_options(folder).keys()
     result = run_inside(
         "train/main.py", "--savedir", folder, "--datadir", own_camvid, "--resume",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    ).check()  # fmt: skip
     assert "resuming decoder after epoch 1, 1 batches into the next" in result.stdout
     assert [record["epoch"] for record in read_records(folder)] == [1, 2]
 

@@ -269,8 +269,7 @@ def test_scripts_from_tree_to_predictions(
     small = ("--height", 32, "--width", 32, "--cache", tmp_path / "cache", "--num-workers", 0)
 
     def run(script: str, *flags: object) -> str:
-        result = run_inside(script, *flags)
-        assert result.returncode == 0, result.stderr
+        result = run_inside(script, *flags).check()
         return result.stdout
 
     run("datasets/prepare_cityscapes.py", *data, *aug, *small)

@@ -131,13 +131,6 @@ def test_build_cache_writes_format_version_2(built, source):
         assert stamp == expected
 
 
-def test_getitem_real_images_equal_source(real_data, tmp_path):
-    root = real_data / "data/cityscapes_sample"
-    val = open_source(root, "val", (512, 1024), name="cityscapes")
-    build_cache(tmp_path, {"train": val})
-    assert_same_pairs(open_cached(tmp_path, val), val)
-
-
 def test_open_training_data_default_size_is_that_of_the_data_set(camvid, own_data):
     assert open_training_data("camvid", camvid)[0].size == (360, 480)
     assert open_training_data("camvid", camvid, height=100)[1].size == (100, 480)

@@ -218,13 +218,6 @@ def test_color_script_resumes_and_overwrites(draw, tmp_path):
     assert all(read(out / name).size for name in earlier)
 
 
-def test_color_script_results_inside_the_input_are_not_inputs(draw, photos):
-    for _ in range(2):
-        result = draw("--out", photos / "out", "--outputs", "color")
-        assert "of 2 images" in result.stdout, result.stderr
-    assert sorted(content(photos / "out")) == ["a_color.png", "sub/a_color.png"]
-
-
 def test_color_script_truncated_image_is_named(draw, photos, tmp_path):
     path = photos / "sub/a.png"
     path.write_bytes(path.read_bytes()[:-200])
@@ -235,8 +228,6 @@ def test_color_script_truncated_image_is_named(draw, photos, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--alpha", 2), ("--alpha", "from 0 to 1")),
-        (("--precision", "fp16"), ("fp16 needs a GPU",)),
         (("--out", "{tmp}/photos"), ("photos", "choose another")),
         (("--weights", "{tmp}/other.pth"), ("other.pth", "5 outputs")),
     ],

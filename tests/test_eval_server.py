@@ -287,8 +287,6 @@ def test_incomplete_ground_truth_is_refused(evaluate, toy_cityscapes, tmp_path):
     ("flags", "words"),
     [
         (("--subset", "test", "--report"), ["withheld"]),
-        (("--precision", "fp16"), ["fp16 needs a GPU"]),
-        (("--tile", 16, 16, "--overlap", 16), ["overlap of 16"]),
         (("--weights", "w.pth"), ["w.pth has 12 outputs", "Cityscapes needs 20"]),
     ],
 )

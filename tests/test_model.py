@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import lednet.model
 from lednet import LEDNet
@@ -42,15 +41,6 @@ def net(request) -> LEDNet:
 )
 def test_parameter_counts_equal_the_release(module, count):
     assert count_parameters(module) == count
-
-
-@pytest.mark.parametrize(("variant", "gmac"), [("d20", 11.21), ("d128", 13.08)])
-def test_lednet_multiply_adds_at_512x1024(variant, gmac):
-    with torch.device("meta"):
-        net, x = LEDNet(20, variant).eval(), torch.empty(1, 3, 512, 1024)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(x)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gmac, abs=0.005)
 
 
 @pytest.mark.parametrize("variant", ["d20", "d128"])

@@ -1,13 +1,12 @@
 """Training and scoring with the scripts, from the flags to the files."""
 
 import json
-import shutil
 import socket
 from pathlib import Path
 
 import pytest
 import torch
-from fakes import assert_same_runs, run_main
+from fakes import run_main
 
 from lednet.checkpoint import load_checkpoint
 from lednet.data.labels import cityscapes_scheme
@@ -52,16 +51,6 @@ def test_train_run_folder_is_complete(trained, toy_cityscapes):
     assert "925,663 parameters" in (trained / "model.txt").read_text()
     meta = load_checkpoint(trained / "best.pth")["meta"]
     assert meta["classes"] == list(cityscapes_scheme().classes) and meta["size"] == [32, 64]
-
-
-def test_train_resume_takes_the_options_and_repeats_the_weights(trained, tmp_path, run_inside):
-    folder = tmp_path / "stopped"
-    shutil.copytree(trained, folder)
-    last = "checkpoint_000000008.pth"
-    (folder / last).unlink()
-    result = run_inside("train/main.py", "--savedir", folder, "--resume").check()
-    assert "resuming decoder after epoch 1" in result.stdout
-    assert_same_runs(folder, trained, last, "best.pth")
 
 
 def test_eval_iou_score_equals_the_log(trained, toy_cityscapes, run_inside, tmp_path):

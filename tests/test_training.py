@@ -215,11 +215,12 @@ def test_skip_corrupt_dataset_replaces_and_counts_unreadable_pairs(own_camvid):
     data = SkipCorruptDataset(open_dataset("camvid", own_camvid, "train"))
     valid = [data[i] for i in range(len(data))]
     assert not data.damaged.any()
-    (own_camvid / "train/train_001.png").write_bytes(b"torn")
+    for number in (1, 4):
+        (own_camvid / f"train/train_{number:03d}.png").write_bytes(b"torn")
     (own_camvid / "trainannot/train_002.png").unlink()
-    for index, other in ((0, 0), (1, 3), (2, 3), (3, 3)):
+    for index, other in ((0, 0), (1, 3), (2, 3), (3, 3), (4, 0)):
         assert all(map(torch.equal, data[index], valid[other]))
-    assert data.damaged.nonzero().flatten().tolist() == [1, 2]
+    assert data.damaged.nonzero().flatten().tolist() == [1, 2, 4]
     for path in (own_camvid / "train").iterdir():
         path.write_bytes(b"torn")
     with pytest.raises(UserError, match="is damaged"):

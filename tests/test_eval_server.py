@@ -315,7 +315,7 @@ def test_forward_time_needs_no_data(run_inside, tmp_path):
     result = run_inside(
         "test/eval_forward_time.py", "--variant", "d128", "--height", 32, "--width", 64,
         "--image-height", 64, "--image-width", 128, "--batch-size", 2, "--runs", 2, "--warmup", 1,
-        "--device", "cpu", "--json", tmp_path / "card.json",
+        "--device", "cpu", "--backend", "eager", "--json", tmp_path / "card.json",
     ).check()  # fmt: skip
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["parameters"] == 2_288_140 and card["batch"] == 2

@@ -22,6 +22,7 @@ from fault_injection import (
     kill_process,
     kill_worker_in_writing,
     nothing,
+    remove_image,
     suffer,
 )
 from make_toy_cityscapes import write_toy_cityscapes
@@ -34,7 +35,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 EPOCHS = 3
-CHOSEN = [fault for fault in FAULTS if fault.strike not in (nothing, kill_worker_in_writing)]
+ELSEWHERE = (nothing, kill_worker_in_writing, remove_image)
+CHOSEN = [fault for fault in FAULTS if fault.strike not in ELSEWHERE]
 
 
 @pytest.fixture(scope="module")

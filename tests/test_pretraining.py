@@ -275,9 +275,9 @@ QUICK = ("--recipe", "modern", "--num-epochs", 8, "--warmup-epochs", 1, "--lr", 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Images of three classes, which differ in colour: 12 of each to train, 4 to validate."""
+    """Images of three classes, which differ in colour: 8 of each to train, 2 to validate."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 4)):
+    for split, count in (("train", 8), ("val", 2)):
         for channel, name in enumerate(CLASSES[::-1]):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
@@ -316,7 +316,7 @@ def test_pretraining_learns_colours_and_writes_the_encoder(pretrained):
     assert meta["classes"] == list(CLASSES) and meta["size"] == [32, 32]
     assert meta["mean"] == pytest.approx(IMAGENET_MEAN)
     assert meta["std"] == pytest.approx(IMAGENET_STD)
-    assert meta["provenance"]["images"] == 36
+    assert meta["provenance"]["images"] == 24
     assert "lednet_imagenet.py" in meta["provenance"]["command"]
     best = load_checkpoint(pretrained / "best.pth")["state_dict"]
     assert {"classifier.weight", "classifier.bias"} <= best.keys()
@@ -330,12 +330,12 @@ def test_pretraining_learns_colours_and_writes_the_encoder(pretrained):
 def test_pretraining_from_a_cache_stopped_and_resumed_ends_bit_exactly_the_same(
     pretrain, pretrained, run_inside, images, tmp_path, stop_at
 ):
-    """36 images, four a step: 9 steps an epoch, so that step 18 is the last of an epoch."""
+    """24 images, four a step: 6 steps an epoch, so that step 12 is the last of an epoch."""
     cache = ("--cache", tmp_path / "cache")
     pretrain(tmp_path / "run", *QUICK, *cache).assert_error("datasets/prepare_imagenet.py")
     flags = ("--datadir", images, *cache, "--stored-size", 40, "--workers", 0)
     run_inside("datasets/prepare_imagenet.py", *flags).check()
-    stop_at(3, 18)
+    stop_at(3, 12)
     assert pretrain(tmp_path / "run", *QUICK, *cache).returncode == 143
     assert pretrain(tmp_path / "run", "--resume").returncode == 143
     pretrain(tmp_path / "run", "--resume").check()

@@ -342,8 +342,8 @@ def test_max_minutes_validates_every_stage(toy_cityscapes, run_inside, tmp_path)
         (("--precision", "tf32", "--device", "cpu"), "tf32 needs an NVIDIA GPU"),
     ],
 )
-def test_bad_values_are_refused(flags, message, run_inside, tmp_path):
-    run_inside("train/main.py", "--savedir", tmp_path / "run", *flags).assert_error(message)
+def test_bad_values_are_refused(flags, message, train, tmp_path):
+    train(*flags).assert_error(message)
     assert not (tmp_path / "run").exists()
 
 

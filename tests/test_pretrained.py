@@ -149,7 +149,7 @@ def test_release_run_writes_weights_card_and_table(release, tmp_path):
     assert LEDNet.from_pretrained(tmp_path / "out/new").num_classes == 12
 
 
-def test_release_run_from_released_weights_keeps_history(release, run_inside, camvid, tmp_path):
+def test_release_run_from_released_weights_keeps_history(release, train, tmp_path):
     earlier = [
         {"command": "train --state old.pth", "stages": ["7 epochs at 9x9"], "commit": "c",
          "torch": "t", "hardware": "h"}
@@ -158,10 +158,8 @@ def test_release_run_from_released_weights_keeps_history(release, run_inside, ca
     state = tmp_path / "old"
     save_pretrained(state, network(12), meta)
     for name in ("one", "two"):
-        flags = ("--dataset", "camvid", "--datadir", camvid, "--height", 16, "--width", 24,
-                 "--num-workers", 0, "--device", "cpu", "--num-epochs", 1, "--with-val",
-                 "--decoder", "--state", state, "--savedir", tmp_path / name)  # fmt: skip
-        result = run_inside("train/main.py", *flags).check()
+        flags = ("--with-val", "--decoder", "--state", state, "--savedir", tmp_path / name)
+        train("--height", 16, "--width", 24, *flags).check()
         state = tmp_path / name
     assert load_model(state)[1]["earlier"] == earlier
     result, card, _ = release(tmp_path / "one", state)

@@ -259,9 +259,8 @@ def test_curriculum_stopped_in_each_kind_of_stage_resumes_bit_exactly(
         (("--curriculum", "coarse:1,fine:1"), "coarse"),
     ],
 )
-def test_main_with_invalid_flags_is_refused(run_inside, camvid, tmp_path, flags, message):
-    run = ("--dataset", "camvid", "--datadir", camvid, "--savedir", tmp_path / "run", *SMALL)
-    run_inside("train/main.py", *run, *flags).assert_error(message)
+def test_main_with_invalid_flags_is_refused(train, tmp_path, flags, message):
+    train(*flags).assert_error(message)
     assert not (tmp_path / "run").exists()
 
 
@@ -398,17 +397,12 @@ def test_truncated_image_is_reported_or_skipped(pretrain, images, tmp_path):
 
 
 def test_pretrained_encoder_and_its_normalization_are_kept_after_resuming(
-    run_inside, pretrained, camvid, tmp_path, stop_at
+    train, run_inside, pretrained, tmp_path, stop_at
 ):
     """The encoder is frozen, so that its weights show; its file is needed only at the start."""
     encoder = shutil.copy(pretrained / "encoder.pth", tmp_path)
-    flags = (
-        "--dataset", "camvid", "--datadir", camvid, *SMALL, "--height", 24, "--width", 32,
-        "--num-epochs", 2, "--savedir", tmp_path / "run", "--freeze-encoder", 2,
-        "--pretrainedEncoder", encoder,
-    )  # fmt: skip
     stop_at(2)
-    result = run_inside("train/main.py", *flags)
+    result = train("--num-epochs", 2, "--freeze-encoder", 2, "--pretrainedEncoder", encoder)
     assert result.returncode == 143
     assert "--pretrainedEncoder: " in result.stdout and " 0 missing" in result.stdout
     (tmp_path / "encoder.pth").unlink()

@@ -88,12 +88,9 @@ def test_shipped_recipe_is_read_by_its_script(run_inside, path, tmp_path):
     )
 
 
-def test_own_recipe_overrides_the_papers(run_inside, camvid, tmp_path):
-    recipe = write(tmp_path / "mine.yaml", "{num_epochs: 1, lr: 0.002, clip_norm: 5}")
-    flags = ("--dataset", "camvid", "--datadir", camvid, "--height", 24, "--width", 32,
-             "--num-workers", 0, "--device", "cpu", "--decoder", "--batch-size", 2,
-             "--savedir", tmp_path / "run")  # fmt: skip
-    run_inside("train/main.py", *flags, "--recipe", recipe).check()
+def test_own_recipe_overrides_the_papers(train, run_inside, tmp_path):
+    recipe = write(tmp_path / "mine.yaml", "{num_epochs: 3, lr: 0.002, clip_norm: 5}")
+    train("--decoder", "--recipe", recipe).check()
     options = json.loads((tmp_path / "run" / "options.json").read_text())["options"]
     expected = {"lr": 0.002, "clip_norm": 5, "num_epochs": 1, "batch_size": 2,
                 "weight_decay": 1e-4, "augment": "paper", "recipe": str(recipe)}  # fmt: skip

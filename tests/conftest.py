@@ -130,6 +130,20 @@ def own_camvid(tmp_path) -> Path:
     return make_camvid(tmp_path / "camvid")
 
 
+@pytest.fixture
+def train(run_inside, camvid, tmp_path):
+    """Train on the small CamVid tree, to `tmp_path / "run"`. Later flags override."""
+
+    def run(*flags: object) -> Result:
+        return run_inside(
+            "train/main.py", "--dataset", "camvid", "--datadir", camvid, "--savedir",
+            tmp_path / "run", "--height", 24, "--width", 32, "--batch-size", 2, "--num-epochs", 1,
+            "--num-workers", 0, "--device", "cpu", *flags,
+        )  # fmt: skip
+
+    return run
+
+
 CLASSES = [f"class {i}" for i in range(11)]
 COLORS = [[20 * i, 255 - 20 * i, 7 * i] for i in range(11)]
 """Of `weights`."""

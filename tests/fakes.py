@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import runpy
 import signal
 import subprocess
@@ -11,9 +12,11 @@ from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from fault_injection import same
+from PIL import Image
 from torch import nn
 
 from lednet.checkpoint import load_checkpoint
@@ -38,6 +41,11 @@ from lednet.training.trainer import Trainer, TrainerConfig
 class Result(subprocess.CompletedProcess):
     """A finished script with its text output."""
 
+    def check(self) -> "Result":
+        """It ended with status 0."""
+        assert self.returncode == 0, self.stdout + self.stderr
+        return self
+
     def assert_error(self, *words: str) -> None:
         """It ended with status 2 and an error of one line that contains all `words`."""
         assert self.returncode == 2, self.stdout + self.stderr
@@ -45,6 +53,38 @@ class Result(subprocess.CompletedProcess):
         assert len(errors) == 1 and "Traceback" not in self.stderr, self.stderr
         for word in words:
             assert word in errors[0]
+
+
+def read(path: Path) -> np.ndarray:
+    """Pixels of an image file."""
+    return np.array(Image.open(path))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files below a folder by their relative names."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def truncate(path: Path, share: float = 0.5) -> Path:
+    os.truncate(path, int(share * path.stat().st_size))
+    return path
+
+
+def flip_bit(path: Path, at: int = -10) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def need(*packages: str) -> None:
+    """Skip the test where a package is not installed."""
+    for package in packages:
+        pytest.importorskip(package, reason=f"needs {package}: pip install '.[deploy]'")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 class FakeLoggerBackend:

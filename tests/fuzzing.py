@@ -7,8 +7,10 @@ import math
 import os
 import resource
 import signal
+import struct
 import zipfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -52,13 +54,8 @@ def ends_well(call: Callable[[], Any], *names: object) -> Any:
 
 
 _EXTREMES = [
-    b"\0",
-    b"\xff",
-    b"\0\0\0\0",
-    b"\xff\xff\xff\xff",
-    b"\x7f\xff\xff\xff",
-    b"\xff\xff\xff\x7f",
-]
+    b"\0", b"\xff", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f",
+]  # fmt: skip
 
 
 @st.composite
@@ -140,6 +137,14 @@ def zip_of(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes
         for name, content in members.items():
             archive.writestr(name, content)
     return buffer.getvalue()
+
+
+def png_of(chunks: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A PNG file of chunks (kind, data)."""
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
 
 
 class Trap:

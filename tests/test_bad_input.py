@@ -4,32 +4,23 @@ import errno
 import json
 import os
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from fakes import Result
+from fakes import Result, truncate
 from fuzzing import Trap
 from PIL import Image
 
 from lednet import LEDNet, UserError
 from lednet.checkpoint import load_checkpoint, save_checkpoint
 
-assert_refused = Result.assert_error
-
 
 @pytest.fixture
-def train(run_inside, own_camvid, tmp_path):
-    """Train on the small CamVid tree, to the run folder `tmp_path / "run"`."""
-
-    def run(*flags: object) -> Result:
-        return run_inside(
-            "train/main.py", "--dataset", "camvid", "--datadir", own_camvid, "--savedir",
-            tmp_path / "run", "--height", 48, "--width", 64, "--batch-size", 2, "--num-epochs", 1,
-            "--num-workers", 1, "--device", "cpu", *flags,
-        )  # fmt: skip
-
-    return run
+def train(train, own_camvid):
+    """Train on a tree that the test may damage, read in a worker process."""
+    return partial(train, "--datadir", own_camvid, "--num-workers", 1)
 
 
 @pytest.fixture
@@ -43,22 +34,10 @@ def score(run_inside, own_camvid, tmp_path):
     return run
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-60])
-
-
-def empty(path):
-    for file in path.iterdir():
-        file.unlink()
-
-
 DAMAGED_DATA = [
-    (lambda d: [empty(d / "val"), empty(d / "valannot")], ["val", "holds no images"]),
     (lambda d: (d / "trainannot/train_001.png").unlink(), ["1 of 5 images have no label (train"]),
-    (lambda d: (d / "val/val_002.png").unlink(), ["1 of 3 labels have no image (val_002)"]),
     # In a worker process:
     (lambda d: truncate(d / "train/train_003.png"), ["train_003.png is damaged", "copy it again"]),
-    (lambda d: Image.new("L", (60, 48)).save(d / "trainannot/train_000.png"), ["0.png is 60x48"]),
     (lambda d: Image.fromarray(np.full((48, 64), 200, np.uint8)).save(
         d / "trainannot/train_002.png"), ["train_002.png holds the id 200", "CamVid"]),
 ]  # fmt: skip
@@ -114,22 +93,22 @@ def test_train_invalid_flag_is_refused(train, tmp_path, monkeypatch, flags, word
 VOID, SKY, CAR = 11, 0, 8
 
 
-@pytest.mark.parametrize("flags", [(), ("--class-weights", "none")])
 @pytest.mark.parametrize(
     ("train_value", "val_value", "words"),
     [
-        (VOID, SKY, ["the training labels of CamVid (5 files) hold void only"]),
-        (SKY, VOID, ["the validation labels of CamVid (3 files) hold void only"]),
-        (SKY, CAR, ["training labels hold sky and validation labels hold car, and no class in"]),
+        (VOID, SKY, "the training labels of CamVid (5 files) hold void only"),
+        (SKY, VOID, "the validation labels of CamVid (3 files) hold void only"),
+        (SKY, CAR, "training labels hold sky and validation labels hold car, and no class in"),
     ],
 )
 def test_train_without_a_common_class_is_refused(
-    train, own_camvid, tmp_path, train_value, val_value, words, flags
+    train, own_camvid, tmp_path, train_value, val_value, words
 ):
     for split, value in (("train", train_value), ("val", val_value)):
         for path in (own_camvid / f"{split}annot").iterdir():
             Image.new("L", (64, 48), value).save(path)
-    train(*flags).assert_error(*words)
+    for flags in ((), ("--class-weights", "none")):
+        train(*flags).assert_error(words)
     assert not list(tmp_path.glob("run/*.pth"))
 
 
@@ -175,18 +154,12 @@ def test_train_invalid_checkpoint_is_not_resumed(train, tmp_path, content, words
 def test_train_reset_head_keeps_all_other_layers(train, tmp_path):
     net = LEDNet(5)
     save_checkpoint(tmp_path / "w.pth", net, {})
-    result = train("--state", tmp_path / "w.pth", "--reset-head", "--lr", 0, "--decoder")
-    assert result.returncode == 0, result.stderr
+    result = train("--state", tmp_path / "w.pth", "--reset-head", "--lr", 0, "--decoder").check()
     assert "are new (decoder.mid, decoder.pooled, encoder_head)" in result.stdout
     found = load_checkpoint(tmp_path / "run/best.pth")["state_dict"]
     kept = {key for key, value in net.named_parameters() if torch.equal(value, found[key])}
     heads = ("decoder.mid", "decoder.pooled", "encoder_head")
     assert kept == {key for key, _ in net.named_parameters() if not key.startswith(heads)}
-
-
-def test_train_in_a_process_reports_the_same_error(run_script, tmp_path):
-    result = run_script("train/main.py", "--datadir", tmp_path / "nowhere", "--device", "cpu")
-    result.assert_error("nowhere", "--datadir")
 
 
 def test_eval_other_classes_are_refused(score, tmp_path):

@@ -16,19 +16,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import assert_same_runs, content, flip_bit, truncate
 from PIL import Image
-from test_bad_input import assert_refused
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from lednet import UserError
-from lednet.checkpoint import load_checkpoint
 from lednet.data import cache, dataset
 from lednet.data.cache import MANIFEST, CachedDataset, build_cache
 from lednet.data.dataset import SegmentationDataset
 from lednet.data.registry import open_dataset, open_training_data
 from lednet.io import write_text
-from lednet.training.run_dir import MEASURED_KEYS
+from lednet.training.run_dir import read_records
 
 SIZE = (36, 44)
 COMMAND = "python build"
@@ -64,11 +63,6 @@ def assert_stale(folder: Path, source: SegmentationDataset, file: str, verify=Fa
     cached = open_cached(folder, source) if verify else None
     with pytest.raises(UserError, match=rf"damaged \(first file: '(.*/)?{file}'\): .*`{COMMAND}`$"):
         cached.verify() if cached else open_cached(folder, source)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @pytest.fixture
@@ -135,13 +129,6 @@ def test_build_cache_writes_format_version_2(built, source):
         states = [(f"{p.parent.name}/{p.name}", p.stat()) for p in pair]
         expected = [value for name, s in states for value in (name, s.st_size, s.st_mtime_ns)]
         assert stamp == expected
-
-
-def test_getitem_real_images_equal_source(real_data, tmp_path):
-    root = real_data / "data/cityscapes_sample"
-    val = open_source(root, "val", (512, 1024), name="cityscapes")
-    build_cache(tmp_path, {"train": val})
-    assert_same_pairs(open_cached(tmp_path, val), val)
 
 
 def test_open_training_data_default_size_is_that_of_the_data_set(camvid, own_data):
@@ -269,15 +256,6 @@ def edit(**changes: object) -> Callable[[Path], None]:
     return change
 
 
-def flip_a_bit(path: Path) -> None:
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-10] + bytes([whole[-10] ^ 4]) + whole[-9:])
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-10])
-
-
 def touch(path: Path, time: int = 1) -> None:
     os.utime(path, ns=(0, path.stat().st_mtime_ns + time))
 
@@ -302,7 +280,7 @@ SHARD, ENTRY, CHANGED = "cache/train/000001.npy", "cache/train/000001.json", "tr
     [
         (SHARD, Path.unlink, "000001.npy", False),
         (SHARD, truncate, "000001.npy", False),
-        (SHARD, flip_a_bit, "000001.npy", True),
+        (SHARD, flip_bit, "000001.npy", True),
         (ENTRY, edit(facts=[[0] * 12] * 2), "000001.npy", True),
         (ENTRY, edit(facts=[[0] * 11] * 2), "000001.json", False),
         (ENTRY, edit(facts=[[0] * 12]), "000001.json", False),
@@ -442,24 +420,19 @@ def test_train_from_cache_equals_training_from_files(run_inside, camvid, tmp_pat
     runs = {"files": ("--num-workers", 1), "cache": ("--num-workers", 0, "--cache", folder)}
 
     refused = run_inside("train/main.py", *data, *recipe, *runs["cache"])
-    assert_refused(refused, f"no cache in {folder}/train")
+    refused.assert_error(f"no cache in {folder}/train")
     command = shlex.split(refused.stderr.split("`")[1])
     assert command[0] == "python" and not folder.exists()
-    result = run_inside(command[1], *command[2:], "--workers", 0)  # the earlier spelling
-    assert result.returncode == 0, result.stderr
+    result = run_inside(command[1], *command[2:], "--workers", 0).check()  # the earlier spelling
     train = shlex.split(result.stdout.splitlines()[-1])
     assert train[1].endswith("train/main.py")
     assert train[2:] == [*map(str, data), "--cache", str(folder)]
 
-    records = {}
     for name, flags in runs.items():
-        result = run_inside("train/main.py", *data, *recipe, *flags, "--savedir", tmp_path / name)
-        assert result.returncode == 0, result.stderr
-        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
-        records[name] = [json.loads(line) | dict.fromkeys(MEASURED_KEYS) for line in lines]
-    assert len(records["files"]) == 2 and records["files"] == records["cache"]
-    states = [load_checkpoint(tmp_path / name / "best.pth")["state_dict"] for name in runs]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    flip_a_bit(folder / "val/000000.npy")
-    verified = run_inside(command[1], *command[2:], "--verify")
-    assert_refused(verified, str(folder / "val/000000.npy"), shlex.join(command))
+        run_inside("train/main.py", *data, *recipe, *flags, "--savedir", tmp_path / name).check()
+    assert len(read_records(tmp_path / "files")) == 2
+    assert_same_runs(tmp_path / "files", tmp_path / "cache", "best.pth")
+    flip_bit(folder / "val/000000.npy")
+    run_inside(command[1], *command[2:], "--verify").assert_error(
+        str(folder / "val/000000.npy"), shlex.join(command)
+    )

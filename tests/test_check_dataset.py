@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from fakes import truncate
 from PIL import Image, ImageFilter
-from test_bad_input import assert_refused
 from test_page import opened
 
 from lednet import UserError
@@ -104,10 +104,6 @@ def edit(path: Path, change) -> None:
 def edit_all(folder: Path, change) -> None:
     for path in folder.iterdir():
         edit(path, change)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def add_palette(path: Path) -> None:
@@ -381,8 +377,7 @@ def test_edge_alignment_separates_matching_and_other_labels():
 
 
 def test_script_exit_status_follows_severity_and_fail_on(check, clean_tree, tree, tmp_path):
-    result = check(clean_tree)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = check(clean_tree).check()
     assert "24 train, 5 val pairs; 0 errors, 0 warnings, 0 notes" in result.stdout
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"report.html", "report.json", "sheet.png"}
@@ -397,7 +392,7 @@ def test_script_exit_status_follows_severity_and_fail_on(check, clean_tree, tree
     assert check(tree, "--fail-on", "never").returncode == 0
     shutil.rmtree(tmp_path / "out")
     for flags in (("--datadir", tmp_path / "nowhere"), ("--workers", -1), ("--images", -1)):
-        assert_refused(check(tree, *flags))
+        check(tree, *flags).assert_error()
     assert not (tmp_path / "out").exists()
 
 
@@ -507,7 +502,7 @@ def test_class_weights_script_prints_the_weights_of_training(run_inside, clean_t
     assert same["weights"][1.2] == read["weights"]["1.2"]
     table = run().stdout
     assert "c=1.1 " in table and "c=1.2 " in table and "24 labels" in table
-    assert_refused(run("--offsets", 1), "more than 1")
+    run("--offsets", 1).assert_error("more than 1")
 
 
 def test_camvid_val_is_reported_as_a_leak_but_a_held_out_recording_is_not(real_data):

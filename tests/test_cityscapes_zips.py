@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import content, flip_bit
 from fuzzing import damaged, ends_well, foreign, json_files
 from hypothesis import given, strategies as st
 from PIL import Image
-from test_bad_input import assert_refused
-from test_cache import content
 from tqdm import tqdm
 
 from lednet import UserError
@@ -117,8 +116,7 @@ def everything() -> dict[str, bytes]:
 def test_prepare_official_zips_writes_complete_tree(zips, prepare, data):
     assert prepare(zips / FINE).returncode == 0 and content(data) == members(FINE)
     shutil.rmtree(data)
-    result = prepare(zips)
-    assert result.returncode == 0, result.stderr
+    result = prepare(zips).check()
     assert content(data) == everything()
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["leftImg8bit.png", "2", "1", "1", "2"] in lines
@@ -151,8 +149,9 @@ def test_prepare_members_outside_the_tree_are_not_extracted(zips, prepare, data,
         "../out.png", "gtFine/../../out.png", "/etc/out.png", "C:/out.png", "..\\out.png",
         f"../{ULM}", f"/{ULM}", "README/x",
     )  # fmt: skip
-    result = prepare(write_zip(zips / "odd.zip", members(FINE) | dict.fromkeys(others, b"no")))
-    assert result.returncode == 0, result.stderr
+    result = prepare(
+        write_zip(zips / "odd.zip", members(FINE) | dict.fromkeys(others, b"no"))
+    ).check()
     assert f"{len(others)} files are not part of the tree" in result.stdout
     assert content(data) == members(FINE) and {*os.listdir(tmp_path)} == {"zips", "data"}
 
@@ -186,9 +185,7 @@ def flip_a_bit(path: Path) -> None:
     """In the middle of the bytes of `ULM`."""
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(ULM)
-    whole = bytearray(path.read_bytes())
-    whole[member.header_offset + 30 + len(ULM) + member.compress_size // 2] ^= 1
-    path.write_bytes(whole)
+    flip_bit(path, member.header_offset + 30 + len(ULM) + member.compress_size // 2)
 
 
 LAST = "gtFine/test/bonn/bonn_000000_000019_gtFine_polygons.json"
@@ -213,7 +210,7 @@ def test_prepare_invalid_zip_is_refused_before_extraction(
     if "18 files" in words:
         monkeypatch.setattr(zips_module, "MAX_FILES", len(members(FINE)))
     change(zips / FINE)
-    assert_refused(prepare(zips / IMAGES, zips / FINE), words.replace("...", f"{zips / FINE}"))
+    prepare(zips / IMAGES, zips / FINE).assert_error(words.replace("...", f"{zips / FINE}"))
     assert not data.exists()
 
 
@@ -231,7 +228,7 @@ def test_prepare_damaged_member_is_named_and_preceding_ones_kept(change, zips, p
     if name is LAST and len(path.read_bytes()) > len(good):  # a bomb that declares one byte
         name = NEW
         patch(24, "<I", 1)(path)
-    assert_refused(prepare(path), f"{name} is damaged in {path}", "download the archive again")
+    prepare(path).assert_error(f"{name} is damaged in {path}", "download the archive again")
     before = [*files, NEW]
     before = before[: before.index(name)]
     assert {*content(data)} == {*before}
@@ -244,7 +241,7 @@ def test_prepare_damaged_member_is_named_and_preceding_ones_kept(change, zips, p
 def test_prepare_small_disk_is_refused_before_extraction(zips, prepare, data, monkeypatch):
     usage = shutil.disk_usage(zips)._replace(free=sum(map(len, everything().values())) // 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert_refused(prepare(zips), "what is to be unpacked needs", "free some", "--datadir")
+    prepare(zips).assert_error("what is to be unpacked needs", "free some", "--datadir")
     assert not data.exists()
 
 
@@ -260,7 +257,7 @@ def test_prepare_after_full_disk_resumes(zips, prepare, data, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", failing)
-        assert_refused(prepare(zips), "No space left")
+        prepare(zips).assert_error("No space left")
     assert len(content(data)) == 7 and content(data).items() <= everything().items()
     # A killed process leaves its temporary file.
     (data / "gtCoarse/train/aachen/.aachen_000000_000019.4711.png").write_bytes(b"half")
@@ -272,14 +269,13 @@ def test_prepare_after_full_disk_resumes(zips, prepare, data, monkeypatch):
 
 
 def test_check_tree_missing_files_are_counted_and_named(zips, prepare, data, tmp_path):
-    assert_refused(prepare(tmp_path), "holds none of gtCoarse.zip, ")
-    assert_refused(prepare(), "no folder")
+    prepare(tmp_path).assert_error("holds none of gtCoarse.zip, ")
+    prepare().assert_error("no folder")
     prepare(zips)
     (data / ULM).unlink()
     (data / "leftImg8bit/val/lindau/lindau_000000_000019_leftImg8bit.png").unlink()
     result = prepare()
-    assert_refused(
-        result,
+    result.assert_error(
         "leftImg8bit/val holds 0 *_leftImg8bit.png of 1: unpack leftImg8bit_trainvaltest.zip again",
         "gtFine/train holds 1 *_gtFine_labelIds.png of 2: unpack gtFine_trainvaltest.zip again",
         "1 images of leftImg8bit/train have no label in gtFine/train (ulm_000001_000019): unpack "
@@ -291,10 +287,9 @@ def test_check_tree_missing_files_are_counted_and_named(zips, prepare, data, tmp
     shutil.rmtree(data / "gtFine/train")
     assert prepare().returncode == 0
     (data / f"leftImg8bit/train_extra/troisdorf/{BLACK_FRAME}_leftImg8bit.png").unlink()
-    assert_refused(
-        prepare(),
+    prepare().assert_error(
         f"1 labels of gtCoarse/train_extra have no image in leftImg8bit/train_extra ({BLACK_FRAME})"
-        ": unpack leftImg8bit_trainextra.zip again",
+        ": unpack leftImg8bit_trainextra.zip again"
     )
     # The black frame may be removed from images and labels.
     (data / f"gtCoarse/train_extra/troisdorf/{BLACK_FRAME}_gtCoarse_labelIds.png").unlink()
@@ -302,7 +297,7 @@ def test_check_tree_missing_files_are_counted_and_named(zips, prepare, data, tmp
     assert result.returncode == 0 and "is black" not in result.stdout
     shutil.rmtree(data)
     data.mkdir()
-    assert_refused(prepare(), "holds no files of Cityscapes")
+    prepare().assert_error("holds no files of Cityscapes")
 
 
 # fuzzing of zips
@@ -460,7 +455,7 @@ def test_prepare_draws_missing_labels_and_reports_unreadable_polygons(zips, prep
     bad.write_text("{}")
     (hidden := bad.with_name(f"._{bad.name}")).write_bytes(b"written by macOS")
     result = prepare("--labels-from-polygons")
-    assert_refused(result, f"{bad} is not a Cityscapes annotation", "gtCoarse/val holds 0")
+    result.assert_error(f"{bad} is not a Cityscapes annotation", "gtCoarse/val holds 0")
     assert "._" not in result.stderr
     assert "1 labelIds drawn from polygons" in result.stdout
     bad.write_bytes(good)

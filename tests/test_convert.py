@@ -18,8 +18,7 @@ def test_convert_original_release_is_equal_and_complete(convert, tmp_path, out):
     state = {f"module.{reference_name(key)}": value for key, value in net.state_dict().items()}
     path = tmp_path / "model_best.pth"
     torch.save({"epoch": 7, "arch": "LEDNet", "state_dict": state, "best_acc": 0.1}, path)
-    result = convert("--weights", path, "--out", tmp_path / out)
-    assert result.returncode == 0, result.stderr
+    result = convert("--weights", path, "--out", tmp_path / out).check()
     assert f"{len(state)} loaded, 0 missing, 0 unexpected" in result.stdout
     assert "LEDNet d20, 925,663 parameters, 20 outputs (Cityscapes and void)" in result.stdout
     converted, meta = load_model(tmp_path / out)
@@ -32,8 +31,7 @@ def test_convert_run_keeps_meta_and_drops_training_state(convert, tmp_path):
     meta = {"dataset": "mine", "classes": ["a", "b"], "colors": [[1, 2, 3], [4, 5, 6]],
             "mean": [0.1, 0.2, 0.3], "std": [0.5, 1, 2], "size": [24, 40], "miou": 0.5}  # fmt: skip
     save_checkpoint(tmp_path / "best.pth", LEDNet(3, "d128"), meta, trainer={"optimizer": {}})
-    result = convert("--weights", tmp_path, "--out", tmp_path / "small.pth", "--height", 32)
-    assert result.returncode == 0, result.stderr
+    convert("--weights", tmp_path, "--out", tmp_path / "small.pth", "--height", 32).check()
     content = load_checkpoint(tmp_path / "small.pth")
     assert set(content) == {"state_dict", "meta"}
     assert content["meta"] == meta | {"size": [32, 40], "model": "LEDNet d128"}

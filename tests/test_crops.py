@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from fakes import seeded
 from torchvision.transforms import RandomResizedCrop, v2
 
 from lednet.data import classification_transforms
@@ -22,10 +23,6 @@ from lednet.data.transforms import PRESETS
 
 PLAIN = {"mean": (0, 0, 0), "std": (1 / 255,) * 3}
 """Normalisation that leaves the values 0 to 255."""
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def located(n: int, side: int = 64) -> torch.Tensor:

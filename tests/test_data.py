@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import seeded
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -233,8 +234,7 @@ def test_prepare_cityscapes_one_cache_holds_all_annotations(toy_cityscapes, run_
     for annotations in PARTS:
         flags = ("--datadir", toy_cityscapes, "--cache", tmp_path, "--annotations", annotations,
                  "--height", 24, "--width", 40, "--workers", 0)  # fmt: skip
-        result = run_inside("datasets/prepare_cityscapes.py", *flags)
-        assert result.returncode == 0, result.stderr
+        result = run_inside("datasets/prepare_cityscapes.py", *flags).check()
         command = result.stdout.splitlines()[-1]
         assert (f"--annotations {annotations}" in command) == (annotations != "fine")
         assert all(path.stat().st_mtime_ns == time for path, time in written.items())
@@ -412,10 +412,6 @@ def located(n: int, height: int = 40, width: int = 56) -> tuple[torch.Tensor, to
     label = (rows // 4 * 5 + columns // 4 * 3) % 19
     batch = torch.stack((rows, columns, label + 1)).repeat(n, 1, 1, 1)
     return batch, label.repeat(n, 1, 1)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_resize_transform_keeps_bytes_and_labels():

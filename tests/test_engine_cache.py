@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_inference import SHORT_STAGES
+from fakes import need
+from test_inference import Pointwise
 
-import lednet.model
 from lednet.exporting.common import RunOptions
 from lednet.exporting.wrappers import EndToEndModel
 from lednet.inference import backends, engine_cache
 from lednet.inference.engine_cache import cache_entry, is_cached, open_exported
-from lednet.model import LEDNet
 
 SHAPE = (1, 32, 48)
 IMAGES = np.random.default_rng(0).integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
@@ -21,17 +20,19 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"needs {package}: pip install '.[deploy]'")
+    need("onnx", "onnxscript", "onnxruntime")
     monkeypatch.setenv("LEDNET_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
+def make_graph() -> EndToEndModel:
+    return EndToEndModel(Pointwise(), fold=False).eval()
+
+
 @pytest.fixture
-def graph(monkeypatch) -> EndToEndModel:
-    monkeypatch.setattr(lednet.model, "ENCODER_STAGES", SHORT_STAGES)
+def graph() -> EndToEndModel:
     torch.manual_seed(0)
-    return EndToEndModel(LEDNet(3).eval()).eval()
+    return make_graph()
 
 
 def test_open_exported_second_call_reads_the_cache(cache, graph, monkeypatch):
@@ -48,7 +49,7 @@ def test_cache_entry_depends_on_what_changes_the_file(cache, graph):
         cache_entry(graph, "onnx", SHAPE),
         cache_entry(graph, "openvino", SHAPE),
         cache_entry(graph, "onnx", (2, 32, 48)),
-        cache_entry(EndToEndModel(LEDNet(3)), "onnx", SHAPE),
+        cache_entry(make_graph(), "onnx", SHAPE),
     ]
     graph.pixel_mean += 0.1
     entries.append(cache_entry(graph, "onnx", SHAPE))
@@ -81,7 +82,7 @@ def test_keep_deletes_what_was_not_used_for_longest(cache, tmp_path, monkeypatch
 
 def test_open_exported_unwritable_cache_is_reported(cache, graph, caplog):
     cache.write_text("a file where the folder should be")
-    assert open_exported(graph, "onnx", SHAPE, RunOptions())(IMAGES).shape == (1, 3, 4, 6)
+    assert open_exported(graph, "onnx", SHAPE, RunOptions())(IMAGES).shape == (1, 5, 4, 6)
     assert "is not kept" in caplog.text
 
 

@@ -329,8 +329,7 @@ def test_max_minutes_validates_every_stage(toy_cityscapes, run_inside, tmp_path)
         "--num-epochs", 300, "--batch-size", 2, "--num-workers", 0, "--max-minutes", 0.02,
         "--savedir", tmp_path / "run", "--validate-every", 1000, "--device", "cpu",
         "--cache-device",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    ).check()  # fmt: skip
     last = {record["stage"]: record["val_miou"] for record in read_records(tmp_path / "run")}
     assert last.keys() == {"encoder", "decoder"} and None not in last.values()
     assert (tmp_path / "run/best.pth").is_file() and " left" in result.stdout
@@ -343,9 +342,8 @@ def test_max_minutes_validates_every_stage(toy_cityscapes, run_inside, tmp_path)
         (("--precision", "tf32", "--device", "cpu"), "tf32 needs an NVIDIA GPU"),
     ],
 )
-def test_bad_values_are_refused(flags, message, run_inside, tmp_path):
-    result = run_inside("train/main.py", "--savedir", tmp_path / "run", *flags)
-    assert result.returncode == 2 and message in result.stderr
+def test_bad_values_are_refused(flags, message, train, tmp_path):
+    train(*flags).assert_error(message)
     assert not (tmp_path / "run").exists()
 
 

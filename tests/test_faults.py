@@ -34,7 +34,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 EPOCHS = 3
-CHOSEN = [fault for fault in FAULTS if fault.strike not in (nothing, kill_worker_in_writing)]
+ELSEWHERE = (nothing, kill_worker_in_writing)
+CHOSEN = [fault for fault in FAULTS if fault.strike not in ELSEWHERE]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks import _common, gpu, gpu_legs, gpu_speed
 from benchmarks.gpu_legs import Leg
 from lednet import LEDNet
+from lednet.exporting import formats
 
 PUBLISHED, BEST = "as published, eager, fp32", "folded, graph, bf16"
 
@@ -50,7 +51,9 @@ def test_gpu_dry_run_writes_results_and_summary(run_script, tmp_path):
         ("training", "^device, fp32, eager .* x2$", 1),
     ],
 )
-def test_leg_dry_run_measures_and_checks(leg, name, only, count, toy_cityscapes):
+def test_leg_dry_run_measures_and_checks(leg, name, only, count, toy_cityscapes, monkeypatch):
+    monkeypatch.setattr(formats, "installed", lambda package: False)  # eager networks
+    monkeypatch.setattr(gpu_speed.gc, "collect", lambda: None)  # before each of all measurements
     vars(leg.args).update(data=toy_cityscapes, dataset="cityscapes", only=only)
     getattr(importlib.import_module(f"benchmarks.{gpu.LEGS[name][0]}"), name)(leg)
     rows = {row["name"]: row for row in json.loads(leg.path.read_text())["rows"]}

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+from fuzzing import png_of
 from PIL import Image
 
 from lednet.data import image_io
@@ -23,16 +24,10 @@ def write_png(path, ids, bits, palette):
     shifts = bits * np.arange(8 // bits)[::-1]
     rows = (samples << shifts).sum(axis=2).astype(np.uint8)
 
-    def chunk(kind, data):
-        checksum = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-
     header = struct.pack(">IIBBBBB", width, height, bits, 3 if palette else 0, 0, 0, 0)
-    colors = chunk(b"PLTE", bytes(range(3 * 2**bits))[::-1]) if palette else b""
-    data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + colors + data + chunk(b"IEND", b"")
-    )
+    colors = [(b"PLTE", bytes(range(3 * 2**bits))[::-1])] if palette else []
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    path.write_bytes(png_of([(b"IHDR", header), *colors, (b"IDAT", data), (b"IEND", b"")]))
 
 
 @pytest.mark.parametrize("palette", [False, True])

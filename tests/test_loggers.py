@@ -259,28 +259,17 @@ class TestTensorBoard:
 @pytest.mark.parametrize(
     ("flag", "package"), [("--visualize", "visdom"), ("--tensorboard", "tensorboard")]
 )
-def test_training_without_the_package_is_refused(
-    run_inside, toy_cityscapes, tmp_path, monkeypatch, flag, package
-):
+def test_training_without_the_package_is_refused(train, monkeypatch, flag, package):
     monkeypatch.setitem(sys.modules, package, None)
     loaded = (f"lednet.training.{package}_logger", "tensorboard.", "torch.utils.tensorboard")
     for name in [name for name in sys.modules if name.startswith(loaded)]:
         monkeypatch.delitem(sys.modules, name)
-    run = ("--datadir", toy_cityscapes, "--savedir", tmp_path / "run")
-    result = run_inside("train/main.py", *run, flag)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {flag} needs ") and result.stderr.count("\n") == 1
+    train(flag).assert_error(f"error: {flag} needs ")
 
 
-def test_training_logs_each_epoch_to_tensorboard(run_inside, camvid, tmp_path):
-    run = tmp_path / "run"
-    result = run_inside(
-        "train/main.py", "--dataset", "camvid", "--datadir", camvid, "--savedir", run,
-        "--height", 24, "--width", 32, "--num-epochs", 2, "--batch-size", 5, "--num-workers", 0,
-        "--device", "cpu", "--decoder", "--tensorboard",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    records, events = read_records(run), read_events(run / "tensorboard")
+def test_training_logs_each_epoch_to_tensorboard(train, tmp_path):
+    train("--num-epochs", 2, "--batch-size", 5, "--decoder", "--tensorboard").check()
+    records, events = read_records(tmp_path / "run"), read_events(tmp_path / "run/tensorboard")
     for tag, key in (("loss/train", "train_loss"), ("mIoU/val", "val_miou")):
         assert points(events, tag) == [(r["epoch"], pytest.approx(r[key])) for r in records]
     assert [r["epoch"] for r in records] == [1, 2] and records[0]["process_memory_mb"] > 50

@@ -44,7 +44,7 @@ def built(tmp_path_factory) -> dict[str, Path]:
     for name in filter(None, listed.stdout.split("\0")):
         (tracked / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tracked / name)
-    python("-m", "build", "--sdist", "--outdir", folder, tracked, cwd=folder)
+    python("-m", "build", "--no-isolation", "--sdist", "--outdir", folder, tracked, cwd=folder)
     (sdist,) = folder.glob("lednet-*.tar.gz")
     flags = ("--no-deps", "--disable-pip-version-check", "--wheel-dir", folder)
     python("-m", "pip", "wheel", "-q", *flags, sdist, cwd=folder)

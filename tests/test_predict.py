@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from fakes import read, truncate
 from make_toy_cityscapes import toy_scene
 from PIL import Image
-from test_bad_input import assert_refused
 
 from lednet import LEDNet, UserError
 from lednet.checkpoint import save_checkpoint
@@ -155,11 +155,6 @@ def read_video(path: Path) -> tuple[list[np.ndarray], list[Fraction], Fraction]:
     return [frame.to_ndarray(format="rgb24") for frame in frames], times, rate
 
 
-def truncate(path: Path, share: float) -> Path:
-    os.truncate(path, int(share * path.stat().st_size))
-    return path
-
-
 @pytest.mark.parametrize(
     ("name", "rate", "stamps"),
     [
@@ -216,12 +211,14 @@ def test_video_reader_appended_recordings_follow_each_other(tmp_path):
     np.testing.assert_allclose(seconds, np.arange(120) / 25, atol=1e-3)
 
 
-def test_write_video_keeps_class_colours_apart_and_pads_odd_sides(tmp_path):
+def test_write_video_keeps_class_colours_and_pixel_aspect_and_pads_odd_sides(tmp_path):
     colors = np.array(cityscapes_scheme().colors, np.uint8)
     stripes = colors.repeat(16, axis=0)[None, :-1].repeat(31, axis=0)
     with write_video(tmp_path / "v.mp4", Fraction(25), Fraction(1, 25)) as writer:
-        writer.append(stripes, 0)
+        writer.append(stripes, 0, Fraction(4, 3))
         assert writer.padded
+    with VideoReader(tmp_path / "v.mp4") as reader:
+        assert next(iter(reader)).pixel_aspect == Fraction(4, 3)
     (image,), _, _ = read_video(tmp_path / "v.mp4")
     assert image.shape == (32, 16 * len(colors), 3)
     assert np.abs(image[15, 8::16].astype(int) - colors).max() <= 8
@@ -258,16 +255,8 @@ def test_video_reader_applies_display_matrix(tmp_path, directions, upright):
     assert image.shape == expected.shape and np.abs(image.astype(int) - expected).mean() < 4
 
 
-def test_write_video_keeps_pixel_aspect(tmp_path):
-    with write_video(tmp_path / "a.mp4", Fraction(25), Fraction(1, 25)) as writer:
-        writer.append(scene(0), 0, Fraction(4, 3))
-    with VideoReader(tmp_path / "a.mp4") as reader:
-        assert next(iter(reader)).pixel_aspect == Fraction(4, 3)
-
-
-@pytest.mark.parametrize("name", ["a.ts", "A.MTS", "a.3gp", "a.qt", "a.flv", "a.asf", "a.mxf"])
-def test_predict_takes_every_video_suffix(name):
-    assert Path(name).suffix.lower() in video.VIDEO_SUFFIXES
+def test_predict_takes_every_video_suffix():
+    assert {".ts", ".mts", ".3gp", ".qt", ".flv", ".asf", ".mxf"} <= {*video.VIDEO_SUFFIXES}
 
 
 def test_run_pipeline_hands_results_on_without_keeping_them():
@@ -289,12 +278,8 @@ def test_video_reader_truncated_file_reports_missing_frames(tmp_path, audio):
     assert reader.problem.startswith(f"{path} is damaged or cut short: {len(frames)} of about {of}")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"no video at all\n" * 50, b"ffconcat version 1.0\nfile a.mp4\n", b"#EXTM3U\na.mp4\n"],
-)
+@pytest.mark.parametrize("content", [b"", b"no video at all\n" * 50])
 def test_video_reader_other_content_is_refused(tmp_path, content):
-    make_video(tmp_path / "a.mp4", 3)
     (tmp_path / "v.mp4").write_bytes(content)
     with pytest.raises(VideoError, match=r"v\.mp4 cannot be read as a video"):
         VideoReader(tmp_path / "v.mp4")
@@ -402,10 +387,6 @@ def names(*numbers: int) -> list[str]:
     return [f"{i}_{end}" for i in numbers for end in ("labels.png", "overlay.jpg")]
 
 
-def read(path: Path) -> np.ndarray:
-    return np.array(Image.open(path))
-
-
 def report_in(folder: Path, name: str = "shares.json") -> dict:
     return json.loads((folder / name).read_text())
 
@@ -421,8 +402,7 @@ def shares_of(labels: list[np.ndarray]) -> object:
 
 def test_predict_images_writes_all_outputs_and_shares(predict, photos, weights, out):
     kinds = ("color", "labels", "overlay", "side")
-    result = predict(photos, "--outputs", *kinds, "--image-format", "png")
-    assert result.returncode == 0, result.stderr
+    result = predict(photos, "--outputs", *kinds, "--image-format", "png").check()
     assert "2 of 2 images predicted" in result.stdout
     written = [f"{name}_{kind}.png" for name in ("a", "sub/a") for kind in kinds]
     assert files_in(out) == sorted([*written, "shares.json"])
@@ -491,9 +471,9 @@ def test_predict_interrupted_resumes(predict, many, calls, out):
 
 def test_predict_damaged_image_is_named_and_others_are_done(predict, many, out):
     bad = many / "3.png"
-    truncate(bad, 0.5)
+    truncate(bad)
     result = predict(many)
-    assert_refused(result, str(bad), "is damaged")
+    result.assert_error(str(bad), "is damaged")
     assert "6 of 7 images" in result.stdout
     assert files_in(out) == [*names(0, 1, 2, 4, 5, 6), "shares.json"]
     report = report_in(out)
@@ -503,23 +483,19 @@ def test_predict_damaged_image_is_named_and_others_are_done(predict, many, out):
     assert "1 of 7 images" in predict(many).stdout
     for path in many.iterdir():
         path.write_bytes(b"no image")
-    assert_refused(predict(many, "--overwrite"), "0.png is damaged", "and 4 more")
+    predict(many, "--overwrite").assert_error("0.png is damaged", "and 4 more")
 
 
-def test_predict_image_too_wide_for_jpeg_is_named_and_others_are_done(predict, photos, out):
+def test_predict_unwritable_images_are_named_and_others_are_done(predict, photos, out):
     Image.new("RGB", (65_501, 2)).save(photos / "wide.png")
     result = predict(photos, "--no-legend")
-    assert_refused(result, "wide.png: cannot write", "a JPEG has at most 65,500 pixels a side")
+    result.assert_error("wide.png: cannot write", "a JPEG has at most 65,500 pixels a side")
     assert "2 of 3 images" in result.stdout and (out / "a_overlay.jpg").is_file()
-    assert predict(photos, "--no-legend", "--image-format", "png").returncode == 0
-
-
-def test_predict_too_long_name_is_named_and_others_are_done(predict, photos, out):
-    long = photos / ("\u5199" * 80 + ".png")
-    Image.fromarray(scene(0)).save(long)
-    result = predict(photos)
-    assert result.returncode == 2 and "too long a name" in result.stderr
-    assert (out / "shares.json").is_file() and not list(out.glob("\u5199*"))
+    Image.fromarray(scene(0)).save(photos / ("\u5199" * 80 + ".png"))
+    result = predict(photos, "--no-legend", "--image-format", "png", "--overwrite")
+    result.assert_error("too long a name")
+    assert "3 of 3 images" in result.stdout and not list(out.glob("\u5199*"))
+    assert (out / "wide_overlay.png").is_file() and (out / "shares.json").is_file()
 
 
 def test_predict_results_of_other_files_or_settings_are_refused(predict, photos, weights, out):
@@ -528,11 +504,11 @@ def test_predict_results_of_other_files_or_settings_are_refused(predict, photos,
     torch.manual_seed(9)
     other = weights.with_name("other.pth")
     save_checkpoint(other, LEDNet(12), load_model(weights)[1])
-    assert_refused(predict(photos / "sub/a.png"), "the results for a of", "choose another --out")
+    predict(photos / "sub/a.png").assert_error("the results for a of", "choose another --out")
     for flags in (("--weights", other), ("--alpha", 0.1)):
-        assert_refused(predict(photo, *flags), "holds results with", "--overwrite")
+        predict(photo, *flags).assert_error("holds results with", "--overwrite")
     Image.new("RGB", (33, 44)).save(photo)
-    assert_refused(predict(photo), "before a change")
+    predict(photo).assert_error("before a change")
     assert predict(photo, "--overwrite").returncode == 0
     assert read(out / "a_labels.png").shape == (44, 33)
 
@@ -568,7 +544,7 @@ def test_predict_full_disk_stops_the_run(predict, many, monkeypatch, out):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "fsync", full)
-    assert_refused(predict(many), "cannot write", "No space left")
+    predict(many).assert_error("cannot write", "No space left")
     assert not any(out.iterdir())
 
 
@@ -591,8 +567,7 @@ def test_predict_two_processes_share_the_images(run_script, many, weights, out):
 
 def test_predict_video_writes_all_outputs_and_shares(predict, weights, tmp_path, out):
     source = make_video(tmp_path / "clip.mp4", 12)
-    result = predict(source, "--outputs", "labels", "overlay", "side", "--no-legend")
-    assert result.returncode == 0, result.stderr
+    result = predict(source, "--outputs", "labels", "overlay", "side", "--no-legend").check()
     assert "12 frames" in result.stdout
     maps = [f"clip_labels/{i:06d}.png" for i in range(12)]
     assert files_in(out) == [*maps, "clip_overlay.mp4", "clip_shares.json", "clip_side.mp4"]
@@ -635,7 +610,7 @@ def test_predict_broken_videos_are_reported_and_others_are_done(predict, photos,
     make_video(photos / "d.mkv", 3, size=(47, 63), codec="ffv1")
     result = predict(photos, "--no-legend")
     count = len(read_video(out / "b_overlay.mp4")[0])
-    assert_refused(result, f"{count} of about 60 frames", "c.mp4 cannot be read as a video")
+    result.assert_error(f"{count} of about 60 frames", "c.mp4 cannot be read as a video")
     assert "2 of 2 images" in result.stdout and "3 frames" in result.stdout
     assert "one side of overlay is odd" in result.stdout
     assert read_video(out / "d_overlay.mp4")[0][0].shape == (48, 64, 3)
@@ -654,7 +629,7 @@ def test_predict_without_pyav_refuses_videos_only(predict, monkeypatch, photos, 
         (SimpleNamespace(__version__="14.2.0"), "PyAV 14.2.0 is too old"),
     ):
         monkeypatch.setitem(sys.modules, "av", package)
-        assert_refused(predict(photos), words)
+        predict(photos).assert_error(words)
     assert not out.exists()
     (photos / "clip.mp4").unlink()
     assert predict(photos).returncode == 0
@@ -673,8 +648,7 @@ def test_predict_camera_records_until_it_is_stopped(predict, monkeypatch, out, e
 
     monkeypatch.setattr(VideoWriter, "add", interrupted_add)
     flags = ("--max-frames", 5) if ends == "--max-frames" else ()
-    result = predict("camera:testsrc2=size=64x48", *flags)
-    assert result.returncode == 0, result.stderr
+    predict("camera:testsrc2=size=64x48", *flags).check()
     (path,) = out.glob("*_overlay.mp4")
     images, _, rate = read_video(path)
     assert rate == 25 and (len(images) == 5 if flags else len(images) >= 4)
@@ -683,19 +657,8 @@ def test_predict_camera_records_until_it_is_stopped(predict, monkeypatch, out, e
 def test_predict_readme_command_labels_the_toy_street(run_inside, tmp_path):
     street = ROOT / "docs/toy_street.png"
     np.testing.assert_array_equal(read(street), toy_scene(1, "val", 1, 400, 200).image)
-    result = run_inside(
-        "utils/predict.py",
-        street,
-        "--weights",
-        "toy-d20",
-        "--out",
-        tmp_path,
-        "--backend",
-        "eager",
-        "--device",
-        "cpu",
-    )
-    assert result.returncode == 0, result.stderr
+    flags = ("--weights", "toy-d20", "--out", tmp_path, "--backend", "eager", "--device", "cpu")
+    run_inside("utils/predict.py", street, *flags).check()
     label = Predictor("toy-d20", backend="eager")(street).labels
     np.testing.assert_array_equal(read(tmp_path / "toy_street_labels.png"), label)
     assert (tmp_path / "toy_street_overlay.jpg").stat().st_size > 1000

@@ -134,7 +134,7 @@ def test_release_run_writes_weights_card_and_table(release, tmp_path):
     result, card, _ = release(run, classes=["a", "b"])
     result.assert_error("holds no scores of CamVid")
     result, card, page = release(run)
-    assert result.returncode == 0, result.stderr
+    result.check()
     for words in (
         "0.3457",
         "2 epochs at 8x16, then 1 epochs at 32x64",
@@ -150,7 +150,7 @@ def test_release_run_writes_weights_card_and_table(release, tmp_path):
     assert LEDNet.from_pretrained(tmp_path / "out/new").num_classes == 12
 
 
-def test_release_run_from_released_weights_keeps_history(release, run_inside, camvid, tmp_path):
+def test_release_run_from_released_weights_keeps_history(release, train, tmp_path):
     earlier = [
         {"command": "train --state old.pth", "stages": ["7 epochs at 9x9"], "commit": "c",
          "torch": "t", "hardware": "h"}
@@ -159,15 +159,12 @@ def test_release_run_from_released_weights_keeps_history(release, run_inside, ca
     state = tmp_path / "old"
     save_pretrained(state, network(12), meta)
     for name in ("one", "two"):
-        flags = ("--dataset", "camvid", "--datadir", camvid, "--height", 16, "--width", 24,
-                 "--num-workers", 0, "--device", "cpu", "--num-epochs", 1, "--with-val",
-                 "--decoder", "--state", state, "--savedir", tmp_path / name)  # fmt: skip
-        result = run_inside("train/main.py", *flags)
-        assert result.returncode == 0, result.stderr
+        flags = ("--with-val", "--decoder", "--state", state, "--savedir", tmp_path / name)
+        train("--height", 16, "--width", 24, *flags).check()
         state = tmp_path / name
     assert load_model(state)[1]["earlier"] == earlier
     result, card, _ = release(tmp_path / "one", state)
-    assert result.returncode == 0, result.stderr
+    result.check()
     assert "From the weights old.pth, 7 epochs at 9x9, then 1 epochs at 16x24, then" in card
     assert "val (trained on), 7 images" in card and "Trained on train and val." in card
 

@@ -32,14 +32,12 @@ def test_train_commands_of_the_release_run(run_inside, save, toy_cityscapes):
     more = ("--device", "cpu", "--num-workers", 0)
     steps = ("--steps-loss", 50, "--steps-plot", 0, "--iouVal")
     run = ("--savedir", save.parent / "trained")
-    result = run_inside("train/main.py", *run, "--model", "lednet", *steps, *data, *more)
-    assert result.returncode == 0, result.stderr
+    result = run_inside("train/main.py", *run, "--model", "lednet", *steps, *data, *more).check()
     assert "note: --model has no effect" in result.stderr
     assert (save.parent / "trained/best.pth").is_file()
     shutil.rmtree(save.parent / "trained")
     state = ("--decoder", "--state", "../save/logs/model_best_enc.pth.tar")
-    result = run_inside("train/main.py", *run, "--name", "lednet", *data, *state, *more)
-    assert result.returncode == 0, result.stderr
+    result = run_inside("train/main.py", *run, "--name", "lednet", *data, *state, *more).check()
     assert "Stage 1" not in result.stdout and (save.parent / "trained/best.pth").is_file()
 
 
@@ -49,8 +47,7 @@ def test_evaluation_commands_of_the_release_run(name, run_inside, save, toy_city
     data = ("--datadir", toy_cityscapes, "--subset", "val", "--loadModel", "lednet.py")
     more = {"iou": (), "cityscapes_server": ("--no-speed", "--out", tmp_path / "out")}
     out = more.get(name, ("--out", tmp_path / "out"))
-    result = run_inside(f"test/eval_{name}.py", *data, *weights, "--cpu", *SIZE, *out)
-    assert result.returncode == 0, result.stderr
+    result = run_inside(f"test/eval_{name}.py", *data, *weights, "--cpu", *SIZE, *out).check()
     if name == "cityscapes_color":
         assert "3 of 3 images" in result.stdout
 
@@ -58,8 +55,7 @@ def test_evaluation_commands_of_the_release_run(name, run_inside, save, toy_city
 def test_forward_time_command_of_the_release_runs(run_inside):
     flags = ("--batch-size=2", "--width", 64, "--height", 32, "-m", "lednet")
     small = ("--image-height", 32, "--image-width", 64, "--runs", 2, "--backend", "eager")
-    result = run_inside("test/eval_forward_time.py", *flags, *small)
-    assert result.returncode == 0, result.stderr
+    run_inside("test/eval_forward_time.py", *flags, *small).check()
 
 
 def test_translate_own_flags_are_left_alone():

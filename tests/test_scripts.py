@@ -1,19 +1,17 @@
 """Training and scoring with the scripts, from the flags to the files."""
 
 import json
-import runpy
 import shutil
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from fakes import assert_same_runs, run_main
 
 from lednet.checkpoint import load_checkpoint
 from lednet.data.labels import cityscapes_scheme
-from lednet.training.run_dir import MEASURED_KEYS
+from lednet.training.run_dir import read_records
 
 EPOCHS = [("encoder", 1), ("encoder", 2), ("decoder", 1), ("decoder", 2)]
 
@@ -28,18 +26,12 @@ def flags(toy: Path, folder: Path, *more: object) -> list[str]:
 def trained(toy_cityscapes, tmp_path_factory) -> Path:
     """A run of both stages, two epochs each, on 6 images in batches of 4 and 2."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train/main.py", *flags(toy_cityscapes, folder)])
-        runpy.run_path(str(ROOT / "train/main.py"), run_name="__main__")
+    run_main("train/main.py", *flags(toy_cityscapes, folder))
     return folder
 
 
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def stages(folder: Path) -> list[tuple[str, int]]:
-    return [(record["stage"], record["epoch"]) for record in records(folder)]
+    return [(record["stage"], record["epoch"]) for record in read_records(folder)]
 
 
 def test_train_run_folder_is_complete(trained, toy_cityscapes):
@@ -50,8 +42,8 @@ def test_train_run_folder_is_complete(trained, toy_cityscapes):
         *(f"checkpoint_{number:09d}.pth" for number in (steps, steps - 2)),
     }  # fmt: skip
     assert stages(trained) == EPOCHS
-    assert [r["lr"] for r in records(trained)] == pytest.approx([5e-4, 5e-4 * 0.5**0.9] * 2)
-    for record in records(trained):
+    assert [r["lr"] for r in read_records(trained)] == pytest.approx([5e-4, 5e-4 * 0.5**0.9] * 2)
+    for record in read_records(trained):
         assert record["train_loss"] > 0 and 0 <= record["val_miou"] <= 1
         assert len(record["val_class_iou"]) == 19
     options = json.loads((trained / "options.json").read_text())
@@ -67,25 +59,19 @@ def test_train_resume_takes_the_options_and_repeats_the_weights(trained, tmp_pat
     shutil.copytree(trained, folder)
     last = "checkpoint_000000008.pth"
     (folder / last).unlink()
-    result = run_inside("train/main.py", "--savedir", folder, "--resume")
-    assert result.returncode == 0, result.stderr
+    result = run_inside("train/main.py", "--savedir", folder, "--resume").check()
     assert "resuming decoder after epoch 1" in result.stdout
-    for name in (last, "best.pth"):
-        ours, theirs = (load_checkpoint(path / name)["state_dict"] for path in (folder, trained))
-        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
-    unmeasured = dict.fromkeys(MEASURED_KEYS)
-    assert [r | unmeasured for r in records(folder)] == [r | unmeasured for r in records(trained)]
+    assert_same_runs(folder, trained, last, "best.pth")
 
 
 def test_eval_iou_score_equals_the_log(trained, toy_cityscapes, run_inside, tmp_path):
-    best = max(r["val_miou"] for r in records(trained) if r["stage"] == "decoder")
+    best = max(r["val_miou"] for r in read_records(trained) if r["stage"] == "decoder")
     outputs = {name: tmp_path / name for name in ("out.json", "bars.png", "sheet.png")}
     result = run_inside(
         "test/eval_iou.py", "--weights", trained, "--datadir", toy_cityscapes, "--device", "cpu",
         "--eval-size", "network", "--json", outputs["out.json"], "--plot", outputs["bars.png"],
         "--contact-sheet", outputs["sheet.png"], "--num-workers", 0,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    ).check()  # fmt: skip
     scores = json.loads(outputs["out.json"].read_text())
     assert scores["miou"] == pytest.approx(best, abs=1e-6)
     assert set(scores["class_iou"]) == set(cityscapes_scheme().classes)
@@ -113,10 +99,10 @@ def test_train_starting_points_and_annotations(
         folder = tmp_path / "run"
         args = flags(toy_cityscapes, folder, "--num-epochs", 1, *more)
         result = run_inside("train/main.py", *args)
-    assert result.returncode == 0, result.stderr
+    result.check()
     assert output in result.stdout
     assert stages(folder) == [("decoder", 1)]
     if "--visualize" in more:
         assert result.stderr.count("warning") == 1 and "no visdom server" in result.stderr
-        assert records(folder)[0]["train_miou"] is None
+        assert read_records(folder)[0]["train_miou"] is None
         assert (folder / "decoder_epoch001.pth").is_file()

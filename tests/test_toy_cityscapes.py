@@ -11,9 +11,8 @@ import make_toy_cityscapes as toy
 import numpy as np
 import pytest
 from conftest import ROOT
+from fakes import content, read
 from PIL import Image, ImageDraw
-from test_bad_input import assert_refused
-from test_cache import content
 from toy_scene import compose
 
 from lednet.data.labels import CITYSCAPES_LABELS, IGNORE_INDEX, cityscapes_scheme
@@ -29,10 +28,6 @@ def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy") / "set"
     assert toy.write_toy_cityscapes(folder, **COUNTS, **SIZE, seed=1, workers=1)
     return folder
-
-
-def read(path: Path) -> np.ndarray:
-    return np.array(Image.open(path))
 
 
 def annotations(root: Path, pattern: str = "gt*/*/*/*_labelIds.png") -> list[tuple]:
@@ -164,8 +159,7 @@ def test_strokes_stay_inside_outline():
 def test_script_writes_the_same_files(root, tmp_path, run_inside):
     few = {"train": 3, "val": 1, "test": 1, "train-extra": 1, "width": 128, "height": 64}
     options = [f"--{name}={value}" for name, value in few.items()] + ["--workers=1"]
-    result = run_inside("datasets/make_toy_cityscapes.py", *options, "--out", tmp_path / "set")
-    assert result.returncode == 0, result.stderr
+    run_inside("datasets/make_toy_cityscapes.py", *options, "--out", tmp_path / "set").check()
     written, expected = content(tmp_path / "set"), content(root)
     assert len(written) == 6 + 4 * (4 * 2 + 1 + 1) + 1  # images, annotations, toy.json
     assert all(data == expected[name] for name, data in written.items() if name != "toy.json")
@@ -179,8 +173,7 @@ def test_write_finished_set_changes_nothing(root):
 
 def test_script_foreign_folder_exits_with_status_2(tmp_path, run_inside):
     (tmp_path / "aachen.png").write_bytes(b"real data")
-    result = run_inside("datasets/make_toy_cityscapes.py", "--out", tmp_path)
-    assert_refused(result, str(tmp_path))
+    run_inside("datasets/make_toy_cityscapes.py", "--out", tmp_path).assert_error(str(tmp_path))
     assert content(tmp_path) == {"aachen.png": b"real data"}
     assert toy.build_parser().parse_args([]).out == ROOT / "datasets" / "toy_cityscapes"
 

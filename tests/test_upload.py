@@ -12,7 +12,6 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from test_bad_input import assert_refused
 
 from lednet import UserError
 from lednet.data.image_io import write_label_map
@@ -317,8 +316,7 @@ def test_script_prints_a_line_for_each_problem(run_inside, toy_cityscapes, tmp_p
         write_label_map(folder / prediction_name(frame), IDS)
     command = ("utils/check_upload.py", folder, "--subset", "val", "--datadir", toy_cityscapes,
                "--height", 16, "--width", 32)  # fmt: skip
-    valid = run_inside(*command)
-    assert valid.returncode == 0, valid.stderr
+    valid = run_inside(*command).check()
     assert valid.stdout.startswith("OK: 3 files")
 
     (folder / prediction_name(frames[0])).unlink()
@@ -329,8 +327,7 @@ def test_script_prints_a_line_for_each_problem(run_inside, toy_cityscapes, tmp_p
     errors = [line for line in invalid.stderr.splitlines() if line.startswith("error: ")]
     missing = f"1 frame without a file ({frames[0]})"
     assert_problems(errors, COUNT(2, 3), missing, "2 files of the wrong size")
-    assert_refused(run_inside("utils/check_upload.py", tmp_path / "gone.zip"), "gone.zip")
-    assert_refused(
-        run_inside("utils/check_upload.py", folder, "--datadir", tmp_path),
-        "holds no *_leftImg8bit images",
+    run_inside("utils/check_upload.py", tmp_path / "gone.zip").assert_error("gone.zip")
+    run_inside("utils/check_upload.py", folder, "--datadir", tmp_path).assert_error(
+        "holds no *_leftImg8bit images"
     )

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,17 @@ def photos(tmp_path):
     for i in range(3):
         Image.fromarray(street_like(1, 70 + i, 100)[0]).save(tmp_path / f"photos/{i}.png")
     return tmp_path / "photos"
+
+
+@every_format
+def test_exported_file_takes_read_only_images_without_a_warning(format, exported):
+    run, images = load(exported(format)[0]), street_like(1, *SIZE)
+    expected = run(images.copy())
+    images.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(run(images), expected)
+        reference_logits(LEDNet(20).eval(), images, META)
 
 
 @every_format

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import time
 import warnings
 
 import pytest
@@ -270,9 +271,9 @@ def test_time_budget_is_divided_by_the_costs_of_the_stages(monkeypatch):
     assert TimeBudget(ALONE).stage(0, 0.0) is None
 
 
-def timed_run(folder, minutes: float = 1, resume: bool = False, stop: int = 0):
-    """A run whose clock advances at each reading; returns its learning rates."""
-    rates: list[float] = []
+def timed_run(folder, minutes: float = 1, resume: bool = False, stop: int = 0, rates=None):
+    """A run whose clock advances at each reading; returns its learning rates, also in `rates`."""
+    rates = [] if rates is None else rates
 
     def note_rates(trainer) -> None:
         trainer.optimizer.register_step_pre_hook(
@@ -300,6 +301,14 @@ def test_time_limit_anneals_the_rate_and_validates_the_last_epoch(monkeypatch, t
     assert validated == [False] * (len(validated) - 1) + [True]
     longer = timed_run(tmp_path / "longer", minutes=2)
     assert 1.6 < len(longer) / len(rates) < 2.4
+
+
+def test_time_limit_does_not_reserve_the_time_of_compilation(monkeypatch, tmp_path):
+    """The first step, which compiles the network, says nothing about the time of validation."""
+    FakeClock(monkeypatch)
+    expected, rates, now = timed_run(tmp_path / "run"), [], time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + 1e4 * bool(rates))
+    assert len(timed_run(tmp_path / "compiled", rates=rates)) == len(expected)
 
 
 @pytest.mark.parametrize("version", ["0.1", "now"])

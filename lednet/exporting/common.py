@@ -107,7 +107,7 @@ class ExportedModel:
                 f"{' x '.join(map(str, images.shape[:3]))}: resize the images, or export for "
                 "their size or with --dynamic"
             )
-        return self.run(np.ascontiguousarray(images))
+        return self.run(np.require(images, requirements=["C", "W"]))
 
     @property
     def meta(self) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def reference_logits(net: LEDNet, images: np.ndarray, meta: dict) -> Tensor:
 
     images: (N, H, W, 3) uint8 RGB -> (N, C, ceil(H/8), ceil(W/8))
     """
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    x = torch.tensor(images).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(v).float().view(-1, 1, 1) for v in _normalization(meta))
     return net.decoder(net.encoder((x - mean) / std))
 

@@ -339,12 +339,16 @@ class StageRunner:
         per_process = state.images // self.dist_context.size
         loader.sampler.start = min(per_process, loader.sampler.num_samples)
         lr = trainer.start_epoch(epoch)
-        begin, images_before = time.perf_counter(), state.images
+        # Not of the first step, in which the network may be compiled.
+        begin: tuple[float, int] | None = None
 
         def after_step() -> None:
+            nonlocal begin
             progress.steps += 1
-            if self.clock is not None:  # a validation image takes no longer than a training image
-                seconds = (time.perf_counter() - begin) / (state.images - images_before)
+            if begin is None:
+                begin = time.perf_counter(), state.images
+            elif self.clock is not None:  # a validation image takes no longer than a training image
+                seconds = (time.perf_counter() - begin[0]) / (state.images - begin[1])
                 self.clock.expect_validation(len(self.val_loader.dataset) * seconds)
             self._handle_action(state, self.run.timer.poll(progress.steps))
 

@@ -58,7 +58,7 @@ def write_record(path: Path | None, device: torch.device, results: Row) -> None:
     if path:
         command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         conditions = {"command": command, "device": describe_device(device)}
-        write_json(path, conditions | {"environment": environment(ROOT)} | results)
+        write_json(path, conditions | {"environment": environment()} | results)
 
 
 # Timing

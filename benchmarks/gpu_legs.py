@@ -239,7 +239,7 @@ def machine(leg: Leg) -> None:
 def describe_machine(device: torch.device) -> Row:
     found: Row = {
         "device": describe_device(device),
-        **environment(ROOT),
+        **environment(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "platform": platform.platform(),
     }

@@ -88,12 +88,14 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UserError: the device is not available.
     """
-    cuda, mps = torch.cuda.is_available, torch.backends.mps.is_available
     if name == "auto":
-        name = "cuda" if cuda() else "mps" if mps() else "cpu"
-    if name == "cuda" and not cuda():
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA GPU can be used here: choose --device cpu, or repair the driver")
-    if name == "mps" and not mps():
+    if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("no Apple GPU can be used here: choose --device cpu")
     return torch.device(name)
 

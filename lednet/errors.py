@@ -99,10 +99,12 @@ def exit_on_user_error() -> Iterator[None]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
-        except (UserError, RuntimeError, OSError, MemoryError) as error:
-            known = error if isinstance(error, UserError) else None
-            if known := known or shared_memory_error(error) or memory_error(error):
-                print(f"error: {known}", file=sys.stderr)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(EXIT_STATUS)
+        except (RuntimeError, OSError, MemoryError) as error:
+            if full := shared_memory_error(error) or memory_error(error):
+                print(f"error: {full}", file=sys.stderr)
                 sys.exit(EXIT_STATUS)
             raise
         finally:

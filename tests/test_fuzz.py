@@ -314,6 +314,18 @@ def tagged_tiffs(draw) -> bytes:
     )  # fmt: skip
 
 
+bmps = st.builds(
+    lambda size, width, height, planes, bits, compression, colors, rest: (
+        b"BM" + struct.pack("<IIIIiiHHIIiiII", 200, 0, 54, size, width, height, planes, bits,
+                            compression, 0, 0, 0, colors, 0) + rest
+    ),
+    st.sampled_from([12, 40, 40, 40, 64, 108, 124, 0, 2**31]),
+    *[st.sampled_from([0, 1, 5, 600, -1, -5, 2**31 - 1, -(2**31)])] * 2,
+    st.integers(0, 2), st.sampled_from([1, 4, 8, 16, 24, 32, 0, 7]), st.integers(0, 6),
+    st.sampled_from([0, 2, 256, 257, 2**32 - 1]), st.binary(max_size=300),
+)  # fmt: skip
+
+
 FRAME = "berlin_000000_000019"
 members = st.dictionaries(
     st.sampled_from([f"{FRAME}.png", f"../{FRAME}.png", f"/{FRAME}.png"])
@@ -697,7 +709,7 @@ PARSERS = {
     "log": lines_row("log.jsonl", RECORDS, lambda path: read_records(path.parent)),
     "progress log": lines_row("progress-0.jsonl", PROGRESS_LOG, read_progress),
     "image": one_file(
-        "image.png", IMAGES, chunky_pngs() | tagged_tiffs() | damaged([FLOATS]),
+        "image.png", IMAGES, chunky_pngs() | tagged_tiffs() | bmps | damaged([FLOATS]),
         read_by_all, share=4,
     ),
     "submission": one_file(

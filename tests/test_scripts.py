@@ -11,6 +11,7 @@ from fakes import assert_same_runs, run_main
 
 from lednet.checkpoint import load_checkpoint
 from lednet.data.labels import cityscapes_scheme
+from lednet.training import run_dir
 from lednet.training.run_dir import read_records
 
 EPOCHS = [("encoder", 1), ("encoder", 2), ("decoder", 1), ("decoder", 2)]
@@ -62,6 +63,12 @@ def test_train_resume_takes_the_options_and_repeats_the_weights(trained, tmp_pat
     result = run_inside("train/main.py", "--savedir", folder, "--resume").check()
     assert "resuming decoder after epoch 1" in result.stdout
     assert_same_runs(folder, trained, last, "best.pth")
+
+
+def test_environment_has_no_commit_of_a_repository_around_the_package(monkeypatch):
+    assert run_dir.environment()["commit"] is not None or not (run_dir.REPOSITORY / ".git").exists()
+    monkeypatch.setattr(run_dir, "REPOSITORY", run_dir.REPOSITORY / "tests")
+    assert run_dir.environment()["commit"] is None
 
 
 def test_eval_iou_score_equals_the_log(trained, toy_cityscapes, run_inside, tmp_path):

@@ -215,8 +215,8 @@ def predictor_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"size": (args.height, args.width), **{n: getattr(args, n) for n in names if n in args}}
 
 
-def conditions(args: argparse.Namespace, predictor: Any) -> dict[str, Any]:
-    """What the results of a `Predictor` depend on, for a report."""
+def report_header(args: argparse.Namespace, predictor: Any) -> dict[str, Any]:
+    """Command, weights and engine, with which a JSON report of predictions begins."""
     return {
         "command": shlex.join(process_command()),
         "weights": str(args.weights),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch.utils.data import DataLoader, default_collate
 
 from lednet.cli import parsers
-from lednet.cli.common import ROOT, conditions, dataset_options, predictor_options
+from lednet.cli.common import ROOT, dataset_options, predictor_options, report_header
 from lednet.data.dataset import SegmentationDataset
 from lednet.data.registry import open_dataset
 from lednet.errors import UserError
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     presence = class_presence(result["class_iou"], confusion.counts.sum(dim=1).tolist())
     result |= {
         "class_presence": presence,
-        **conditions(args, predictor),
+        **report_header(args, predictor),
         "images": len(data),
         "dataset": args.dataset,
         "subset": args.subset,

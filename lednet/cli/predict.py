@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lednet.cli import parsers
-from lednet.cli.common import conditions, predictor_options
+from lednet.cli.common import predictor_options, report_header
 from lednet.data.labels import LabelScheme, cityscapes_label_ids, cityscapes_scheme
 from lednet.distributed import DistributedContext, destroy_distributed, init_distributed
 from lednet.errors import UserError, raise_if_problems
@@ -89,7 +89,7 @@ class VideoReport:
         """Write everything else; returns the shares in all frames."""
         shares = writers.class_shares([self.pixels], self.run.scheme)
         rest = json.dumps(
-            conditions(self.run.args, self.run.predictor) | more | {"shares": shares}, indent=2
+            report_header(self.run.args, self.run.predictor) | more | {"shares": shares}, indent=2
         )
         self.file.write("\n  ],\n" + rest.removeprefix("{\n") + "\n")
         return shares
@@ -203,7 +203,7 @@ def run_images(run: Run, images: dict[str, Path]) -> list[str]:
     print(f"{count} of {len(images)} images predicted in {run.args.out} ({engine}){note}")
     if predicted:
         shares = writers.class_shares((entry["pixels"] for entry in predicted), run.scheme)
-        report = conditions(run.args, run.predictor) | {"passed_over": skipped, "shares": shares}
+        report = report_header(run.args, run.predictor) | {"passed_over": skipped, "shares": shares}
         report["images"] = [run.with_shares(entry) for entry in predicted]
         write_json(run.args.out / "shares.json", report)
         print_largest(shares)

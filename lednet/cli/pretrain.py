@@ -127,7 +127,7 @@ def train(
 
     about = (
         f"{len(classes)} classes, {len(train_data)} training and {len(val_data)} validation "
-        f"images at {size}x{size};"
+        f"images at {size}x{size}"
     )
     train_run(args, run, build_stage, about, "top-1")
 

@@ -222,7 +222,7 @@ def train(
         )  # fmt: skip
         return StageComponents(trainer, *loaders)
 
-    train_run(args, run, build_stage, f"LEDNet {args.variant},", "mIoU")
+    train_run(args, run, build_stage, f"LEDNet {args.variant}", "mIoU")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

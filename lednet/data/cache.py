@@ -215,7 +215,8 @@ def _stale(file: object, folder: Path, command: str) -> UserError:
 class _EncodedSamples(Dataset):
     """Samples as a shard holds them: fingerprint, planes and metadata.
 
-    File names in fingerprints are relative, so that the data set may be moved.
+    Fingerprints are created on access, since ImageNet has 1.3 million files. File names
+    in them are relative, so that the data set may be moved.
     """
 
     def __init__(self, source: CacheableDataset):
@@ -330,10 +331,13 @@ def _prepare_split(
     for name in existing - kept:
         if name.endswith((".npy", ".json")):
             (folder / name).unlink()
-    options = {"version": VERSION, **source.cache_options()}
-    manifest = {**options, "shard_pairs": step, "shards": len(shards)}
+    manifest = {**_options(source), "shard_pairs": step, "shards": len(shards)}
     write_text(folder / MANIFEST, json.dumps(manifest) + "\n")
     return missing
+
+
+def _options(source: CacheableDataset) -> dict[str, Any]:
+    return {"version": VERSION, **source.cache_options()}
 
 
 def _read_manifest(folder: Path, source: CacheableDataset, next_step: str) -> dict[str, Any]:
@@ -342,7 +346,7 @@ def _read_manifest(folder: Path, source: CacheableDataset, next_step: str) -> di
     with contextlib.suppress(UserError):
         content = read_json(folder / MANIFEST)
     manifest = content if isinstance(content, dict) else {}
-    for name, wanted in {"version": VERSION, **source.cache_options()}.items():
+    for name, wanted in _options(source).items():
         found = manifest.get(name)
         if found != wanted:
             short = name in ("version", "size")

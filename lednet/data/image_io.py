@@ -24,8 +24,15 @@ untrusted files; one of them starts Ghostscript."""
 
 _TURNS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
 """Operations that exchange width and height."""
-_FLIPS = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM)
-_UPRIGHT = dict(enumerate((*_FLIPS, *_TURNS), start=2))
+_UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 """Operation that makes an image upright, by its EXIF orientation."""
 
 # Larger images than Pillow's limit are judged by ours. Invalid EXIF and palettes whose transparency

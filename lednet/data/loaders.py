@@ -122,7 +122,9 @@ def worker_failures() -> Iterator[None]:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """Worker initialization: ignore signals to the whole process group, after which the training
-    process finishes its step and ends its workers."""
+    """Worker initialization: ignore signals that are sent to the whole process group.
+
+    The training process finishes its step after such a signal and then ends its workers.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

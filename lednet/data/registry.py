@@ -98,18 +98,18 @@ def hold_out_split(
         return pairs
     if val_stride:
         held_out = {*pairs[val_stride - 1 :: val_stride]}
-    else:  # by the name, or the name with its folder ("rec1/0.png")
-        held_out = {
-            pair
-            for pair in pairs
-            for parts in (pair.image.parts[-1:], pair.image.parts[-2:])
-            if "/".join(parts).startswith(val_prefix or "")
-        }
+    else:
+        held_out = {pair for pair in pairs if _has_prefix(pair.image, val_prefix or "")}
     chosen = [pair for pair in pairs if (pair in held_out) == (split == "val")]
     if not chosen:
         flag = f"--val-stride {val_stride}" if val_stride else f"--val-prefix {val_prefix}"
         raise UserError(f"{place} {split} is empty after {flag}: hold out others")
     return chosen
+
+
+def _has_prefix(path: Path, prefix: str) -> bool:
+    """Whether the name, or the name with its folder ("rec1/0.png"), begins with `prefix`."""
+    return path.name.startswith(prefix) or f"{path.parent.name}/{path.name}".startswith(prefix)
 
 
 def open_dataset(

@@ -82,7 +82,7 @@ def train_run(
     Args:
         run: a new run, or one that is resumed if `args` say so.
         build_stage: see `train_stages`.
-        about: start of the first message.
+        about: what is trained, for the log.
         score: name of the score.
     """
     context = run.timer.dist_context
@@ -97,7 +97,7 @@ def train_run(
     if context.is_main:
         write_text(run.run_dir.path / "model.txt", f"{run.net}\n\n{parameters}\n")
     on = f"on {context.size} x {context.device}; {run.run_dir.path}"
-    run.run_dir.log(f"{about} {parameters}, {on}")
+    run.run_dir.log(f"{about}, {parameters}, {on}")
     progress, last = train_stages(run, build_stage, *state), run.stages[-1]
     report_result(run, progress, score, last.encoder_file or last.best_file)
 

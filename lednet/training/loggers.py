@@ -138,7 +138,10 @@ def example_images(
 
 
 def make_charts(records: Sequence[dict[str, Any]], task: Task) -> Charts:
-    """Charts of one stage from its lines of `log.jsonl`, without values that are not there."""
+    """Charts of one stage from its lines of `log.jsonl`.
+
+    Values that are None, or that an earlier version did not log, are left out.
+    """
     keys = {
         ("loss", "train"): "train_loss",
         ("loss", "val"): "val_loss",

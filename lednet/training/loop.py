@@ -107,7 +107,8 @@ class TrainingRun:
             The progress of the run, and the state of the trainer.
 
         Raises:
-            UserError: there is no checkpoint, or it does not fit the run.
+            UserError: there is no checkpoint, it holds weights only, or its stage is not one of
+                `stages`.
         """
         path, content, warnings = self.checkpoints.load_latest(self.run_dir.main)
         for warning in warnings:
@@ -328,8 +329,8 @@ class StageRunner:
     def _train_epoch(
         self, epoch: int, title: str, state: EpochState
     ) -> tuple[float, dict[str, Any]]:
-        """Train an epoch, or the rest of an interrupted one. Returns the first learning rate, and
-        the results of `Trainer.train_one_epoch`."""
+        """Train an epoch, or the rest of an interrupted one; updates `state`. Returns the first
+        learning rate, and the results of `Trainer.train_one_epoch`."""
         trainer, progress, loader = self.trainer, self.progress, self.train_loader
         if progress.epoch_state is not None:
             with report_mismatch():

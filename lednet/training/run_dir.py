@@ -1,5 +1,6 @@
 """The folder of a training run: options, logs and checkpoints."""
 
+import contextlib
 import json
 import logging
 import platform
@@ -37,19 +38,20 @@ in MB (10^6 bytes), count from the last start of the run.
 """
 
 
-def environment(repository: Path = REPOSITORY) -> dict[str, Any]:
-    """Versions of the software that a run depends on. The commit is None outside of git."""
+def environment() -> dict[str, Any]:
+    """Versions of the software that a run depends on. The commit is None outside of a clone."""
 
     def git(*command: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(repository), *command], capture_output=True, text=True, check=True
+            ["git", "-C", str(REPOSITORY), *command], capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    try:
-        commit = git("rev-parse", "HEAD")
-        commit += "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
+    commit = None
+    # An installed package may lie in the environment of another project, with commits of its own.
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if (REPOSITORY / ".git").exists():
+            commit = git("rev-parse", "HEAD")
+            commit += "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     return {
         "lednet": lednet.__version__,
         "commit": commit,
@@ -156,7 +158,11 @@ class RunDir:
         remove_leftovers(self.path)
 
     def _take_lock(self) -> None:
-        """Lock the folder against other processes, on POSIX systems only, until this one ends."""
+        """Lock the folder against other processes, on POSIX systems only.
+
+        The lock ends with the process, and worker processes do not inherit it. Some network file
+        systems have no locks, which is logged.
+        """
         if sys.platform == "win32":
             return
         try:

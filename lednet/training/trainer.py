@@ -197,14 +197,18 @@ class Trainer:
 
     def _make_optimizer(self) -> Optimizer:
         """The optimizer; its last parameter group is the pretrained part, if there is one."""
-        parts = [] if self.pretrained is None else [list(self.pretrained.part.parameters())]
-        known = {id(parameter) for part in parts for parameter in part}
-        rest = [p for p in self.model.parameters() if id(p) not in known]
-        groups = [{"params": part} for part in (rest, *parts)]
-        options: dict[str, Any] = {"lr": self.config.lr, "weight_decay": self.config.weight_decay}
-        options["fused"] = self.device.type in ("cpu", "cuda")
+        config = self.config
+        part = [] if self.pretrained is None else list(self.pretrained.part.parameters())
+        known = {id(parameter) for parameter in part}
+        groups = [{"params": [p for p in self.model.parameters() if id(p) not in known]}]
+        if self.pretrained is not None:
+            groups.append({"params": part})
+        fused = self.device.type in ("cpu", "cuda")
+        options: dict[str, Any] = {
+            "lr": config.lr, "weight_decay": config.weight_decay, "fused": fused,
+        }  # fmt: skip
         optimizer: Optimizer
-        if self.config.optimizer == "sgd":
+        if config.optimizer == "sgd":
             optimizer = SGD(groups, momentum=0.9, **options)
         else:
             optimizer = Adam(groups, betas=(0.9, 0.999), eps=1e-8, **options)

@@ -64,21 +64,25 @@ def _parse_annotation(content: Any) -> Annotation:
         raise ValueError(f"the image has more than {max_pixels():,} pixels")
     if not isinstance(content["objects"], list):
         raise TypeError("objects must be a list")
-    objects = []
-    for row in content["objects"]:
-        if row.get("deleted"):
-            continue
-        name, corners = row["label"], [(x, y) for x, y in row["polygon"]]
-        # The label table lacks the group names (cargroup) of some labels.
-        single = name if name in _NAMES else name.removesuffix("group")
-        if single not in _NAMES:
-            raise ValueError(f"{name[:40]!r} is not a Cityscapes label")
-        if len(corners) < 2:
-            raise ValueError("a polygon has fewer than two corners")
-        if not all(abs(value) <= MAX_COORDINATE for xy in corners for value in xy):  # nor NaN
-            raise ValueError(f"a coordinate is not a number up to {MAX_COORDINATE:,}")
-        objects.append((single, [(float(x), float(y)) for x, y in corners]))
-    return Annotation(size, objects)
+    rows = [row for row in content["objects"] if not row.get("deleted")]
+    return Annotation(size, [(_label_name(r["label"]), _corners(r["polygon"])) for r in rows])
+
+
+def _label_name(name: str) -> str:
+    """The name in the label table, which lacks the group names (cargroup) of some labels."""
+    single = name if name in _NAMES else name.removesuffix("group")
+    if single not in _NAMES:
+        raise ValueError(f"{name[:40]!r} is not a Cityscapes label")
+    return single
+
+
+def _corners(polygon: list[list[float]]) -> list[Point]:
+    corners = [(x, y) for x, y in polygon]
+    if len(corners) < 2:
+        raise ValueError("a polygon has fewer than two corners")
+    if not all(abs(value) <= MAX_COORDINATE for corner in corners for value in corner):  # nor NaN
+        raise ValueError(f"a coordinate is not a number up to {MAX_COORDINATE:,}")
+    return [(float(x), float(y)) for x, y in corners]
 
 
 def draw_labels(annotation: Annotation, encoding: str = "labelIds") -> np.ndarray:

@@ -118,8 +118,11 @@ def _is_complete(path: Path, member: zipfile.ZipInfo) -> bool:
 
 
 def extract_all(archives: list[Archive], root: Path) -> int:
-    """Extract into `root` and return how many files were written, with a progress bar. Raises a
-    `UserError` if the disk is too small, or see `Archive.extract`."""
+    """Extract into `root`, which is created if necessary, and return how many files were written.
+
+    Shows a progress bar. Interrupted extractions are resumed. Raises a `UserError` if the disk is
+    too small, or see `Archive.extract`.
+    """
     members = [member for archive in archives for member in archive.files]
     needed = sum(m.file_size for m in members if not (root / m.filename).exists())
     require_space(root, needed, "what is to be unpacked", "--datadir")
